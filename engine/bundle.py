@@ -1,0 +1,284 @@
+"""A bundle: the folder in which export and engine meet. Its manifest's schema, reading, checking.
+
+A bundle is complete and describes itself: graphs, weights, tokenizer, defaults, where the weights
+came from and how far each graph was found to agree with its torch module. The engine trusts nothing
+else, and it trusts no file whose hash is not the manifest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from platformdirs import user_data_path
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from engine.errors import BundleError
+from engine.graphspec import GraphSpec, Precision, parse_axis
+from engine.settings import Settings
+
+APP_NAME = "restoration-engine"
+FORMAT = 1
+MANIFEST = "manifest.json"
+GRAPHS = (
+    "text_encoder",
+    "text_encoder_2",
+    "denoise_encoder",
+    "vae_encoder",
+    "vae_decoder",
+    "controlnet",
+    "unet",
+)
+REBUILD = "build it again: python export/build_engines.py --output {path}"
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError("must be a file's name without a folder")
+    return name
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Model):
+    """A file of the bundle, by its name inside the folder."""
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    bytes: int
+    sha256: str
+
+
+class Verification(_Model):
+    """How far a graph agreed with its torch module when it was exported.
+
+    Attributes:
+        method: what was compared with what.
+        symbols: the size it was compared at.
+        relative_l2: the error of each output.
+        bound: the error that would have failed the build.
+    """
+
+    method: str
+    symbols: dict[str, int]
+    relative_l2: dict[str, float]
+    bound: float
+
+
+class Graph(_Model):
+    """One ONNX graph; its weights lie in the bundle's weights file."""
+
+    spec: GraphSpec
+    file: File
+    verification: Verification
+
+
+class Tokenizer(_Model):
+    """The text vocabulary, and the ids that frame and fill a chunk of 77 tokens."""
+
+    file: File
+    start_id: int
+    end_id: int
+    pad_id: int
+    pad_id_2: int
+
+
+class Source(_Model):
+    """A checkpoint that weights came from."""
+
+    role: str
+    name: str
+    layout: str
+    bytes: int
+    sha256: str
+
+
+class Lora(_Model):
+    """A LoRA that was merged: W' = W + scale · alpha / rank · up · down, over `layers` weights."""
+
+    name: str
+    file: str
+    sha256: str
+    scale: float
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    layers: int
+
+
+class Manifest(_Model):
+    """The bundle's table of contents."""
+
+    format: int
+    name: str
+    preset: str
+    precision: Precision
+    backend: str
+    built: str
+    built_with: dict[str, str]
+    key: dict[str, Any]
+    defaults: Settings
+    weights: File
+    tokenizer: Tokenizer
+    graphs: dict[str, Graph]
+    sources: tuple[Source, ...]
+    loras: tuple[Lora, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: its table of contents.
+        digest: SHA-256 of the manifest, and through it of everything in the bundle.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @property
+    def latent_channels(self) -> int:
+        channels = self.spec("vae_decoder").tensor("z").shape[1]
+        assert isinstance(channels, int)
+        return channels
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Side of the square of pixels that one latent cell stands for."""
+        _, ratio = parse_axis(self.spec("vae_decoder").tensor("pixels").shape[2])
+        return int(ratio)
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a worked image must be a multiple of, in pixels."""
+        return self.pixels_per_cell * self.spec("unet").multiples["h"]
+
+    def spec(self, graph: str) -> GraphSpec:
+        return self.manifest.graphs[graph].spec
+
+    def file(self, entry: File) -> Path:
+        return self.path / entry.name
+
+    def files(self) -> tuple[File, ...]:
+        manifest = self.manifest
+        graphs = (graph.file for graph in manifest.graphs.values())
+        return (*graphs, manifest.weights, manifest.tokenizer.file)
+
+
+def default_bundle_dir() -> Path:
+    """Return where bundles are built and looked for when none is named: $RESTORE_BUNDLE or user data."""
+    named = os.environ.get("RESTORE_BUNDLE")
+    return Path(named) if named else user_data_path(APP_NAME) / "bundle"
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle and check every file's size and hash.
+
+    Raises:
+        BundleError: there is none, it is of another version, or a file is missing or changed.
+    """
+    bundle = read_manifest(path)
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        list(pool.map(lambda entry: _check_file(bundle, entry), bundle.files()))
+    return bundle
+
+
+def read_manifest(path: Path) -> Bundle:
+    """Open a bundle without reading its large files.
+
+    Raises:
+        BundleError: there is none, or its manifest is damaged or of another version.
+    """
+    file = path / MANIFEST
+    rebuild = REBUILD.format(path=path)
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError("no bundle here", where=path, expected=MANIFEST, fix=rebuild) from None
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=file) from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        found = _format_of(text)
+        if found is not None and found != FORMAT:
+            raise BundleError(
+                "made by another version", where=file, expected=f"format {FORMAT}", found=f"format {found}", fix=rebuild
+            ) from error
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            "the manifest is damaged", where=file, found=f"{place}: {first['msg']}", fix=rebuild
+        ) from error
+    if manifest.format != FORMAT:
+        raise BundleError(
+            "made by another version",
+            where=file,
+            expected=f"format {FORMAT}",
+            found=f"format {manifest.format}",
+            fix=rebuild,
+        )
+    if set(manifest.graphs) != set(GRAPHS):
+        raise BundleError("wrong set of graphs", where=file, expected=GRAPHS, found=sorted(manifest.graphs))
+    return Bundle(path, manifest, hashlib.sha256(text).hexdigest())
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> File:
+    """Return the manifest's entry for a file of a bundle."""
+    return File(name=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def _check_file(bundle: Bundle, entry: File) -> None:
+    path = bundle.file(entry)
+    rebuild = REBUILD.format(path=bundle.path)
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                "a file of the bundle was changed",
+                where=path,
+                expected=f"{entry.bytes} bytes",
+                found=f"{size} bytes",
+                fix=rebuild,
+            )
+        found = hash_file(path)
+    except FileNotFoundError:
+        raise BundleError("a file of the bundle is missing", where=path, fix=rebuild) from None
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
+    if found != entry.sha256:
+        raise BundleError(
+            "a file of the bundle was changed",
+            where=path,
+            expected=f"SHA-256 {entry.sha256[:16]}…",
+            found=f"SHA-256 {found[:16]}…",
+            fix=rebuild,
+        )
+
+
+def _format_of(text: bytes) -> object:
+    try:
+        return _Header.model_validate_json(text).format
+    except ValidationError:
+        return None
+
+
+class _Header(BaseModel):
+    format: Any

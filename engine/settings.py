@@ -1,0 +1,93 @@
+"""What a restoration can be told, with its bounds; one definition for API, command line and bundle."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import UsageError
+
+Sampler = Literal["edm", "dpmpp2m"]
+ColorFix = Literal["wavelet", "adain", "none"]
+
+#: Our own words; they steer guidance towards a clean photograph and away from what degrades one.
+QUALITY_WORDS = (
+    "a clean detailed photograph, in focus, crisp edges, natural texture of skin, hair, leaves and stone, "
+    "true colours, even light, fine grain, high resolution"
+)
+NEGATIVE_WORDS = (
+    "blur, out of focus, noise, jpeg blocks, ringing, banding, moire, smeared, waxy skin, plastic, painted, "
+    "drawing, render, oversharpened, washed out, low resolution"
+)
+
+
+class ScaleRange(NamedTuple):
+    """A scale at the start (noisiest) and at the end (clean) of a run; written `S` or `S:END`."""
+
+    start: float
+    end: float
+
+
+class Settings(BaseModel):
+    """Everything that decides a result, besides the photo and the bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: int = Field(15, ge=1, le=1000, description="sampling steps")
+    sampler: Sampler = Field("edm", description="RestoreEDM or RestoreDPM++2M")
+    cfg_scale: ScaleRange = Field(
+        ScaleRange(2.0, 2.0), description="guidance s; 1 turns it off; the paper's lambda is s - 1"
+    )
+    control_scale: ScaleRange = Field(
+        ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling"
+    )
+    restore_pull: float | None = Field(
+        None, gt=0, le=100, description="power of the pull towards the stage-1 image; None is off"
+    )
+    churn: float = Field(0.0, ge=0, le=1000, description="noise added back over the run (edm)")
+    s_noise: float = Field(1.0, ge=0, le=10, description="std of the noise added while sampling")
+    eta: float = Field(1.0, ge=0, le=10, description="0 is deterministic, 1 the SDE (dpmpp2m)")
+    color_fix: ColorFix = Field("wavelet", description="where the colours come from: stage 1, or the result")
+    upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
+    min_size: int = Field(1024, ge=64, le=8192, description="shorter side that is worked at, at least, in pixels")
+    prompt: str = Field("", description="what the photo shows")
+    quality_words: str = Field(QUALITY_WORDS, description="appended to the prompt")
+    negative_prompt: str = Field(NEGATIVE_WORDS, description="what guidance leads away from")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the noise")
+
+    def updated(self, changes: dict[str, Any]) -> Settings:
+        """Return these settings with some replaced.
+
+        Raises:
+            UsageError: a name is unknown or a value out of bounds; all of them are listed.
+        """
+        return validated({**self.model_dump(), **changes})
+
+
+def validated(values: dict[str, Any]) -> Settings:
+    """Return `Settings` from plain values.
+
+    Raises:
+        UsageError: as `Settings.updated`.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()} (got {item['input']!r})"
+            for item in error.errors()
+        )
+        raise UsageError("impossible settings", found=problems) from error
+
+
+def parse_scale(text: str) -> ScaleRange:
+    """Return the range that `S` or `S:END` means.
+
+    Raises:
+        ValueError: not one or two numbers.
+    """
+    numbers = [float(part) for part in text.split(":")]
+    if not 1 <= len(numbers) <= 2:
+        raise ValueError(f"expected S or S:END, got {text!r}")
+    return ScaleRange(numbers[0], numbers[-1])
