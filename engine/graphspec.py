@@ -51,6 +51,12 @@ class GraphSpec(BaseModel):
     outputs: tuple[TensorSpec, ...]
     multiples: dict[str, int] = Field(default_factory=dict)
 
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols of its inputs, in order of appearance."""
+        found = (parse_axis(axis)[0] for spec in self.inputs for axis in spec.shape)
+        return tuple(dict.fromkeys(symbol for symbol in found if symbol is not None))
+
     def tensor(self, name: str) -> TensorSpec:
         """Return the input or output called `name`."""
         return next(spec for spec in (*self.inputs, *self.outputs) if spec.name == name)

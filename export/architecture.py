@@ -214,12 +214,17 @@ class _Reader:
         )
 
 
-def missing_tensor(name: str) -> CheckpointError:
-    """Return the error for a tensor that no checkpoint gave, by the name that files use."""
+def missing_tensor(name: str, also: int = 0) -> CheckpointError:
+    """Return the error for a tensor that no checkpoint gave, by the name that files use.
+
+    Args:
+        name: ours.
+        also: how many more are missing.
+    """
     roles = {"controlnet": "--supir", "connectors": "--supir", "denoise_encoder": "--supir"}
     option = roles.get(name.split(".")[0], "--sdxl")
     return CheckpointError(
-        "a tensor is missing",
+        f"a tensor is missing, and {also} more" if also else "a tensor is missing",
         where=ldm_name(name),
         fix=f"check that {option} names the right file and that its download is complete",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,12 @@ class GraphBuilder:
         spec: names, types and shapes of its inputs and outputs.
         module: returns its torch module with parameters on the meta device. Their names are the
             names in the bundle's weights file.
+        example: returns inputs for a size (every symbol's value) and a seed.
     """
 
     spec: GraphSpec
     module: Callable[[], nn.Module]
+    example: Callable[[Mapping[str, int], int], dict[str, Tensor]]
 
 
 def graph_builders(arch: Architecture, precision: Precision, end_id: int) -> dict[str, GraphBuilder]:
@@ -80,17 +83,15 @@ def graph_builders(arch: Architecture, precision: Precision, end_id: int) -> dic
     builders = {}
     for spec in _specs(arch, precision, vae_precision):
         dtype = TORCH_DTYPES[PRECISION_DTYPES[spec.precision]]
-        builders[spec.name] = GraphBuilder(spec, _on_meta(modules[spec.name], dtype))
+        builders[spec.name] = GraphBuilder(
+            spec, _on_meta(modules[spec.name], dtype), partial(_example_inputs, spec, end_id)
+        )
     return builders
 
 
-def example_inputs(spec: GraphSpec, symbols: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """Return plausible inputs of a graph: tokens, timesteps, scales in range, the rest normal.
+def _example_inputs(spec: GraphSpec, end_id: int, symbols: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Return plausible inputs of a graph: tokens, timesteps and scales in range, the rest normal.
 
-    Args:
-        spec: of the graph.
-        symbols: the size, for every symbol of its inputs.
-        seed: of the values.
     Returns:
         Tensors by the inputs' names, in the spec's dtypes and order.
     """
@@ -100,7 +101,8 @@ def example_inputs(spec: GraphSpec, symbols: Mapping[str, int], seed: int = 0) -
         shape = resolve(tensor.shape, symbols)
         dtype = TORCH_DTYPES[tensor.dtype]
         if tensor.name == "input_ids":
-            value = torch.randint(0, 256, shape, generator=generator)
+            value = torch.randint(0, max(end_id, 1), shape, generator=generator)
+            value[:, TOKENS // 2 :] = end_id
         elif tensor.name == "timestep":
             value = torch.randint(0, 1000, shape, generator=generator).to(dtype)
         elif tensor.name == "control_scale":

@@ -1,0 +1,24 @@
+"""Backends by name; a library is imported only when its backend is asked for."""
+
+from __future__ import annotations
+
+from engine.backends.base import Backend
+from engine.errors import UsageError
+
+BACKENDS = ("onnxruntime",)
+
+
+def make_backend(name: str, *, threads: int = 0) -> Backend:
+    """Return the backend called `name`.
+
+    Args:
+        name: one of `BACKENDS`.
+        threads: that one operator may use on a CPU; 0 is one per core.
+    Raises:
+        UsageError: there is no such backend.
+    """
+    if name != "onnxruntime":
+        raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
+    from engine.backends.ort import OrtBackend
+
+    return OrtBackend(threads)

@@ -1,0 +1,74 @@
+"""What a backend promises: open a graph, and run it on checked, named arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import BackendError
+from engine.graphspec import GraphSpec, resolve
+
+Array = NDArray[Any]
+
+
+class Runner(ABC):
+    """One opened graph.
+
+    `infer` checks names, dtypes and shapes against the graph's spec, so that a mistake is named in
+    the project's words rather than by a library; `infer_impl` does the work.
+    """
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self.spec = spec
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph.
+
+        Args:
+            inputs: by name, in the dtypes and shapes of the spec.
+        Returns:
+            The outputs by name, in the spec's order.
+        Raises:
+            BackendError: an input does not fit the spec, or the backend fails.
+        """
+        symbols = self.spec.bind({name: (str(array.dtype), array.shape) for name, array in inputs.items()})
+        outputs = self.infer_impl(inputs)
+        for tensor in self.spec.outputs:
+            expected = resolve(tensor.shape, symbols)
+            if outputs[tensor.name].shape != expected:
+                raise BackendError(
+                    "the graph gave another shape than its spec",
+                    where=f"{self.spec.name}.{tensor.name}",
+                    expected=list(expected),
+                    found=list(outputs[tensor.name].shape),
+                )
+        return outputs
+
+    @abstractmethod
+    def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph on inputs that are known to fit."""
+
+    def close(self) -> None:
+        """Give the graph's memory back; the runner is of no use afterwards."""
+
+
+class Backend(Protocol):
+    """Opens graphs."""
+
+    def open(self, file: Path, spec: GraphSpec) -> Runner:
+        """Return a runner for the graph in `file`.
+
+        Raises:
+            BackendError: the backend cannot run it.
+        """
+        ...
+
+
+def as_dtype(array: Array, dtype: str) -> Array:
+    """Return an array in a spec's dtype, without a copy where it has it already."""
+    return array.astype(np.dtype(dtype), copy=False)

@@ -1,0 +1,85 @@
+"""ONNX Runtime: runs the bundle's ONNX graphs anywhere, here on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from engine.backends.base import Array, Runner
+from engine.errors import BackendError
+from engine.graphspec import GraphSpec
+
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class OrtBackend:
+    """ONNX Runtime's CPU provider.
+
+    Attributes:
+        threads: that one operator may use; 0 is one per core.
+    """
+
+    threads: int = 0
+
+    def open(self, file: Path, spec: GraphSpec) -> Runner:
+        """Open a graph; weights are mapped from the file beside it.
+
+        Raises:
+            BackendError: it is not a graph that this provider can run.
+        """
+        if spec.precision == "bf16":
+            raise BackendError(
+                "ONNX Runtime's CPU provider has no bf16 operators",
+                where=spec.name,
+                fix="build the bundle with --precision fp32 or fp16 to run it on a CPU",
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no other base
+            raise BackendError("ONNX Runtime cannot open the graph", where=file, found=_first_line(error)) from error
+        return OrtRunner(session, spec)
+
+
+class OrtRunner(Runner):
+    """A session of ONNX Runtime."""
+
+    def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
+        super().__init__(spec)
+        self._session: ort.InferenceSession | None = session
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        assert self._session is not None, f"{self.spec.name} was closed"
+        try:
+            results = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise _translated(error, self.spec.name) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _translated(error: Exception, graph: str) -> Exception:
+    text = str(error)
+    if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
+        return BackendError(
+            "out of memory",
+            where=graph,
+            found=_first_line(error),
+            fix="restore at a smaller size: a lower --upscale or --min-size",
+        )
+    if type(error).__module__.startswith("onnxruntime"):
+        return BackendError("ONNX Runtime failed", where=graph, found=_first_line(error))
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,321 @@
+"""The build itself: stage by stage in a folder of its own, which becomes the bundle when it is whole.
+
+A build that was stopped goes on behind its last finished stage. A build that failed leaves nothing.
+A finished bundle is left alone unless something that it depends on has changed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field
+
+from engine.bundle import (
+    FORMAT,
+    MANIFEST,
+    File,
+    Graph,
+    Lora,
+    Manifest,
+    Tokenizer,
+    describe_file,
+    open_bundle,
+)
+from engine.console import format_bytes
+from engine.errors import BuildError, BundleError, OutputError, RestoreError, from_os_error
+from export.pack import pack
+from export.plan import BuildPlan
+from export.to_onnx import is_cached, trace
+from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
+from export.verify import verify
+from export.weights import WEIGHTS, write_weights
+
+_STATE = "state.json"
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+#: Measured on 2 cores: what a bar needs for a sensible ETA, nothing else depends on it.
+_SECONDS_PER_GB = 4.0
+_SECONDS_PER_BLOCK = 0.45
+_SECONDS_PER_PACK = 0.5
+
+
+class Progress(Protocol):
+    """Shows how far a build is; amounts are estimated seconds."""
+
+    def stage(self, name: str) -> None:
+        """Say what is being done."""
+        ...
+
+    def advance(self, amount: float) -> None:
+        """Say that work worth `amount` was done."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """How a build ended.
+
+    Attributes:
+        status: "built", or "unchanged" if the bundle that was there is the one asked for.
+        manifest: of the bundle.
+        changes: what differed from the bundle that was there before.
+        resumed: stages that an earlier, interrupted build had finished.
+    """
+
+    status: str
+    manifest: Manifest
+    changes: tuple[str, ...]
+    resumed: tuple[str, ...]
+
+
+class _State(BaseModel):
+    """What a stopped build has finished, and for which key."""
+
+    key: dict[str, Any]
+    weights: File | None = None
+    graphs: dict[str, Graph] = Field(default_factory=dict)
+
+
+def estimate(plan: BuildPlan) -> dict[str, float]:
+    """Return the stages of a build and what each is worth, in estimated seconds."""
+    stages = {"hash": plan.read_bytes / 1e9, WEIGHTS: plan.write_bytes / 1e9 * _SECONDS_PER_GB}
+    for name, builder in plan.builders.items():
+        blocks = sum(parameter.endswith("weight") for parameter, _ in builder.module().named_parameters()) / 8
+        stages[name] = _SECONDS_PER_PACK + (0 if is_cached(builder) else blocks * _SECONDS_PER_BLOCK)
+    return stages
+
+
+def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> BuildResult:
+    """Build the bundle of a plan.
+
+    Args:
+        plan: from `make_plan`.
+        progress: told about stages and work done.
+        say: told what a person should know, a line each.
+    Raises:
+        BuildError: another build is under way, a graph disagrees with its module, or a weight does
+            not fit the precision.
+        CheckpointError: a weight is not finite.
+        OutputError: the disk is full or not writable, or something else lies in the bundle's place.
+    """
+    output = plan.request.output
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, output, "build the bundle") from error
+    with _locked(output):
+        return _build(plan, progress, say)
+
+
+def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> BuildResult:
+    output = plan.request.output
+    work = {name: amount for name, amount in estimate(plan).items()}
+    progress.stage("hashing the inputs")
+    hashes = plan.hash_sources()
+    key = plan.key(hashes)
+    progress.advance(work["hash"])
+    present = _present(output)
+    changes = tuple(differences(present.key, key)) if present else ()
+    if present and not changes:
+        return BuildResult("unchanged", present, (), ())
+    for change in changes:
+        say(f"changed: {change}")
+
+    partial = output.parent / f".{output.name}.building"
+    _check_room(plan, partial)
+    state = _resume(partial, key)
+    resumed = tuple([WEIGHTS] * (state.weights is not None) + list(state.graphs))
+    if resumed:
+        say(f"goes on behind: {', '.join(resumed)}")
+    try:
+        _run_stages(plan, partial, state, progress, work)
+        manifest = _finish(plan, partial, state, hashes)
+        progress.stage("moving into place")
+        _swap(partial, output)
+    except RestoreError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise from_os_error(error, output, "build the bundle") from error
+    return BuildResult("built", manifest, changes, resumed)
+
+
+def _run_stages(
+    plan: BuildPlan, partial: Path, state: _State, progress: Progress, work: Mapping[str, float]
+) -> None:
+    if state.weights is None:
+        progress.stage("merging weights")
+        per_byte = work[WEIGHTS] / max(1, plan.layout.bytes)
+        sha256 = write_weights(
+            partial / WEIGHTS,
+            plan.layout,
+            plan.tensors,
+            plan.loras,
+            lambda count: progress.advance(count * per_byte),
+        )
+        state.weights = File(name=WEIGHTS, bytes=plan.layout.bytes, sha256=sha256)
+        _save(partial, state)
+    else:
+        progress.advance(work[WEIGHTS])
+    for name, builder in plan.builders.items():
+        if name not in state.graphs:
+            progress.stage(f"tracing {name}" if not is_cached(builder) else f"packing {name}")
+            structure = trace(builder)
+            file = partial / f"{name}.onnx"
+            onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
+            progress.stage(f"verifying {name}")
+            verification = verify(builder, file)
+            state.graphs[name] = Graph(
+                spec=builder.spec, file=describe_file(file), verification=verification
+            )
+            _save(partial, state)
+        progress.advance(work[name])
+
+
+def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path, str]) -> Manifest:
+    request = plan.request
+    tokenizer = load_tokenizer(request.tokenizer)
+    tokenizer.save(str(partial / FILE))
+    end_id = tokenizer.token_to_id(END_TOKEN)
+    assert state.weights is not None
+    manifest = Manifest(
+        format=FORMAT,
+        name=request.output.name,
+        preset=request.preset,
+        precision=request.precision,
+        backend=request.backend,
+        built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        built_with={package: importlib.metadata.version(package) for package in _PACKAGES},
+        key=state.key,
+        defaults=plan.defaults,
+        weights=state.weights,
+        tokenizer=Tokenizer(
+            file=describe_file(partial / FILE),
+            start_id=tokenizer.token_to_id(START_TOKEN),
+            end_id=end_id,
+            pad_id=end_id,
+            pad_id_2=PAD_ID_2,
+        ),
+        graphs=state.graphs,
+        sources=plan.sources(hashes),
+        loras=tuple(
+            Lora(
+                name=lora.name,
+                file=lora.file.name,
+                sha256=hashes[lora.file],
+                scale=lora.scale,
+                ranks=lora.ranks,
+                alphas=lora.alphas,
+                layers=len(lora.deltas),
+            )
+            for lora in plan.loras
+        ),
+    )
+    (partial / _STATE).unlink()
+    (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return manifest
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Return what differs between two keys, a line per leaf: "precision: fp32 → fp16"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in [*old, *(name for name in new if name not in old)]:
+            lines += differences(old.get(name), new.get(name), f"{place}.{name}" if place else name)
+        return lines
+    if old == new:
+        return []
+    return [f"{place}: {_short(old)} → {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+# -- the folder -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(output: Path) -> Any:
+    lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise BuildError(
+            "another build of this bundle is under way", where=output, fix="wait for it, or choose another --output"
+        ) from None
+
+
+def _present(output: Path) -> Manifest | None:
+    """Return the manifest of the bundle in place, None if there is none or it is not whole.
+
+    Raises:
+        OutputError: something that is no bundle is in its place.
+    """
+    if not output.exists():
+        return None
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise OutputError(
+            "something that is no bundle lies there", where=output, fix="choose another --output, or move it away"
+        )
+    try:
+        return open_bundle(output).manifest
+    except BundleError:
+        return None
+
+
+def _check_room(plan: BuildPlan, partial: Path) -> None:
+    have = shutil.disk_usage(partial.parent).free
+    have += sum(file.stat().st_size for file in partial.glob("*")) if partial.is_dir() else 0
+    if have < plan.write_bytes:
+        raise OutputError(
+            "not enough room on the disk",
+            where=plan.request.output,
+            expected=format_bytes(plan.write_bytes),
+            found=f"{format_bytes(have)} free",
+            fix="free some space, or choose another disk with --output",
+        )
+
+
+def _resume(partial: Path, key: dict[str, Any]) -> _State:
+    """Return the state of a stopped build of the same bundle, or start anew."""
+    try:
+        state = _State.model_validate_json((partial / _STATE).read_text())
+    except (OSError, ValueError):
+        state = None
+    # Through JSON, because that is how the other side was stored.
+    if state is not None and state.key == json.loads(json.dumps(key)):
+        return state
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise from_os_error(error, partial.parent, "build the bundle") from error
+    return _State(key=key)
+
+
+def _save(partial: Path, state: _State) -> None:
+    temporary = partial / f"{_STATE}.part"
+    temporary.write_text(state.model_dump_json())
+    temporary.replace(partial / _STATE)
+
+
+def _swap(partial: Path, output: Path) -> None:
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

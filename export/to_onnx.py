@@ -1,0 +1,288 @@
+"""From a torch module to the structure of a typed ONNX graph, without its weights.
+
+A graph's structure depends on the architecture alone, so modules are traced on empty parameters and
+the result is kept in a cache: another checkpoint or LoRA of a known architecture needs no new trace.
+Parameters stay what they are, under their own names and shapes; `pack` points them into the
+bundle's weights file. Precision is in the graph: products run in the graph's type; norms, softmax
+and what the sampler touches in float32, by explicit casts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from google.protobuf.message import DecodeError
+from onnx_ir.passes import common as passes
+from onnxscript import opset18 as op
+from onnxscript import optimizer
+from platformdirs import user_cache_path
+
+from engine.bundle import APP_NAME
+from engine.graphspec import DType, GraphSpec, TensorSpec, parse_axis
+from export.graphs import TRACE_SYMBOLS, GraphBuilder, call_arguments
+
+OPSET = 18
+#: Results of folding larger than this stay computed at run time. Parameters are never folded.
+_FOLD_BYTES = 1 << 20
+_ONNX_TYPES: dict[DType, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
+_TRACED_WITH = ("torch", "onnx", "onnxscript", "onnx-ir", "diffusers", "transformers")
+_SOURCES = ("to_onnx.py", "graphs.py", "architecture.py", "nets/*.py")
+
+
+def trace(builder: GraphBuilder) -> onnx.ModelProto:
+    """Return the graph's structure: inputs and outputs as in its spec, then one input per parameter.
+
+    Args:
+        builder: of the graph.
+    Raises:
+        torch.onnx.errors: the module does not export, which is a bug.
+    """
+    file = _cache_file(builder)
+    with suppress(FileNotFoundError, DecodeError):  # a damaged file is traced anew
+        return onnx.load(file)
+    structure = _trace(builder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+        temporary.write(structure.SerializeToString())
+    os.replace(temporary.name, file)
+    return structure
+
+
+def is_cached(builder: GraphBuilder) -> bool:
+    """Tell whether `trace` would find the graph in the cache."""
+    return _cache_file(builder).is_file()
+
+
+def _cache_file(builder: GraphBuilder) -> Path:
+    return trace_cache_dir() / f"{builder.spec.name}-{trace_key(builder)}.onnx"
+
+
+def trace_cache_dir() -> Path:
+    """Return where traces are kept: $RESTORE_CACHE or the user's cache folder."""
+    named = os.environ.get("RESTORE_CACHE")
+    return (Path(named) if named else user_cache_path(APP_NAME)) / "traces"
+
+
+def trace_key(builder: GraphBuilder) -> str:
+    """Return a hash of all that a structure depends on: spec, parameters, our code, the libraries."""
+    here = Path(__file__).parent
+    module = builder.module()
+    digest = hashlib.sha256(builder.spec.model_dump_json().encode())
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+    digest.update(repr(getattr(module, "end_id", None)).encode())
+    for pattern in _SOURCES:
+        for source in sorted(here.glob(pattern)):
+            digest.update(source.read_bytes())
+    for package in _TRACED_WITH:
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _trace(builder: GraphBuilder) -> onnx.ModelProto:
+    spec, module = builder.spec, builder.module()
+    for name, parameter in list(module.named_parameters()):
+        # Memory that is never touched: the trace looks at shapes only.
+        _replace_parameter(module, name, torch.empty_like(parameter, device="cpu"))
+    arguments = call_arguments(spec, builder.example(TRACE_SYMBOLS, 0))
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            module, arguments, dynamic_shapes=call_arguments(spec, _dynamic_shapes(spec)), strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            arguments,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=_TRANSLATIONS,
+        )
+        assert exported is not None
+        model = exported.model
+        parameters = [name for name, _ in module.named_parameters()]
+        _parameters_to_inputs(model.graph, parameters)
+        # Constants are folded; parameters are inputs now, so they keep their names and shapes.
+        optimizer.optimize_ir(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=_FOLD_BYTES,
+            output_size_limit=_FOLD_BYTES,
+        )
+        passes.ClearMetadataAndDocStringPass()(model)
+    _name_tensors(model.graph, spec)
+    return ir.to_proto(model)
+
+
+def _dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
+    """Return torch.export's dimensions for each input, from the spec's symbols.
+
+    A symbol that must be a multiple of m is traced as m times another one, so that halves and
+    quarters of it stay whole.
+    """
+    dims = {symbol: torch.export.Dim(f"{symbol}_", min=1, max=4096) for symbol in spec.symbols}
+
+    def dimension(axis: int | str) -> Any:
+        symbol, ratio = parse_axis(axis)
+        if symbol is None:
+            return None
+        factor = ratio * spec.multiples.get(symbol, 1)
+        assert factor.denominator == 1, f"{spec.name}: {axis} may be broken by its multiple"
+        return dims[symbol] if factor == 1 else int(factor) * dims[symbol]
+
+    return {
+        tensor.name: {place: dim for place, axis in enumerate(tensor.shape) if (dim := dimension(axis))}
+        for tensor in spec.inputs
+    }
+
+
+def _replace_parameter(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parameter = torch.nn.Parameter(value, requires_grad=False)
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _parameters_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in graph.initializers:
+            continue  # read by nobody, as CLIP-L's last layer
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+
+
+def _name_tensors(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Give inputs and outputs the names, types and shapes of the spec, and check what was traced."""
+    outputs = list(graph.outputs)
+    assert len(outputs) == len(spec.outputs), f"{spec.name}: {len(outputs)} outputs"
+    pairs = [*zip(spec.inputs, graph.inputs, strict=False), *zip(spec.outputs, outputs, strict=True)]
+    for tensor, value in pairs:
+        assert value.dtype == _ONNX_TYPES[tensor.dtype], f"{spec.name}.{tensor.name} traced as {value.dtype}"
+    for node in graph:  # intermediate shapes carry torch's symbols, which mean nothing to a reader
+        for value in node.outputs:
+            value.shape = None
+    for tensor, value in pairs:
+        _name_tensor(tensor, value)
+
+
+def _name_tensor(tensor: TensorSpec, value: ir.Value) -> None:
+    value.name = tensor.name
+    value.shape = ir.Shape(tensor.shape)
+
+
+# -- how torch's operators become ONNX --------------------------------------------------------------
+
+
+def _in_float32(value: ir.Value) -> ir.Value:
+    return value if value.dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
+
+
+def _as_type(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=dtype)
+
+
+def _linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+    if len(x.shape) == 2:
+        return op.Gemm(x, weight, bias, transB=1)
+    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+def _attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    assert not is_causal and not enable_gqa and dropout_p == 0.0
+    dtype = query.dtype
+    factor = scale if scale is not None else query.shape[3] ** -0.5
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
+    scores = _in_float32_of(op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2])), dtype)
+    if attn_mask is not None:
+        scores = op.Add(scores, _in_float32(attn_mask))
+    return op.MatMul(_as_type(op.Softmax(scores, axis=-1), dtype), value)
+
+
+def _in_float32_of(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """As `_in_float32`, for a fresh value whose type is not inferred yet."""
+    return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
+
+
+def _group_norm(
+    x: ir.Value,
+    groups: int,
+    weight: ir.Value,
+    bias: ir.Value,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> ir.Value:
+    # Opset 18's own GroupNormalization scales by group, not by channel, and was withdrawn.
+    grouped = op.Reshape(_in_float32(x), op.Constant(value_ints=[0, groups, -1]))
+    ones, zeros = op.Constant(value_floats=[1.0] * groups), op.Constant(value_floats=[0.0] * groups)
+    normal = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
+    axes = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+    scaled = op.Mul(normal, op.Unsqueeze(_in_float32(weight), axes))
+    return _as_type(op.Add(scaled, op.Unsqueeze(_in_float32(bias), axes)), x.dtype)
+
+
+def _layer_norm(
+    x: ir.Value,
+    normalized_shape: Sequence[int],
+    weight: ir.Value,
+    bias: ir.Value,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> ir.Value:
+    assert len(normalized_shape) == 1
+    normal, _, _ = op.LayerNormalization(
+        _in_float32(x), _in_float32(weight), _in_float32(bias), axis=-1, epsilon=eps
+    )
+    return _as_type(normal, x.dtype)
+
+
+_aten = torch.ops.aten
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    _aten.linear.default: _linear,
+    _aten.scaled_dot_product_attention.default: _attention,
+    _aten.group_norm.default: _group_norm,
+    _aten.layer_norm.default: _layer_norm,
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's chatter (missing torchvision, deprecations of its own)."""
+    names = [name for name in logging.root.manager.loggerDict if re.match(r"(torch|onnx)", name)]
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
