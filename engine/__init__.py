@@ -1,0 +1,25 @@
+"""The engine: restores photos from a bundle. It imports neither torch nor onnx nor diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Restored", "Restorer", "Settings", "__version__"]
+
+if TYPE_CHECKING:
+    from engine.pipeline import Restored, Restorer
+    from engine.settings import Settings
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: `engine.errors` and the commands' --help need none of it.
+    if name in ("Restored", "Restorer"):
+        from engine import pipeline
+
+        return getattr(pipeline, name)
+    if name == "Settings":
+        from engine.settings import Settings
+
+        return Settings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

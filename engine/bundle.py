@@ -112,7 +112,15 @@ class Lora(_Model):
 
 
 class Manifest(_Model):
-    """The bundle's table of contents."""
+    """The bundle's table of contents.
+
+    Attributes:
+        key: everything that the bundle was made from; a build with the same key changes nothing.
+        defaults: of a restoration.
+        frequencies: of the sinusoids that embed micro-conditioning, as the networks were trained
+            with: torch's float32 exponentials. Another library's last bit, times 1024, shows in
+            the sixth digit of the vector.
+    """
 
     format: int
     name: str
@@ -125,6 +133,7 @@ class Manifest(_Model):
     defaults: Settings
     weights: File
     tokenizer: Tokenizer
+    frequencies: tuple[float, ...]
     graphs: dict[str, Graph]
     sources: tuple[Source, ...]
     loras: tuple[Lora, ...]

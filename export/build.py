@@ -33,6 +33,8 @@ from engine.bundle import (
 )
 from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, RestoreError, from_os_error
+from export.architecture import SINUSOID_CHANNELS
+from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
 from export.to_onnx import is_cached, trace
@@ -206,6 +208,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
             pad_id=end_id,
             pad_id_2=PAD_ID_2,
         ),
+        frequencies=tuple(Sinusoid(SINUSOID_CHANNELS).frequencies.tolist()),
         graphs=state.graphs,
         sources=plan.sources(hashes),
         loras=tuple(

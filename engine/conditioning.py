@@ -1,0 +1,114 @@
+"""From words to what the networks read: token chunks, context, and the vector.
+
+Source: SDXL (arXiv 2307.01952) for the two towers and micro-conditioning; SPEC, "Text".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from engine.errors import BundleError
+
+TOKENS = 77
+TOKENS_INSIDE = TOKENS - 2  # between the start and the end token
+#: Original size, crop and target size, as the networks are told whatever the photo's size.
+MICRO_CONDITIONS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What text tells the networks.
+
+    Attributes:
+        context: f[77k, C] for k chunks of text, in the networks' precision.
+        vector: f[V], pooled text and micro-conditioning.
+    """
+
+    context: NDArray[Any]
+    vector: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that frame a chunk and fill it up, for each of the two towers."""
+
+    start: int
+    end: int
+    pad: int
+    pad_2: int
+
+
+class PromptTokenizer:
+    """Cuts a text of any length into framed chunks of 77 tokens; nothing is dropped."""
+
+    def __init__(self, file: Path, special: SpecialIds) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleError("the tokenizer is damaged", where=file, found=str(error)[:200]) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._special = special
+
+    def count_chunks(self, text: str) -> int:
+        """Return how many chunks a text fills; an empty one fills one."""
+        return max(1, math.ceil(len(self._ids(text)) / TOKENS_INSIDE))
+
+    def chunks(self, text: str, count: int) -> tuple[Ids, Ids]:
+        """Return a text's chunks for the two towers.
+
+        Args:
+            text: of at most `count` chunks.
+            count: how many to return; empty ones follow the text's own.
+        Returns:
+            i64[count, 77] twice: padded as CLIP-L, and as bigG.
+        """
+        ids = self._ids(text)
+        rows, rows_2 = [], []
+        for index in range(count):
+            inside = ids[index * TOKENS_INSIDE : (index + 1) * TOKENS_INSIDE]
+            framed = [self._special.start, *inside, self._special.end]
+            fill = TOKENS - len(framed)
+            rows.append(framed + [self._special.pad] * fill)
+            rows_2.append(framed + [self._special.pad_2] * fill)
+        return np.array(rows, dtype=np.int64), np.array(rows_2, dtype=np.int64)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def join_context(hidden: NDArray[Any], hidden_2: NDArray[Any]) -> NDArray[Any]:
+    """Return the context f[77k, W1 + W2] of one text from the towers' hidden states, f[k, 77, W]."""
+    joined = np.concatenate([hidden, hidden_2], axis=2)
+    return joined.reshape(-1, joined.shape[2])
+
+
+def join_vector(pooled: NDArray[Any], frequencies: Sequence[float]) -> NDArray[Any]:
+    """Return the vector f[V] of one text.
+
+    Args:
+        pooled: f[W2], the pooled state of its first chunk.
+        frequencies: of the sinusoids, from the bundle.
+    """
+    return np.concatenate([pooled, sinusoids(MICRO_CONDITIONS, frequencies).astype(pooled.dtype)])
+
+
+def sinusoids(numbers: Sequence[float], frequencies: Sequence[float]) -> NDArray[np.float32]:
+    """Embed each number in cosines, then sines, all numbers one after the other.
+
+    Returns:
+        f32[2 · len(frequencies) · len(numbers)].
+    """
+    angles = np.asarray(numbers, np.float32)[:, None] * np.asarray(frequencies, np.float32)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).reshape(-1)

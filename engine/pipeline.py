@@ -1,0 +1,431 @@
+"""The restorer: a bundle and a backend wired into photo → photo, with the stages on their own.
+
+Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import __version__, colorfix
+from engine.backends import make_backend
+from engine.backends.base import Array, Backend, Runner, as_dtype
+from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
+from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
+from engine.errors import ImageError, RestoreError, UsageError
+from engine.geometry import Size, result_size, working_size
+from engine.guidance import Ramp, RestorationPull, is_unguided
+from engine.imageio import Photo, photo_from_array, read_photo, resize
+from engine.noise import batch_noise
+from engine.sampler import Latent, Progress, Step, StepTable, dpmpp2m_table, edm_table, sample
+from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
+from engine.settings import Settings
+
+Pixels = NDArray[np.float32]
+PhotoLike = Photo | NDArray[Any] | str | PathLike[str]
+OnStep = Callable[[Progress], None]
+
+_COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
+#: Texts whose conditioning is kept: a folder of photos shares one pair.
+_TEXTS_KEPT = 8
+
+
+@dataclass
+class Timings:
+    """Milliseconds per stage; stages inside graphs and outside of them apart.
+
+    Attributes:
+        graphs_ms: time inside the backend, by stage.
+        outside_ms: all other time, by stage.
+    """
+
+    graphs_ms: dict[str, float] = field(default_factory=dict)
+    outside_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.graphs_ms.values()) + sum(self.outside_ms.values())
+
+    @contextmanager
+    def graph(self, stage: str) -> Iterator[None]:
+        """Add the time inside the block to a graph's stage."""
+        with _stopwatch(self.graphs_ms, stage):
+            yield
+
+    @contextmanager
+    def outside(self, stage: str) -> Iterator[None]:
+        """Add the time inside the block, less that of graphs run in it, to a stage outside of them."""
+        before = sum(self.graphs_ms.values())
+        with _stopwatch(self.outside_ms, stage):
+            yield
+        self.outside_ms[stage] -= sum(self.graphs_ms.values()) - before
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored photo and how it was made.
+
+    Attributes:
+        photo: of the size asked for, with the source's alpha, profile and metadata.
+        settings: that repeat it.
+        timings: of the batch that it was restored in.
+        history: what goes into the file's metadata.
+    """
+
+    photo: Photo
+    settings: Settings
+    timings: Timings
+    history: dict[str, Any]
+
+
+class Restorer:
+    """Restores photos with one bundle on one backend.
+
+    Graphs are opened when they are first needed and stay open until `close`.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self._backend = backend
+        self._runners: dict[str, Runner] = {}
+        self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
+        ids = bundle.manifest.tokenizer
+        special = SpecialIds(ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
+        self._tokenizer = PromptTokenizer(bundle.file(ids.file), special)
+
+    @classmethod
+    def open(
+        cls, bundle: str | PathLike[str] | None = None, *, backend: str = "onnxruntime", threads: int = 0
+    ) -> Restorer:
+        """Open a bundle.
+
+        Args:
+            bundle: its folder; None means where `build_engines.py` builds by default.
+            backend: one of `engine.backends.BACKENDS`.
+            threads: that one operator may use on a CPU; 0 is one per core.
+        Raises:
+            BundleError: there is no bundle, or it is not as it was built.
+            UsageError: there is no such backend.
+        """
+        path = Path(bundle) if bundle is not None else default_bundle_dir()
+        return cls(open_bundle(path), make_backend(backend, threads=threads))
+
+    def __enter__(self) -> Restorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give all graphs' memory back; they are opened again when they are needed."""
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+
+    @property
+    def defaults(self) -> Settings:
+        """The bundle's settings, which hold where a call says nothing else."""
+        return self.bundle.manifest.defaults
+
+    # -- photo to photo -------------------------------------------------------------------------
+
+    def restore(self, photo: PhotoLike, *, on_step: OnStep | None = None, **changes: Any) -> Restored:
+        """Restore one photo.
+
+        Args:
+            photo: a file, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`.
+            on_step: called after every sampling step; an exception from it ends the restoration.
+            **changes: settings (see `Settings`) that differ from the bundle's.
+        Raises:
+            ImageError: the photo cannot be read.
+            UsageError: a setting is unknown or out of bounds.
+            BackendError: a graph fails, for one because memory runs out.
+        """
+        return self.restore_batch([photo], on_step=on_step, **changes)[0]
+
+    def restore_batch(
+        self,
+        photos: Sequence[PhotoLike],
+        *,
+        seeds: Sequence[int] | None = None,
+        on_step: OnStep | None = None,
+        **changes: Any,
+    ) -> list[Restored]:
+        """Restore several photos, those of one working size together.
+
+        Each result is what the photo gives alone.
+
+        Args:
+            photos: as for `restore`.
+            seeds: one per photo; None gives all of them the settings' seed.
+            on_step, **changes: as for `restore`.
+        Returns:
+            The results in the photos' order.
+        Raises:
+            As `restore`.
+        """
+        settings = self.defaults.updated(changes)
+        seeds = [settings.seed] * len(photos) if seeds is None else list(seeds)
+        if len(seeds) != len(photos):
+            raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
+        sources = [_as_photo(photo) for photo in photos]
+        groups: dict[Size, list[int]] = {}
+        for index, source in enumerate(sources):
+            groups.setdefault(self.working_size(source, settings), []).append(index)
+        results: dict[int, Restored] = {}
+        for size, members in groups.items():
+            batch = [sources[index] for index in members]
+            group_seeds = [seeds[index] for index in members]
+            for index, result in zip(
+                members, self._restore_group(batch, size, group_seeds, settings, on_step), strict=True
+            ):
+                results[index] = result
+        return [results[index] for index in range(len(photos))]
+
+    def working_size(self, photo: Photo, settings: Settings) -> Size:
+        """Return the (width, height) in pixels at which a photo would be worked at."""
+        wanted = result_size(photo.size, settings.upscale)
+        return working_size(wanted, settings.min_size, self.bundle.size_multiple)
+
+    def _restore_group(
+        self, sources: list[Photo], size: Size, seeds: list[int], settings: Settings, on_step: OnStep | None
+    ) -> list[Restored]:
+        times = Timings()
+        with times.outside("everything else"):
+            with times.outside("resize in"):
+                lq = np.stack([_to_network(resize(source.rgb, size)) for source in sources])
+            texts = self.conditioning(settings, times=times)
+            z_lq = self.encode(lq, times=times)
+            needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
+            stage1 = self.decode(z_lq, stage="stage 1", times=times) if needs_stage1 else None
+            center = None
+            if settings.restore_pull is not None and stage1 is not None:
+                center = self.encode_clean(stage1, times=times)
+            z = self.sample(z_lq, texts, settings, seeds=seeds, center=center, on_step=on_step, times=times)
+            restored = self.decode(z, times=times)
+            with times.outside("color fix"):
+                if settings.color_fix != "none" and stage1 is not None:
+                    restored = _COLOR_FIXES[settings.color_fix](restored, stage1)
+            with times.outside("resize out"):
+                photos = [
+                    _finish(pixels, source, result_size(source.size, settings.upscale))
+                    for pixels, source in zip(restored, sources, strict=True)
+                ]
+        results = []
+        for photo, seed in zip(photos, seeds, strict=True):
+            used = settings.updated({"seed": seed})
+            results.append(Restored(photo, used, times, self._history(used)))
+        return results
+
+    def _history(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "engine": f"{APP_NAME} {__version__}",
+            "bundle": {"name": self.bundle.manifest.name, "digest": self.bundle.digest},
+            "settings": settings.model_dump(mode="json"),
+        }
+
+    # -- the stages on their own ----------------------------------------------------------------
+
+    def conditioning(self, settings: Settings, *, times: Timings | None = None) -> list[Conditioning]:
+        """Return what the positive and the negative text tell the networks.
+
+        Args:
+            settings: their prompt, quality words, negative prompt and guidance.
+            times: that the stage's time is added to.
+        Returns:
+            Two, or the positive alone where no step is guided; contexts are of one length.
+        """
+        positive = ", ".join(text for text in (settings.prompt, settings.quality_words) if text)
+        unguided = all(is_unguided(scale) for scale in settings.cfg_scale)
+        texts = (positive,) if unguided else (positive, settings.negative_prompt)
+        if texts not in self._texts:
+            while len(self._texts) >= _TEXTS_KEPT:
+                del self._texts[next(iter(self._texts))]
+            self._texts[texts] = self._encode_texts(texts, times or Timings())
+        return self._texts[texts]
+
+    def encode(self, lq: Pixels, *, times: Timings | None = None) -> Latent:
+        """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5."""
+        return self._run("denoise_encoder", {"pixels": lq}, "denoise encoder", times)["z"]
+
+    def encode_clean(self, pixels: Pixels, *, times: Timings | None = None) -> Latent:
+        """Return z f32[B,4,h,w] of clean pixels f32[B,3,8h,8w] in [-1, 1]: the pull's center."""
+        return self._run("vae_encoder", {"pixels": pixels}, "stage 1 encoder", times)["z"]
+
+    def decode(self, z: Latent, *, stage: str = "vae decoder", times: Timings | None = None) -> Pixels:
+        """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
+        return self._run("vae_decoder", {"z": z}, stage, times)["pixels"]
+
+    def table(self, settings: Settings) -> StepTable:
+        """Return the sampler's table of step weights for some settings."""
+
+        def quantize(sigma: float) -> tuple[int, float]:
+            level = nearest_level(sigma)
+            return level.timestep, level.sigma
+
+        common: dict[str, Any] = {
+            "quantize": quantize,
+            "cfg_scale": _cfg(settings),
+            "control_scale": Ramp(*settings.control_scale),
+            "pull": RestorationPull(settings.restore_pull),
+            "s_noise": settings.s_noise,
+        }
+        if settings.sampler == "edm":
+            return edm_table(trailing_sigmas(settings.steps), churn=settings.churn, **common)
+        return dpmpp2m_table(karras_sigmas(settings.steps), eta=settings.eta, **common)
+
+    def sample(
+        self,
+        z_lq: Latent,
+        texts: Sequence[Conditioning],
+        settings: Settings,
+        *,
+        seeds: Sequence[int] | None = None,
+        noise: Latent | None = None,
+        step_noise: NDArray[np.float32] | None = None,
+        center: Latent | None = None,
+        on_step: OnStep | None = None,
+        times: Timings | None = None,
+    ) -> Latent:
+        """Sample a clean latent. Source: Eq. 8 to 10.
+
+        Args:
+            z_lq: f32[B,4,h,w], from `encode`.
+            texts: from `conditioning`.
+            settings: steps, sampler, scales and what goes with them.
+            seeds: one per image; None gives all of them the settings' seed.
+            noise: f32[B,4,h,w], the starting noise, instead of the seeds'.
+            step_noise: f32[n,B,4,h,w], the noise of each step, instead of the seeds'.
+            center: f32[B,4,h,w], from `encode_clean`; needed if the restoration pull is on.
+            on_step: called after every step.
+            times: that the stages' times are added to.
+        Returns:
+            z f32[B,4,h,w].
+        """
+        times = times or Timings()
+        seeds = [settings.seed] * len(z_lq) if seeds is None else seeds
+
+        def draw(number: int) -> Latent:
+            if number == 0 and noise is not None:
+                return noise
+            if number > 0 and step_noise is not None:
+                return step_noise[number - 1]
+            return batch_noise(seeds, number, z_lq.shape[1:])
+
+        network = _Network(self, z_lq, texts, times)
+        z: Latent | None = None
+        for progress in sample(self.table(settings), network, draw, center=center):
+            z = progress.x
+            if on_step is not None:
+                on_step(progress)
+        assert z is not None
+        return z
+
+    def _encode_texts(self, texts: Sequence[str], times: Timings) -> list[Conditioning]:
+        count = max(self._tokenizer.count_chunks(text) for text in texts)
+        pairs = [self._tokenizer.chunks(text, count) for text in texts]
+        ids, ids_2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        hidden = self._run("text_encoder", {"input_ids": ids}, "text", times)["hidden"]
+        second = self._run("text_encoder_2", {"input_ids": ids_2}, "text", times)
+        hidden_2, pooled = second["hidden"], second["pooled"]
+        frequencies = self.bundle.manifest.frequencies
+        found = []
+        for index in range(len(texts)):
+            part = slice(index * count, (index + 1) * count)
+            vector = join_vector(pooled[index * count], frequencies)
+            found.append(Conditioning(join_context(hidden[part], hidden_2[part]), vector))
+        return found
+
+    def _run(
+        self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None
+    ) -> dict[str, Array]:
+        runner = self._runners.get(graph)
+        if runner is None:
+            entry = self.bundle.manifest.graphs[graph]
+            with (times or Timings()).graph(f"load {graph}"):
+                runner = self._runners[graph] = self._backend.open(self.bundle.file(entry.file), entry.spec)
+        with (times or Timings()).graph(stage):
+            return runner.infer(inputs)
+
+
+class _Network:
+    """ControlNet and UNet as the sampler sees them: positive and negative text in one batch."""
+
+    def __init__(
+        self, restorer: Restorer, z_lq: Latent, texts: Sequence[Conditioning], times: Timings
+    ) -> None:
+        self._run = restorer._run
+        self._z_lq = z_lq
+        self._times = times
+        spec = restorer.bundle.spec("unet")
+        self._contexts, self._vectors = (
+            [
+                as_dtype(np.repeat(getattr(text, name)[None], len(z_lq), axis=0), spec.tensor(name).dtype)
+                for text in texts
+            ]
+            for name in ("context", "vector")
+        )
+
+    def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
+        passes = 2 if step.guided else 1
+        shared = {
+            "x": np.concatenate([x] * passes),
+            "timestep": np.full(passes * len(x), step.timestep, dtype=np.float32),
+            "context": np.concatenate(self._contexts[:passes]),
+            "vector": np.concatenate(self._vectors[:passes]),
+        }
+        lq = np.concatenate([self._z_lq] * passes)
+        controls = self._run("controlnet", {**shared, "lq": lq}, "controlnet", self._times)
+        scale = np.array([step.control_scale], dtype=np.float32)
+        eps = self._run("unet", {**shared, **controls, "control_scale": scale}, "unet", self._times)["eps"]
+        return (eps[: len(x)], eps[len(x) :]) if step.guided else (eps, None)
+
+
+def _cfg(settings: Settings) -> Callable[[float], float]:
+    ramp = Ramp(*settings.cfg_scale)
+    return lambda sigma: 1.0 if is_unguided(ramp(sigma)) else ramp(sigma)
+
+
+def _as_photo(photo: PhotoLike) -> Photo:
+    if isinstance(photo, Photo):
+        return photo
+    if isinstance(photo, (str, PathLike)):
+        return read_photo(Path(photo))
+    if isinstance(photo, np.ndarray):
+        return photo_from_array(photo)
+    raise ImageError("not a photo", expected="a path, an array or a Photo", found=type(photo).__name__)
+
+
+def _to_network(rgb: Pixels) -> Pixels:
+    """Return f32[3, H, W] in [-1, 1] for f32[H, W, 3] in [0, 1]."""
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
+
+
+def _finish(pixels: Pixels, source: Photo, size: Size) -> Photo:
+    """Return the restored photo: f32[3, H, W] in [-1, 1] at the size asked for, dressed as its source."""
+    rgb = (np.ascontiguousarray(pixels.transpose(1, 2, 0)) + np.float32(1.0)) * np.float32(0.5)
+    if not np.isfinite(rgb).all():
+        raise RestoreError(
+            "the networks gave values that are not finite",
+            fix="build the bundle with --precision fp32, and check the checkpoints",
+        )
+    alpha = None if source.alpha is None else resize(source.alpha, size)
+    return replace(source, rgb=resize(rgb.clip(0.0, 1.0), size), alpha=alpha)
+
+
+@contextmanager
+def _stopwatch(sums_ms: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        sums_ms[stage] = sums_ms.get(stage, 0.0) + (time.perf_counter() - started) * 1e3
