@@ -116,6 +116,7 @@ class Manifest(_Model):
 
     Attributes:
         key: everything that the bundle was made from; a build with the same key changes nothing.
+        notice: what everybody who uses the bundle should know; may be empty.
         defaults: of a restoration.
         frequencies: of the sinusoids that embed micro-conditioning, as the networks were trained
             with: torch's float32 exponentials. Another library's last bit, times 1024, shows in
@@ -130,6 +131,7 @@ class Manifest(_Model):
     built: str
     built_with: dict[str, str]
     key: dict[str, Any]
+    notice: str
     defaults: Settings
     weights: File
     tokenizer: Tokenizer

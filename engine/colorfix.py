@@ -52,20 +52,15 @@ def _low_band(image: Image) -> Image:
 
 def _blur(image: Image, dilation: int, axis: int) -> Image:
     """Convolve with [1 2 1] / 4 spread by `dilation` along one axis, edges replicated."""
-    length = image.shape[axis]
-    pad = [(0, 0)] * image.ndim
-    pad[axis] = (dilation, dilation)
-    padded = np.pad(image, pad, mode="edge")
-
-    def window(start: int) -> Image:
-        index = [slice(None)] * image.ndim
-        index[axis] = slice(start, start + length)
-        return padded[tuple(index)]
-
-    result = window(0) + window(2 * dilation)
-    result += np.float32(2.0) * image
+    lines = np.moveaxis(image, axis, 0)
+    reach = min(dilation, len(lines))
+    result = 2.0 * lines
+    result[reach:] += lines[: len(lines) - reach]
+    result[:reach] += lines[0]
+    result[: len(lines) - reach] += lines[reach:]
+    result[len(lines) - reach :] += lines[-1]
     result *= np.float32(0.25)
-    return result
+    return np.moveaxis(result, 0, axis)
 
 
 def _statistics(image: Image) -> tuple[Image, Image]:

@@ -50,3 +50,13 @@ def format_bytes(count: int) -> str:
             return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most memory that this process has held, None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,16 +71,12 @@ class GraphSpec(BaseModel):
         """
         expected_names = [spec.name for spec in self.inputs]
         if set(tensors) != set(expected_names):
-            raise BackendError(
-                "wrong set of inputs", where=self.name, expected=expected_names, found=sorted(tensors)
-            )
+            raise BackendError("wrong set of inputs", where=self.name, expected=expected_names, found=sorted(tensors))
         symbols: dict[str, int] = {}
         for spec in self.inputs:
             dtype, shape = tensors[spec.name]
             if dtype != spec.dtype:
-                raise BackendError(
-                    "wrong dtype", where=f"{self.name}.{spec.name}", expected=spec.dtype, found=dtype
-                )
+                raise BackendError("wrong dtype", where=f"{self.name}.{spec.name}", expected=spec.dtype, found=dtype)
             self._bind_shape(spec, shape, symbols)
         return symbols
 
@@ -108,7 +104,7 @@ class GraphSpec(BaseModel):
             )
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_axis(axis: Axis) -> tuple[str | None, Fraction]:
     """Return an axis as (symbol, ratio); a number has no symbol and its ratio is the number.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from engine.errors import ImageError, OutputError, from_os_error
 
@@ -45,8 +45,8 @@ _XMP_IN_PNG = "XML:com.adobe.xmp"
 _HISTORY_TAG = ExifTags.Base.ImageHistory
 #: EXIF shares its tags with TIFF, where some describe the file that was read, not the picture.
 _LAYOUT_TAGS = frozenset(
-    [*range(254, 260), 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317, 320]
-    + [*range(322, 326), 330, 338, 339, 347, 513, 514, *range(529, 533), 700, 34377, 34675]
+    {*range(254, 260), 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317, 320}
+    | {*range(322, 326), 330, 338, 339, 347, 513, 514, *range(529, 533), 700, 34377, 34675}
 )
 
 Pixels = NDArray[np.float32]
@@ -161,18 +161,14 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
     """
     file_format = _format_of(path)
     if path.exists() and (path.is_dir() or not overwrite):
-        raise OutputError(
-            "exists already", where=path, fix="choose another name with -o, or allow it with --overwrite"
-        )
+        raise OutputError("exists already", where=path, fix="choose another name with -o, or allow it with --overwrite")
     folder = path.parent
     if not folder.is_dir():
         raise OutputError("no such folder", where=folder, fix="create it first")
     if not os.access(folder, os.W_OK):
         raise OutputError("no permission to write there", where=folder, fix="choose another place with -o")
     if photo is not None and photo.alpha is not None and file_format == "JPEG":
-        raise OutputError(
-            "JPEG cannot hold the photo's transparency", where=path, fix="write a PNG or WebP instead"
-        )
+        raise OutputError("JPEG cannot hold the photo's transparency", where=path, fix="write a PNG or WebP instead")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -349,5 +345,8 @@ def _format_of(path: Path) -> str:
         return _WRITE_FORMATS[path.suffix.lower()]
     except KeyError:
         raise OutputError(
-            "no format that is written", where=path, expected=", ".join(_WRITE_FORMATS), found=path.suffix or "no ending"
+            "no format that is written",
+            where=path,
+            expected=", ".join(_WRITE_FORMATS),
+            found=path.suffix or "no ending",
         ) from None

@@ -41,7 +41,7 @@ _TEXTS_KEPT = 8
 
 @dataclass
 class Timings:
-    """Milliseconds per stage; stages inside graphs and outside of them apart.
+    """Milliseconds per stage; a stage inside another counts only once, as itself.
 
     Attributes:
         graphs_ms: time inside the backend, by stage.
@@ -50,6 +50,7 @@ class Timings:
 
     graphs_ms: dict[str, float] = field(default_factory=dict)
     outside_ms: dict[str, float] = field(default_factory=dict)
+    _inner_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
@@ -57,17 +58,26 @@ class Timings:
 
     @contextmanager
     def graph(self, stage: str) -> Iterator[None]:
-        """Add the time inside the block to a graph's stage."""
-        with _stopwatch(self.graphs_ms, stage):
+        """Add the time of the block to a stage inside the backend."""
+        with self._measure(self.graphs_ms, stage):
             yield
 
     @contextmanager
     def outside(self, stage: str) -> Iterator[None]:
-        """Add the time inside the block, less that of graphs run in it, to a stage outside of them."""
-        before = sum(self.graphs_ms.values())
-        with _stopwatch(self.outside_ms, stage):
+        """Add the time of the block to a stage outside the backend."""
+        with self._measure(self.outside_ms, stage):
             yield
-        self.outside_ms[stage] -= sum(self.graphs_ms.values()) - before
+
+    @contextmanager
+    def _measure(self, sums_ms: dict[str, float], stage: str) -> Iterator[None]:
+        before_ms, self._inner_ms = self._inner_ms, 0.0
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            sums_ms[stage] = sums_ms.get(stage, 0.0) + elapsed_ms - self._inner_ms
+            self._inner_ms = before_ms + elapsed_ms
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,10 @@ class Restorer:
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
+
+    def forget_texts(self) -> None:
+        """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
+        self._texts.clear()
 
     @property
     def defaults(self) -> Settings:
@@ -345,9 +359,7 @@ class Restorer:
             found.append(Conditioning(join_context(hidden[part], hidden_2[part]), vector))
         return found
 
-    def _run(
-        self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None
-    ) -> dict[str, Array]:
+    def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
         runner = self._runners.get(graph)
         if runner is None:
             entry = self.bundle.manifest.graphs[graph]
@@ -360,9 +372,7 @@ class Restorer:
 class _Network:
     """ControlNet and UNet as the sampler sees them: positive and negative text in one batch."""
 
-    def __init__(
-        self, restorer: Restorer, z_lq: Latent, texts: Sequence[Conditioning], times: Timings
-    ) -> None:
+    def __init__(self, restorer: Restorer, z_lq: Latent, texts: Sequence[Conditioning], times: Timings) -> None:
         self._run = restorer._run
         self._z_lq = z_lq
         self._times = times
@@ -420,12 +430,3 @@ def _finish(pixels: Pixels, source: Photo, size: Size) -> Photo:
         )
     alpha = None if source.alpha is None else resize(source.alpha, size)
     return replace(source, rgb=resize(rgb.clip(0.0, 1.0), size), alpha=alpha)
-
-
-@contextmanager
-def _stopwatch(sums_ms: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        sums_ms[stage] = sums_ms.get(stage, 0.0) + (time.perf_counter() - started) * 1e3

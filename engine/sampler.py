@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -155,7 +156,7 @@ def edm_table(
     levels = _checked(sigmas)
     gamma = min(churn / (len(levels) - 1), _MAX_CHURN_PER_STEP)
     steps = []
-    for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         sigma_hat = sigma * (1.0 + gamma)
         timestep, q = quantize(sigma_hat)
         scale = cfg_scale(sigma_hat)
@@ -202,7 +203,7 @@ def dpmpp2m_table(
     levels = _checked(sigmas)
     last = len(levels) - 2
     steps = []
-    for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         timestep, q = quantize(sigma)
         scale = cfg_scale(sigma)
         denoised = _denoised(q, scale, pull(sigma, sigma_next))
@@ -304,7 +305,7 @@ def _start_scale(levels: Sequence[float]) -> float:
 
 def _checked(sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:
     levels = [float(sigma) for sigma in sigmas]
-    descends = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    descends = all(a > b for a, b in pairwise(levels))
     if len(levels) < 2 or not descends or levels[-1] != 0.0:
         raise ScheduleError("noise levels must descend to 0", expected="at least two, the last 0", found=levels)
     return levels

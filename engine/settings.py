@@ -39,9 +39,7 @@ class Settings(BaseModel):
     cfg_scale: ScaleRange = Field(
         ScaleRange(2.0, 2.0), description="guidance s; 1 turns it off; the paper's lambda is s - 1"
     )
-    control_scale: ScaleRange = Field(
-        ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling"
-    )
+    control_scale: ScaleRange = Field(ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling")
     restore_pull: float | None = Field(
         None, gt=0, le=100, description="power of the pull towards the stage-1 image; None is off"
     )

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from export.keymap import ldm_name
-
 from engine.errors import CheckpointError
+from export.keymap import ldm_name
 
 HEAD_CHANNELS = 64
 NORM_GROUPS = 32
@@ -169,13 +168,9 @@ class _Reader:
                 found=f"{levels} levels",
                 fix="give a checkpoint of the SDXL family",
             )
-        sizes = tuple(
-            self.shape(f"{net}.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels)
-        )
+        sizes = tuple(self.shape(f"{net}.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels))
         blocks = "transformer_blocks.{}.attn1.to_q.weight"
-        depths = tuple(
-            self.count(f"{net}.down_blocks.{level}.attentions.0.{blocks}") for level in range(levels)
-        )
+        depths = tuple(self.count(f"{net}.down_blocks.{level}.attentions.0.{blocks}") for level in range(levels))
         middle = f"{net}.mid_block.attentions.0"
         if sizes[0] != channels:
             raise CheckpointError("the first level must keep its width", where=net, expected=channels, found=sizes[0])
@@ -196,8 +191,7 @@ class _Reader:
         if levels == 0:
             raise missing_tensor(f"{net}.encoder.down_blocks.0.resnets.0.conv1.weight")
         channels = tuple(
-            self.shape(f"{net}.encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0]
-            for level in range(levels)
+            self.shape(f"{net}.encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels)
         )
         return VaeArch(channels, self.shape(f"{net}.decoder.conv_in.weight", 4)[1])
 

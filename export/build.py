@@ -120,7 +120,7 @@ def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> Bu
 
 def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> BuildResult:
     output = plan.request.output
-    work = {name: amount for name, amount in estimate(plan).items()}
+    work = estimate(plan)
     progress.stage("hashing the inputs")
     hashes = plan.hash_sources()
     key = plan.key(hashes)
@@ -152,9 +152,7 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     return BuildResult("built", manifest, changes, resumed)
 
 
-def _run_stages(
-    plan: BuildPlan, partial: Path, state: _State, progress: Progress, work: Mapping[str, float]
-) -> None:
+def _run_stages(plan: BuildPlan, partial: Path, state: _State, progress: Progress, work: Mapping[str, float]) -> None:
     if state.weights is None:
         progress.stage("merging weights")
         per_byte = work[WEIGHTS] / max(1, plan.layout.bytes)
@@ -177,9 +175,7 @@ def _run_stages(
             onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
             progress.stage(f"verifying {name}")
             verification = verify(builder, file)
-            state.graphs[name] = Graph(
-                spec=builder.spec, file=describe_file(file), verification=verification
-            )
+            state.graphs[name] = Graph(spec=builder.spec, file=describe_file(file), verification=verification)
             _save(partial, state)
         progress.advance(work[name])
 
@@ -199,6 +195,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
         built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         built_with={package: importlib.metadata.version(package) for package in _PACKAGES},
         key=state.key,
+        notice=request.notice,
         defaults=plan.defaults,
         weights=state.weights,
         tokenizer=Tokenizer(
@@ -208,7 +205,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
             pad_id=end_id,
             pad_id_2=PAD_ID_2,
         ),
-        frequencies=tuple(Sinusoid(SINUSOID_CHANNELS).frequencies.tolist()),
+        frequencies=Sinusoid(SINUSOID_CHANNELS).as_numbers(),
         graphs=state.graphs,
         sources=plan.sources(hashes),
         loras=tuple(

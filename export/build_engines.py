@@ -1,8 +1,8 @@
-"""Build a bundle: checkpoints and LoRAs → merged weights → verified ONNX graphs.
+r"""Build a bundle: checkpoints and LoRAs → merged weights → verified ONNX graphs.
 
-    python export/build_engines.py                                    the demo model
-    python export/build_engines.py --sdxl sd_xl_base_1.0.safetensors \\
-        --unet sdxl_lightning_8step_unet.safetensors --supir SUPIR-v0Q.ckpt \\
+python export/build_engines.py                                    the demo model
+python export/build_engines.py --sdxl sd_xl_base_1.0.safetensors \
+        --unet sdxl_lightning_8step_unet.safetensors --supir SUPIR-v0Q.ckpt \
         --tokenizer tokenizer/ --lora landscape=landscape.safetensors --lora face=face.safetensors:0.8
 """
 
@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--sdxl", type=Path, metavar="FILE|DIR", help="base: one .safetensors file, or a diffusers folder"
     )
-    files.add_argument("--unet", type=Path, metavar="FILE|DIR", help="replaces the base's UNet (SDXL-Lightning's files)")
+    files.add_argument(
+        "--unet", type=Path, metavar="FILE|DIR", help="replaces the base's UNet (SDXL-Lightning's files)"
+    )
     files.add_argument("--supir", type=Path, metavar="FILE", help="SUPIR v0Q or v0F, .ckpt or .safetensors")
     files.add_argument(
         "--lora",
@@ -153,7 +155,7 @@ def _request(options: argparse.Namespace) -> Any:
 
 
 def _demo_request(common: dict[str, Any]) -> Any:
-    from export.demo.synthetic import MIN_SIZE_PX, demo_files
+    from export.demo.synthetic import MIN_SIZE_PX, NOTICE, demo_files
     from export.plan import BuildRequest, LoraRequest
 
     files = demo_files()
@@ -164,6 +166,7 @@ def _demo_request(common: dict[str, Any]) -> Any:
         tokenizer=files.tokenizer,
         loras=tuple(LoraRequest(name, path) for name, path in files.loras.items()) if merges else (),
         settings={"min_size": MIN_SIZE_PX},
+        notice=NOTICE,
         **common,
     )
 

@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             "not a whole safetensors file", where=path, found=str(error), fix=_DOWNLOAD_AGAIN
         ) from error
     tensors = {}
-    for name in handle.keys():
+    for name in handle.keys():  # noqa: SIM118 - safe_open is no dictionary
         view = handle.get_slice(name)
         if view.get_dtype() not in _FLOATS and not name.endswith(_STRAY):
             raise CheckpointError(
@@ -345,9 +346,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
                 found=view.get_dtype(),
                 fix="give an unquantized checkpoint",
             )
-        tensors[name] = LazyTensor(
-            name, path, tuple(view.get_shape()), lambda name=name: handle.get_tensor(name)
-        )
+        tensors[name] = LazyTensor(name, path, tuple(view.get_shape()), partial(handle.get_tensor, name))
     return tensors
 
 
@@ -381,5 +380,5 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
                 expected="a tensor",
                 found=type(value).__name__,
             )
-        tensors[str(name)] = LazyTensor(str(name), path, tuple(value.shape), lambda value=value: value)
+        tensors[str(name)] = LazyTensor(str(name), path, tuple(value.shape), value.detach)
     return tensors

@@ -189,9 +189,7 @@ def _specs(arch: Architecture, precision: Precision, vae_precision: Precision) -
     timestep = tensor("timestep", "float32", "B")
     return [
         spec("text_encoder", (ids,), (hidden(arch.text_encoder.width),), latent=False),
-        spec(
-            "text_encoder_2", (ids,), (hidden(width_2), tensor("pooled", dtype, "B", width_2)), latent=False
-        ),
+        spec("text_encoder_2", (ids,), (hidden(width_2), tensor("pooled", dtype, "B", width_2)), latent=False),
         spec("denoise_encoder", (pixels,), (cells("z"),)),
         spec("vae_encoder", (pixels,), (cells("z"),)),
         spec("vae_decoder", (cells("z"),), (pixels,)),

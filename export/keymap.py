@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 #: How a tensor of ours is cut from the one in the file: as it is; a 1×1 convolution as a matrix;
@@ -167,12 +167,12 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         end = name.rfind(".", 0, end)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unet_table() -> _Table:
     return _Table.of(_unet_blocks())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _vae_table(levels: int) -> _Table:
     return _Table.of(_vae_blocks(levels))
 

@@ -67,11 +67,8 @@ class Delta:
             LoraError: a value is not finite.
         """
         up, down = (_finite(tensor).flatten(1) for tensor in (self.up, self.down))
-        if self.mid is None:
-            product = up @ down
-        else:
-            # The kernel lies in the middle: (out, r) · (r, r, kh, kw) · (r, in).
-            product = torch.einsum("or,rskl,si->oikl", up, _finite(self.mid), down)
+        # With a middle, the kernel lies there: (out, r) · (r, r, kh, kw) · (r, in).
+        product = up @ down if self.mid is None else torch.einsum("or,rskl,si->oikl", up, _finite(self.mid), down)
         return self.scaling * product.reshape(shape)
 
 
@@ -119,7 +116,11 @@ def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
         tensors = open_file(file)
     except CheckpointError as error:
         raise LoraError(
-            error.problem, where=f"LoRA {name}: {error.where}", expected=error.expected, found=error.found, fix=error.fix
+            error.problem,
+            where=f"LoRA {name}: {error.where}",
+            expected=error.expected,
+            found=error.found,
+            fix=error.fix,
         ) from error
     _refuse_unsupported(name, file, tensors)
     modules = _group(name, file, tensors)

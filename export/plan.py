@@ -48,6 +48,7 @@ class BuildRequest:
         unet: replaces the base's UNet.
         loras: merged in this order.
         settings: what the bundle's defaults have beside the preset's.
+        notice: what everybody who uses the bundle should know.
     """
 
     sdxl: Path
@@ -60,6 +61,7 @@ class BuildRequest:
     precision: Precision = "fp32"
     backend: str = "onnxruntime"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class BuildPlan:
             "preset": self.request.preset,
             "precision": self.request.precision,
             "backend": self.request.backend,
+            "notice": self.request.notice,
             "defaults": self.defaults.model_dump(mode="json"),
             "sources": {
                 f"{checkpoint.role} {file.name}": hashes[file]
@@ -203,6 +206,7 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     arch = infer_architecture(shapes)
     end_id = load_tokenizer(request.tokenizer).token_to_id(END_TOKEN)
+    assert end_id is not None  # load_tokenizer has seen to it
     _check_vocabulary(request.tokenizer, end_id, arch)
     builders = graph_builders(arch, request.precision, end_id)
     wanted = _wanted_weights(builders)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 import re
 import tempfile
@@ -195,15 +196,38 @@ def _in_float32(value: ir.Value) -> ir.Value:
     return value if value.dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
 
 
-def _as_type(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+def _as_type(value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=dtype)
 
 
+def _rank(value: ir.Value) -> int:
+    assert value.shape is not None
+    return len(value.shape)
+
+
+def _axis(value: ir.Value, place: int) -> int:
+    assert value.shape is not None
+    size = value.shape[place]
+    assert isinstance(size, int), f"axis {place} of {value.name} is dynamic"
+    return size
+
+
 def _linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-    if len(x.shape) == 2:
+    if _rank(x) == 2:
         return op.Gemm(x, weight, bias, transB=1)
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
+
+
+def _gelu(x: ir.Value, approximate: str = "none") -> ir.Value:
+    assert approximate == "none"
+
+    def number(value: float) -> ir.Value:
+        return op.CastLike(op.Constant(value_float=value), x)
+
+    # In the order of operations that runtimes recognize and fuse.
+    erf = op.Erf(op.Div(x, number(math.sqrt(2.0))))
+    return op.Mul(op.Mul(x, op.Add(erf, number(1.0))), number(0.5))
 
 
 def _attention(
@@ -216,19 +240,15 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ir.Value:
-    assert not is_causal and not enable_gqa and dropout_p == 0.0
-    dtype = query.dtype
-    factor = scale if scale is not None else query.shape[3] ** -0.5
+    assert not any((is_causal, enable_gqa, dropout_p))
+    factor = scale if scale is not None else _axis(query, 3) ** -0.5
     scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
-    scores = _in_float32_of(op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2])), dtype)
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores.dtype = query.dtype  # a fresh value does not know its type yet
+    scores = _in_float32(scores)
     if attn_mask is not None:
         scores = op.Add(scores, _in_float32(attn_mask))
-    return op.MatMul(_as_type(op.Softmax(scores, axis=-1), dtype), value)
-
-
-def _in_float32_of(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """As `_in_float32`, for a fresh value whose type is not inferred yet."""
-    return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
+    return op.MatMul(_as_type(op.Softmax(scores, axis=-1), query.dtype), value)
 
 
 def _group_norm(
@@ -243,7 +263,7 @@ def _group_norm(
     grouped = op.Reshape(_in_float32(x), op.Constant(value_ints=[0, groups, -1]))
     ones, zeros = op.Constant(value_floats=[1.0] * groups), op.Constant(value_floats=[0.0] * groups)
     normal = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
-    axes = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+    axes = op.Constant(value_ints=list(range(1, _rank(x) - 1)))
     scaled = op.Mul(normal, op.Unsqueeze(_in_float32(weight), axes))
     return _as_type(op.Add(scaled, op.Unsqueeze(_in_float32(bias), axes)), x.dtype)
 
@@ -257,15 +277,14 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> ir.Value:
     assert len(normalized_shape) == 1
-    normal, _, _ = op.LayerNormalization(
-        _in_float32(x), _in_float32(weight), _in_float32(bias), axis=-1, epsilon=eps
-    )
+    normal, _, _ = op.LayerNormalization(_in_float32(x), _in_float32(weight), _in_float32(bias), axis=-1, epsilon=eps)
     return _as_type(normal, x.dtype)
 
 
 _aten = torch.ops.aten
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _aten.linear.default: _linear,
+    _aten.gelu.default: _gelu,
     _aten.scaled_dot_product_attention.default: _attention,
     _aten.group_norm.default: _group_norm,
     _aten.layer_norm.default: _layer_norm,

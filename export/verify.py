@@ -84,22 +84,16 @@ def load_module(builder: GraphBuilder, weights: Path) -> torch.nn.Module:
     return module
 
 
-def _run_torch(
-    builder: GraphBuilder, inputs: dict[str, torch.Tensor], weights: Path
-) -> dict[str, NDArray[np.float32]]:
+def _run_torch(builder: GraphBuilder, inputs: dict[str, torch.Tensor], weights: Path) -> dict[str, NDArray[np.float32]]:
     module = load_module(builder, weights)
     wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.inference_mode():
         outputs = module(*call_arguments(builder.spec, wide))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {
-        tensor.name: value.numpy() for tensor, value in zip(builder.spec.outputs, outputs, strict=True)
-    }
+    return {tensor.name: value.numpy() for tensor, value in zip(builder.spec.outputs, outputs, strict=True)}
 
 
-def _run_onnx(
-    spec: GraphSpec, file: Path, inputs: dict[str, torch.Tensor]
-) -> dict[str, NDArray[np.floating]]:
+def _run_onnx(spec: GraphSpec, file: Path, inputs: dict[str, torch.Tensor]) -> dict[str, NDArray[np.floating]]:
     if spec.precision != "bf16":
         runner = OrtBackend().open(file, spec)
         return runner.infer({name: value.numpy() for name, value in inputs.items()})

@@ -12,7 +12,8 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -66,25 +67,20 @@ def plan_layout(wanted: Iterable[Weight]) -> Layout:
     """
     # The format allows no gaps: what does not fill its last cache line goes to the end.
     ordered = sorted(wanted, key=lambda weight: weight.bytes % _LINE_BYTES != 0)
-    entries = {}
-    start = 0
-    for weight in ordered:
-        entries[weight.name] = {
+    starts = dict(zip(ordered, accumulate((weight.bytes for weight in ordered), initial=0), strict=False))
+    entries = {
+        weight.name: {
             "dtype": _FORMAT_NAMES[weight.dtype],
             "shape": list(weight.shape),
             "data_offsets": [start, start + weight.bytes],
         }
-        start += weight.bytes
+        for weight, start in starts.items()
+    }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _PAGE_BYTES)  # trailing spaces are allowed, and meant for this
     header = struct.pack("<Q", len(text)) + text
-    weights = {
-        weight.name: Weight(
-            weight.name, weight.dtype, weight.shape, len(header) + entries[weight.name]["data_offsets"][0]
-        )
-        for weight in ordered
-    }
-    return Layout(header, weights)
+    placed = {weight.name: replace(weight, offset=len(header) + start) for weight, start in starts.items()}
+    return Layout(header, placed)
 
 
 def write_weights(
@@ -122,9 +118,7 @@ def write_weights(
     return digest.hexdigest()
 
 
-def _merged(
-    layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]
-) -> Iterator[memoryview]:
+def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]) -> Iterator[memoryview]:
     for weight in layout.weights.values():
         source = sources[weight.name]
         base = source.read()
@@ -140,7 +134,7 @@ def _merged(
                 found=f"values up to {float(merged.abs().max()):.3g}",
                 fix="build with --precision bf16 or fp32",
             )
-        yield memoryview(cast.contiguous().view(torch.uint8).flatten().numpy())
+        yield cast.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -53,6 +53,7 @@ class Runner(ABC):
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph on inputs that are known to fit."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give the graph's memory back; the runner is of no use afterwards."""
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,11 @@ LORA_RANK = 4
 LORAS = ("landscape", "face")
 #: Worked at by default; small, as the model is.
 MIN_SIZE_PX = 256
+
+NOTICE = (
+    "this is the demo model, whose weights are random numbers: it shows that everything runs, "
+    "and its results are noise, not restored photos"
+)
 
 _SQRT_12 = np.float32(12.0**0.5)
 
@@ -89,14 +95,11 @@ def weight(name: str, shape: tuple[int, ...], seed: int, gain: float) -> NDArray
     return offset + np.float32(0.1) * values
 
 
-def write_checkpoints(folder: Path, manifest: Mapping[str, object], dtype: str = "float32") -> None:
+def write_checkpoints(folder: Path, manifest: Mapping[str, Any], dtype: str = "float32") -> None:
     """Write every file of a manifest ({"files": {file: {tensor: shape}}, "seed": …, "gain": …})."""
-    files, seed, gain = manifest["files"], manifest["seed"], manifest["gain"]
-    assert isinstance(files, dict) and isinstance(seed, int) and isinstance(gain, float)
-    for file, tensors in files.items():
-        values = {
-            name: weight(name, tuple(shape), seed, gain).astype(dtype) for name, shape in tensors.items()
-        }
+    seed, gain = manifest["seed"], manifest["gain"]
+    for file, tensors in manifest["files"].items():
+        values = {name: weight(name, tuple(shape), seed, gain).astype(dtype) for name, shape in tensors.items()}
         save_file(values, folder / file)
 
 

@@ -30,6 +30,8 @@ class Sinusoid(nn.Module):
     Source: SPEC, "Networks"; frequencies exp(-ln 10000 · i / (d/2)).
     """
 
+    frequencies: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
@@ -42,6 +44,10 @@ class Sinusoid(nn.Module):
         """Return f32[B, channels] for f32[B]."""
         angle = number[:, None] * self.frequencies
         return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    def as_numbers(self) -> tuple[float, ...]:
+        """Return the frequencies, exactly, for use outside of torch."""
+        return tuple(float(frequency) for frequency in self.frequencies)
 
 
 class SdpaProcessor:

@@ -86,9 +86,7 @@ class ControlNet(EncoderHalf):
         super().__init__(arch)
         self.conv_hint = nn.Conv2d(arch.latent_channels, arch.channels[0], 3, padding=1)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
         """Return `control_0` … `control_9`.
 
         Args:
@@ -192,9 +190,7 @@ class ControlNetGraph(nn.Module):
         super().__init__()
         self.controlnet = ControlNet(arch)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
         """Return `control_0` … `control_9`; arguments as `ControlNet.forward`, x and lq f32."""
         dtype = context.dtype
         return self.controlnet(x.to(dtype), timestep, lq.to(dtype), context, vector)
