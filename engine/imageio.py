@@ -35,7 +35,7 @@ _WRITE_FORMATS = {
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95, "method": 4},
-    "TIFF": {"compression": "tiff_deflate"},
+    "TIFF": {},  # uncompressed: Pillow's compressing encoder cannot store EXIF
     "AVIF": {"quality": 90},
 }
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -234,11 +234,12 @@ def _to_photo(image: Image.Image, path: Path) -> Photo:
         raise ImageError(
             "is animated", where=path, found=f"{getattr(image, 'n_frames', 2)} frames", fix="extract a frame first"
         )
-    xmp, dpi = image.info.get("xmp") or image.info.get(_XMP_IN_PNG), image.info.get("dpi")
     image.load()
-    image, exif, remarks = _turn_upright(image)
+    exif, remarks = _read_exif(image)
+    upright = image if remarks else ImageOps.exif_transpose(image)
+    xmp, dpi = upright.info.get("xmp") or upright.info.get(_XMP_IN_PNG), upright.info.get("dpi")
     return replace(
-        _decode(image, path),
+        _decode(upright, path),
         exif=exif,
         xmp=xmp.encode() if isinstance(xmp, str) else xmp,
         dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
@@ -246,16 +247,20 @@ def _to_photo(image: Image.Image, path: Path) -> Photo:
     )
 
 
-def _turn_upright(image: Image.Image) -> tuple[Image.Image, bytes | None, tuple[str, ...]]:
-    """Apply EXIF's orientation, and return the EXIF that still holds for the turned image."""
+def _read_exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
+    """Return the EXIF block without what holds for the stored file alone, and a remark if it is damaged."""
     try:
-        upright = ImageOps.exif_transpose(image)
-        exif = upright.getexif()
+        stored = image.getexif()
+        for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            if directory in stored:
+                stored.get_ifd(directory)  # read now, or a TIFF's stays behind in its file
+        exif = Image.Exif()
+        exif.load(stored.tobytes())
         for tag in _LAYOUT_TAGS & set(exif):
             del exif[tag]
-        return upright, exif.tobytes() if exif else None, ()
-    except Exception as error:  # a damaged EXIF block raises nearly anything
-        return image, None, (f"its EXIF data is damaged and was left out ({error})",)
+        return exif.tobytes() if exif else None, ()
+    except Exception as error:  # a damaged block raises nearly anything
+        return None, (f"its EXIF data is damaged and was left out ({error})",)
 
 
 def _decode(image: Image.Image, path: Path) -> Photo:

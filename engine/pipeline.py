@@ -5,10 +5,8 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -29,55 +27,17 @@ from engine.noise import batch_noise
 from engine.sampler import Latent, Progress, Step, StepTable, dpmpp2m_table, edm_table, sample
 from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
 from engine.settings import Settings
+from engine.timings import Timings
 
 Pixels = NDArray[np.float32]
 PhotoLike = Photo | NDArray[Any] | str | PathLike[str]
 OnStep = Callable[[Progress], None]
 
 _COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
+#: Beyond this, no computer's memory holds the activations of even a small VAE.
+MAX_WORKING_PIXELS = 1 << 26
 #: Texts whose conditioning is kept: a folder of photos shares one pair.
 _TEXTS_KEPT = 8
-
-
-@dataclass
-class Timings:
-    """Milliseconds per stage; a stage inside another counts only once, as itself.
-
-    Attributes:
-        graphs_ms: time inside the backend, by stage.
-        outside_ms: all other time, by stage.
-    """
-
-    graphs_ms: dict[str, float] = field(default_factory=dict)
-    outside_ms: dict[str, float] = field(default_factory=dict)
-    _inner_ms: float = 0.0
-
-    @property
-    def total_ms(self) -> float:
-        return sum(self.graphs_ms.values()) + sum(self.outside_ms.values())
-
-    @contextmanager
-    def graph(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to a stage inside the backend."""
-        with self._measure(self.graphs_ms, stage):
-            yield
-
-    @contextmanager
-    def outside(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to a stage outside the backend."""
-        with self._measure(self.outside_ms, stage):
-            yield
-
-    @contextmanager
-    def _measure(self, sums_ms: dict[str, float], stage: str) -> Iterator[None]:
-        before_ms, self._inner_ms = self._inner_ms, 0.0
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            sums_ms[stage] = sums_ms.get(stage, 0.0) + elapsed_ms - self._inner_ms
-            self._inner_ms = before_ms + elapsed_ms
 
 
 @dataclass(frozen=True)
@@ -206,9 +166,22 @@ class Restorer:
         return [results[index] for index in range(len(photos))]
 
     def working_size(self, photo: Photo, settings: Settings) -> Size:
-        """Return the (width, height) in pixels at which a photo would be worked at."""
+        """Return the (width, height) in pixels at which a photo would be worked at.
+
+        Raises:
+            ImageError: it is too large to be worked at in one piece.
+        """
         wanted = result_size(photo.size, settings.upscale)
-        return working_size(wanted, settings.min_size, self.bundle.size_multiple)
+        size = working_size(wanted, settings.min_size, self.bundle.size_multiple)
+        if size[0] * size[1] > MAX_WORKING_PIXELS:
+            raise ImageError(
+                "too large to be worked at in one piece",
+                where=f"a photo of {photo.size[0]} × {photo.size[1]} pixels",
+                expected=f"up to {MAX_WORKING_PIXELS / 1e6:.0f} million pixels",
+                found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
+                fix="lower --upscale or --min-size, or cut the photo into parts",
+            )
+        return size
 
     def _restore_group(
         self, sources: list[Photo], size: Size, seeds: list[int], settings: Settings, on_step: OnStep | None

@@ -330,7 +330,7 @@ def _open_shards(index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
+        handle: Any = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             "not a whole safetensors file", where=path, found=str(error), fix=_DOWNLOAD_AGAIN

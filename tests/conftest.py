@@ -1,0 +1,132 @@
+"""What tests share: the reference outputs, the demo's checkpoints, and bundles built from them.
+
+Bundles are built once a session and never changed; traces come from the same cache as the user's,
+so a test run after a build traces nothing anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))  # for `golden`
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Outputs of the original implementation (see shared/reference/README.md)."""
+    return dict(np.load(DATA / "reference" / "tiny.npz"))
+
+
+@pytest.fixture(scope="session")
+def cases():
+    return json.loads((DATA / "reference" / "tiny_cases.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def photo_path():
+    return DATA / "coffee.jpg"
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's checkpoints, as files."""
+    pytest.importorskip("torch", reason="needs the export extra")
+    from export.demo.synthetic import demo_files
+
+    return demo_files()
+
+
+@pytest.fixture(scope="session")
+def build_bundle(demo):
+    """Build a bundle of the demo's checkpoints in-process; returns its folder."""
+    from export.build import build
+    from export.plan import BuildRequest, make_plan
+
+    def run(output: Path, **changes) -> Path:
+        request = {
+            "sdxl": demo.sdxl,
+            "supir": demo.supir,
+            "tokenizer": demo.tokenizer,
+            "preset": "lightning",
+            "settings": {"min_size": 64, "steps": 3},
+            **changes,
+        }
+        build(make_plan(BuildRequest(output=output, **request)), Silent(), lambda line: None)
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundle_fp32(build_bundle, tmp_path_factory):
+    return build_bundle(tmp_path_factory.mktemp("bundles") / "fp32")
+
+
+@pytest.fixture(scope="session")
+def bundle_fp16(build_bundle, tmp_path_factory):
+    return build_bundle(tmp_path_factory.mktemp("bundles") / "fp16", precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def restorer(bundle_fp32):
+    from engine import Restorer
+
+    with Restorer.open(bundle_fp32) as opened:
+        yield opened
+
+
+@pytest.fixture
+def run_restore():
+    """Run `python -m engine.restore` as a user does."""
+    return _Command("-m", "engine.restore")
+
+
+@pytest.fixture
+def run_build():
+    """Run `python export/build_engines.py` as a user does."""
+    return _Command(str(ROOT / "export" / "build_engines.py"))
+
+
+class _Command:
+    def __init__(self, *head: str) -> None:
+        self.head = head
+
+    def __call__(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *self.head, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=280,
+            check=False,
+        )
+
+
+class Silent:
+    """A build's progress that nobody watches."""
+
+    def stage(self, name):
+        pass
+
+    def advance(self, amount):
+        pass

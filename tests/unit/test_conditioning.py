@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from golden import assert_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from engine.conditioning import (
+    MICRO_CONDITIONS,
+    TOKENS,
+    PromptTokenizer,
+    SpecialIds,
+    join_context,
+    join_vector,
+    sinusoids,
+)
+from engine.errors import BundleError
+
+SPECIAL = SpecialIds(start=1000, end=1001, pad=1001, pad_2=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A vocabulary of the words w0 … w999, with ids to match."""
+    plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.enable_truncation(10)  # a file may say so; a prompt is cut all the same nowhere
+    plain.enable_padding(length=20)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    plain.save(str(file))
+    return PromptTokenizer(file, SPECIAL)
+
+
+def words(count):
+    return " ".join(f"w{1 + i % 999}" for i in range(count))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 400), st.integers(0, 2))
+def test_no_token_of_a_prompt_is_dropped(tokenizer, count, spare):
+    chunks = tokenizer.count_chunks(words(count)) + spare
+    ids, ids_2 = tokenizer.chunks(words(count), chunks)
+    assert ids.shape == ids_2.shape == (chunks, TOKENS)
+    inside = [token for row in ids for token in row[1:] if token < 1000]
+    assert inside == [1 + i % 999 for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3)])
+def test_a_chunk_holds_75_tokens(tokenizer, count, chunks):
+    assert tokenizer.count_chunks(words(count)) == chunks
+
+
+def test_chunks_are_framed_and_padded_as_each_tower_expects(tokenizer):
+    ids, ids_2 = tokenizer.chunks("w5 w6", 2)
+    assert ids[0, :4].tolist() == ids_2[0, :4].tolist() == [1000, 5, 6, 1001]
+    assert set(ids[0, 4:]) == {1001}
+    assert set(ids_2[0, 4:]) == {0}
+    assert ids[1, :2].tolist() == ids_2[1, :2].tolist() == [1000, 1001]  # an empty chunk is framed too
+
+
+def test_vector_matches_reference(reference):
+    torch = pytest.importorskip("torch")
+    from export.nets.layers import Sinusoid
+
+    frequencies = Sinusoid(256).as_numbers()
+    vectors = np.stack([join_vector(pooled, frequencies) for pooled in reference["text/pooled"]])
+    assert_golden(vectors, reference["text/vector"], 2e-6)
+    assert torch.equal(torch.tensor(frequencies, dtype=torch.float32), Sinusoid(256).frequencies)
+
+
+def test_context_joins_towers_and_chunks():
+    hidden = np.arange(2 * TOKENS * 3).reshape(2, TOKENS, 3)
+    hidden_2 = -np.arange(2 * TOKENS * 5).reshape(2, TOKENS, 5)
+    context = join_context(hidden, hidden_2)
+    assert context.shape == (2 * TOKENS, 8)
+    assert context[TOKENS + 4].tolist() == [*hidden[1, 4], *hidden_2[1, 4]]
+
+
+def test_sinusoids_hold_cosines_before_sines():
+    values = sinusoids((0.0, 2.0), (1.0, 0.5))
+    assert np.allclose(values, [1, 1, 0, 0, np.cos(2), np.cos(1), np.sin(2), np.sin(1)])
+    assert len(MICRO_CONDITIONS) == 6
+
+
+def test_damaged_tokenizer_is_named(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: the tokenizer is damaged"):
+        PromptTokenizer(file, SPECIAL)

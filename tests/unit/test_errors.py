@@ -1,0 +1,71 @@
+import errno
+
+import pytest
+
+from engine.console import EXIT_BUG, EXIT_INTERRUPTED, format_bytes, peak_memory_bytes, run_command
+from engine.errors import BundleError, RestoreError, UsageError, from_os_error
+
+
+def test_an_error_tells_where_what_and_what_to_do():
+    error = BundleError("a file was changed", where="b/unet.onnx", expected="12 bytes", found="11 bytes", fix="rebuild")
+    assert str(error).splitlines() == [
+        "b/unet.onnx: a file was changed",
+        "  expected: 12 bytes",
+        "  found:    11 bytes",
+        "  to do:    rebuild",
+    ]
+    assert str(RestoreError("too late")) == "too late"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.ENOSPC, "cannot write the image: the disk is full"),
+        (errno.EROFS, "cannot write the image: the file system is read-only"),
+        (errno.EACCES, "cannot write the image: no permission"),
+        (errno.EIO, "cannot write the image: Input/output error"),
+    ],
+)
+def test_system_errors_are_translated(number, text):
+    assert str(from_os_error(OSError(number, "x"), "out.png", "write the image")).startswith(f"out.png: {text}")
+
+
+def command(raised):
+    def main(arguments):
+        if raised is not None:
+            raise raised
+        return 0
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, 0),
+        (BundleError("no bundle here"), 1),
+        (UsageError("no such backend"), 2),
+        (MemoryError(), 1),
+        (ZeroDivisionError("a bug"), EXIT_BUG),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED),
+    ],
+)
+def test_exit_status_and_traceback(raised, status, capsys):
+    assert run_command(command(raised), []) == status
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert ("Traceback" in output.err) is (status == EXIT_BUG)
+    if isinstance(raised, RestoreError):
+        assert output.err == f"error: {raised}\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"), (6_938_000_000, "6.94 GB"), (2.4e12, "2400 GB")],
+)
+def test_sizes_in_words(count, text):
+    assert format_bytes(int(count)) == text
+
+
+def test_peak_memory_is_bytes():
+    assert 10e6 < (peak_memory_bytes() or 0) < 1e12
