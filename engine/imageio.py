@@ -88,8 +88,9 @@ def read_photo(path: Path) -> Photo:
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures and refuses huge ones (over 179 million pixels).
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # What Pillow only warns of is large pictures (it refuses those of over 179 million
+            # pixels) and damaged EXIF, which becomes a remark.
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 return _to_photo(image, path)
     except FileNotFoundError:

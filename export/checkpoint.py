@@ -159,27 +159,23 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
 
 def identify(names: Iterable[str]) -> str:
     """Return what kind of model a file with tensors of these names holds."""
-    tops = {".".join(name.split(".")[:3]) for name in names}
+    names = list(names)
 
     def has(*parts: str) -> bool:
-        return any(part in top for top in tops for part in parts)
+        return any(part in name for name in names for part in parts)
 
-    if any("lora" in name or "hada_" in name or "lokr_" in name for name in names):
-        return "LoRA"
-    if has("control_model."):
-        return "SUPIR" if has("project_modules", "denoise_encoder") else "ControlNet"
-    if has("denoise_encoder", "project_modules"):
-        return "SUPIR"
-    if has("cond_stage_model."):
-        return "Stable Diffusion 1 or 2"
-    if has("conditioner.embedders.0.model") or has("conditioner.embedders.0.model."):
-        return "SDXL refiner"
-    if has("conditioner.embedders.1."):
-        return "SDXL (one file)"
-    if has("model.diffusion_model."):
-        return "SDXL (one file)" if has("model.diffusion_model.label_emb") else "Stable Diffusion 1 or 2"
-    if has("down_blocks."):
-        return "UNet (diffusers)"
+    for kind, found in (
+        ("LoRA", has("lora", "hada_", "lokr_")),
+        ("SUPIR", has("project_modules.", "denoise_encoder.")),
+        ("ControlNet", has("control_model.")),
+        ("Stable Diffusion 1 or 2", has("cond_stage_model.")),
+        ("SDXL refiner", has("conditioner.embedders.0.model.")),
+        ("SDXL (one file)", has("conditioner.embedders.1.", "model.diffusion_model.label_emb.")),
+        ("Stable Diffusion 1 or 2", has("model.diffusion_model.")),
+        ("UNet (diffusers)", has("down_blocks.")),
+    ):
+        if found:
+            return kind
     return "something unknown"
 
 
@@ -352,7 +348,9 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # what torch has written since 1.6; older files can't be mapped
+        content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "the pickle holds more than tensors, so it is not loaded: it could run any code",

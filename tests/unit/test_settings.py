@@ -49,5 +49,5 @@ def test_scales_are_one_or_two_numbers(text, expected):
 
 @pytest.mark.parametrize("text", ["", "a", "1:2:3", "1:", ":2"])
 def test_other_scales_are_refused(text):
-    with pytest.raises(ValueError, match="could not convert|expected S or S:END"):
+    with pytest.raises(ValueError, match=r"could not convert|expected S or S:END"):
         parse_scale(text)

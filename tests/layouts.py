@@ -1,0 +1,69 @@
+"""The demo's checkpoints rewritten in every layout that people have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.checkpoint import open_sdxl
+
+
+def our_tensors(sdxl: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.read().clone().contiguous() for name, tensor in open_sdxl(sdxl).tensors.items()}
+
+
+def write_diffusers_folder(sdxl: Path, folder: Path, *, shards: int = 1, variant: str = "", prefix: str = "") -> Path:
+    """Write unet, vae and text encoders as diffusers does."""
+    tensors = our_tensors(sdxl)
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        part = {}
+        for name, tensor in tensors.items():
+            if name.split(".")[0] != component:
+                continue
+            inside = name.removeprefix(f"{component}.")
+            if component.startswith("text_encoder") and not inside.startswith("text_projection"):
+                inside = prefix + inside
+            part[inside] = tensor
+        stem = "diffusion_pytorch_model" if component in ("unet", "vae") else "model"
+        write_component(part, folder / component, stem, shards, variant)
+    return folder
+
+
+def write_component(tensors, folder: Path, stem: str, shards: int, variant: str) -> None:
+    folder.mkdir(parents=True)
+    suffix = f".{variant}" if variant else ""
+    if shards == 1:
+        save_file(tensors, folder / f"{stem}{suffix}.safetensors")
+        return
+    names = sorted(tensors)
+    weight_map = {}
+    for index in range(shards):
+        file = f"{stem}{suffix}-{index + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[index::shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index_file = folder / f"{stem}.safetensors.index{suffix}.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_diffusers_unet(sdxl: Path, file: Path) -> Path:
+    """Write a UNet alone in diffusers' names, as SDXL-Lightning's UNet files are."""
+    tensors = our_tensors(sdxl)
+    save_file({name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}, file)
+    return file
+
+
+def edit(source: Path, target: Path, *, drop=(), add=None, rename=lambda name: name, dtype=None) -> Path:
+    """Copy a safetensors or pickle file with some tensors dropped, added, renamed or cast."""
+    tensors = {rename(name): tensor for name, tensor in load_file(source).items() if name not in drop}
+    tensors |= add or {}
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if target.suffix == ".safetensors":
+        save_file(tensors, target)
+    else:
+        torch.save(tensors, target)
+    return target
