@@ -7,7 +7,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 from engine.errors import CheckpointError
 from export.architecture import Architecture, TextArch, UNetArch, VaeArch, infer_architecture
-from export.checkpoint import LazyTensor, _sort_ldm, _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint
+from export.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm
 from export.graphs import graph_builders
 
 DATA = Path(__file__).parent.parent / "data"
@@ -74,7 +74,9 @@ def test_other_widths_depths_and_vaes_are_read_too(tiny):
     shapes = {name: shape for name, shape in tiny.items() if ".down_blocks.3." not in name}
     for name in ("vae.decoder.conv_in.weight", "unet.conv_in.weight", "controlnet.conv_in.weight"):
         shapes[name] = (shapes[name][0], 8, 3, 3)
-    shapes = {name: shape for name, shape in shapes.items() if "mid_block.attentions.0.transformer_blocks.1." not in name}
+    shapes = {
+        name: shape for name, shape in shapes.items() if "mid_block.attentions.0.transformer_blocks.1." not in name
+    }
     arch = infer_architecture(shapes)
     assert arch.vae == VaeArch((32, 64, 128), 8)
     assert arch.vae.pixels_per_cell == 4

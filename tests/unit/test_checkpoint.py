@@ -153,7 +153,9 @@ def test_truncated_files_are_told(tmp_path, demo):
 
 
 def test_quantized_files_are_told(tmp_path):
-    save_file({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, dtype=torch.int8)}, tmp_path / "q.safetensors")
+    save_file(
+        {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, dtype=torch.int8)}, tmp_path / "q.safetensors"
+    )
     with pytest.raises(CheckpointError, match="(?s)plain floating-point type.*I8.*unquantized"):
         open_sdxl(tmp_path / "q.safetensors")
 
@@ -163,7 +165,10 @@ def test_quantized_files_are_told(tmp_path):
     [
         (["lora_unet_down_blocks_1.lora_down.weight"], "LoRA"),
         (["unet.mid_block.attn.to_q.lora_A.weight"], "LoRA"),
-        (["cond_stage_model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion 1 or 2"),
+        (
+            ["cond_stage_model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"],
+            "Stable Diffusion 1 or 2",
+        ),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion 1 or 2"),
         (["conditioner.embedders.0.model.ln_final.weight"], "SDXL refiner"),
         (["conditioner.embedders.1.model.x", "conditioner.embedders.0.transformer.x"], "SDXL (one file)"),

@@ -68,8 +68,11 @@ def test_every_real_vae_name_has_a_place(full_names):
     assert len({target.name for target in targets}) == len(own)
     for name, target in zip(own, targets, strict=True):
         assert ldm_name(target.name) == f"first_stage_model.{name}"
-        assert target.part == ("matrix" if ".attn_1." in name and name.endswith((
-            "q.weight", "k.weight", "v.weight", "proj_out.weight")) else "whole")
+        assert target.part == (
+            "matrix"
+            if ".attn_1." in name and name.endswith(("q.weight", "k.weight", "v.weight", "proj_out.weight"))
+            else "whole"
+        )
     denoise = [name.removeprefix("denoise_encoder.") for name in names if name.startswith("denoise_encoder.")]
     for name in denoise:
         target = vae_target(f"encoder.{name}", 4, "denoise_encoder")

@@ -181,7 +181,11 @@ def test_alpha_from_a_saved_peft_model(base, shapes, tmp_path):
 def test_alpha_from_the_metadata_that_diffusers_writes(base, shapes, tmp_path, prefix):
     down, up = pair(shapes[LINEAR])
     module = prefix + LINEAR.removeprefix("unet.").removesuffix(".weight")
-    config = {f"{prefix}r": RANK, f"{prefix}lora_alpha": 3, f"{prefix}alpha_pattern": {"attn2.to_k": 99, "attn1.to_q": 6}}
+    config = {
+        f"{prefix}r": RANK,
+        f"{prefix}lora_alpha": 3,
+        f"{prefix}alpha_pattern": {"attn2.to_k": 99, "attn1.to_q": 6},
+    }
     save_file(
         {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up},
         tmp_path / "lora.safetensors",
@@ -251,11 +255,17 @@ def with_module(module, suffixes=("lora_down.weight", "lora_up.weight")):
         (tensors(**{f"{MODULE}__diff": np.ones(64, np.float32)}), "unsupported kind: a full weight difference"),
         (tensors(**{f"{MODULE}__lora_B__bias": np.ones(64, np.float32)}), "unsupported kind: LoRA with biases"),
         (tensors(**{f"{MODULE}__bogus": np.ones(64, np.float32)}), "no part of a LoRA"),
-        (with_module("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"), "another model: none of its layers"),
-        (with_module("lora_te_text_model_encoder_layers_0_self_attn_q_proj"), "another model: none of its layers"),
+        (
+            with_module("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
+            "for another model: none",
+        ),
+        (with_module("lora_te_text_model_encoder_layers_0_self_attn_q_proj"), "for another model: none"),
         ({**tensors(), **with_module("lora_unet_nonsense")}, "(?s)1 of its 2 layers match nothing.*lora_unet_nonsense"),
         (tensors(**{f"{MODULE}__lora_up__weight": None}), "(?s)half of a pair is missing.*up matrix"),
-        (tensors(**{f"{MODULE}__lora_down__weight": np.ones((4, 768), np.float32)}), r"(?s)does not fit.*\[64, 64\].*768"),
+        (
+            tensors(**{f"{MODULE}__lora_down__weight": np.ones((4, 768), np.float32)}),
+            r"(?s)does not fit.*\[64, 64\].*768",
+        ),
         (tensors(**{f"{MODULE}__lora_down__weight": np.ones((8, 64), np.float32)}), "does not fit the base"),
         (tensors(**{f"{MODULE}__alpha": np.array(np.nan, np.float32)}), "alpha is not a number"),
         ({**tensors(), **with_module(KOHYA[LINEAR][1])}, "two of its layers change one weight"),

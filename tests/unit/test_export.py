@@ -1,0 +1,303 @@
+"""Tracing, packing and verifying, on the small text graphs."""
+
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from engine.errors import BuildError, CheckpointError, UsageError
+from export import to_onnx, verify
+from export.architecture import TextArch
+from export.checkpoint import LazyTensor
+from export.graphs import call_arguments, graph_builders
+from export.pack import pack
+from export.plan import BuildRequest, LoraRequest, make_plan
+from export.presets import PRESETS
+from export.verify import relative_l2, widen
+from export.weights import Weight, plan_layout, write_weights
+
+END = 49407
+
+
+@pytest.fixture(scope="module")
+def plan(demo, tmp_path_factory):
+    return make_plan(
+        BuildRequest(demo.sdxl, demo.supir, demo.tokenizer, tmp_path_factory.mktemp("out") / "b", preset="lightning")
+    )
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
+def packed(request, plan, tmp_path_factory):
+    """The graph `text_encoder_2` with its weights, in each precision."""
+    builder = graph_builders(plan.arch, request.param, END)["text_encoder_2"]
+    parameters = dict(builder.module().named_parameters())
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[request.param]
+    layout = plan_layout([Weight(name, dtype, tuple(value.shape)) for name, value in parameters.items()])
+    folder = tmp_path_factory.mktemp(request.param)
+    write_weights(folder / "weights.safetensors", layout, plan.tensors, [])
+    structure = to_onnx.trace(builder)
+    onnx.save(pack(structure, builder.spec, layout.weights), folder / "text_encoder_2.onnx")
+    return builder, folder / "text_encoder_2.onnx", structure, layout
+
+
+def test_every_precision_agrees_with_torch(packed):
+    builder, file, _, _ = packed
+    verification = verify.verify(builder, file)
+    assert set(verification.relative_l2) == {"hidden", "pooled"}
+    assert max(verification.relative_l2.values()) < {"fp32": 2e-6, "fp16": 2e-3, "bf16": 2e-4}[builder.spec.precision]
+
+
+def test_parameters_keep_their_names_and_shapes(packed):
+    builder, _, structure, _ = packed
+    inputs = {
+        value.name: tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+        for value in structure.graph.input[len(builder.spec.inputs) :]
+    }
+    parameters = {name: tuple(value.shape) for name, value in builder.module().named_parameters()}
+    assert inputs == parameters
+
+
+def test_inputs_and_outputs_are_the_specs(packed):
+    builder, file, _, _ = packed
+    model = onnx.load(file, load_external_data=False)
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+    for values, tensors in ((model.graph.input, builder.spec.inputs), (model.graph.output, builder.spec.outputs)):
+        assert [value.name for value in values] == [tensor.name for tensor in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            assert value.type.tensor_type.elem_type == {**types, "int64": TensorProto.INT64}[tensor.dtype]
+            axes = [axis.dim_value or axis.dim_param for axis in value.type.tensor_type.shape.dim]
+            assert axes == list(tensor.shape)
+    onnx.checker.check_model(str(file))
+
+
+def typed_outputs(model):
+    """The element type of every value of a typed graph."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    return {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+
+
+def test_norms_and_softmax_run_in_float32_and_products_in_the_graphs_type(packed):
+    builder, file, _, _ = packed
+    model = onnx.load(file, load_external_data=False)
+    types = typed_outputs(model)
+    products = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+    seen = set()
+    for node in model.graph.node:
+        kind = types.get(node.output[0])
+        if node.op_type in ("LayerNormalization", "Softmax"):
+            assert kind == TensorProto.FLOAT
+            seen.add(node.op_type)
+        elif node.op_type == "MatMul":
+            assert kind == products[builder.spec.precision]
+            seen.add(node.op_type)
+    assert seen == {"LayerNormalization", "Softmax", "MatMul"}
+
+
+def test_a_wrong_graph_fails_and_is_named(packed, tmp_path):
+    builder, file, structure, layout = packed
+    broken = onnx.ModelProto()
+    broken.CopyFrom(pack(structure, builder.spec, layout.weights))
+    for node in broken.graph.node:
+        if node.op_type == "LayerNormalization":
+            next(a for a in node.attribute if a.name == "epsilon").f = 0.3
+    onnx.save(broken, tmp_path / "text_encoder_2.onnx")
+    shutil.copy(file.parent / "weights.safetensors", tmp_path)  # a link out of the folder is not followed
+    with pytest.raises(
+        BuildError, match=r"(?s)text_encoder_2\.(hidden|pooled): the exported graph disagrees.*relative L2"
+    ):
+        verify.verify(builder, tmp_path / "text_encoder_2.onnx")
+
+
+def test_a_parameter_without_its_weight_is_named(packed):
+    builder, _, structure, layout = packed
+    name = "text_encoder_2.final_layer_norm.weight"
+    for weights in (
+        {key: value for key, value in layout.weights.items() if key != name},
+        {**layout.weights, name: Weight(name, "float32", (3,))},
+    ):
+        with pytest.raises(BuildError, match=rf"text_encoder_2: {name}: a parameter of the graph is not"):
+            pack(structure, builder.spec, weights)
+
+
+def test_traces_are_cached_by_everything_they_depend_on(plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    builder = graph_builders(plan.arch, "fp32", END)["text_encoder"]
+    assert not to_onnx.is_cached(builder)
+    first = to_onnx.trace(builder)
+    assert to_onnx.is_cached(builder)
+    monkeypatch.setattr(to_onnx, "_trace", lambda builder: pytest.fail("traced again"))
+    assert to_onnx.trace(builder) == first
+    others = [
+        graph_builders(plan.arch, "fp16", END)["text_encoder"],
+        graph_builders(plan.arch, "fp32", END)["text_encoder_2"],
+        graph_builders(plan.arch, "fp32", 7)["text_encoder_2"],
+    ]
+    keys = {to_onnx.trace_key(other) for other in (builder, *others)}
+    assert len(keys) == 4
+
+
+def test_a_damaged_trace_is_traced_anew(plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    builder = graph_builders(plan.arch, "fp32", END)["text_encoder"]
+    first = to_onnx.trace(builder)
+    file = next(tmp_path.glob("traces/*.onnx"))
+    file.write_bytes(b"\xff\xff")
+    assert to_onnx.trace(builder) == first
+    assert file.stat().st_size > 1000
+
+
+def test_examples_fit_their_specs(plan):
+    for builder in plan.builders.values():
+        inputs = builder.example(verify.VERIFY_SYMBOLS, 3)
+        builder.spec.bind({name: (str(value.numpy().dtype), tuple(value.shape)) for name, value in inputs.items()})
+        assert len(call_arguments(builder.spec, inputs)) == (6 if builder.spec.name == "unet" else len(inputs))
+
+
+def test_widening_leaves_no_bfloat16():
+    half = onnx.helper.make_tensor("w", TensorProto.BFLOAT16, [2], [1.5, -2.0])
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["a"], to=TensorProto.BFLOAT16),
+        onnx.helper.make_node("Mul", ["a", "w"], ["y"]),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "g", [value("x", TensorProto.FLOAT, [2])], [value("y", TensorProto.BFLOAT16, [2])], [half]
+    )
+    wide = widen(onnx.helper.make_model(graph))
+    assert wide.SerializeToString() != b""
+    assert wide.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert wide.graph.node[0].attribute[0].i == TensorProto.FLOAT
+    assert onnx.numpy_helper.to_array(wide.graph.initializer[0]).tolist() == [1.5, -2.0]
+
+
+def test_relative_l2_is_strict_about_nan_and_zero():
+    assert relative_l2(np.array([1.0, 2.0]), np.array([1.0, 2.0])) == 0.0
+    assert np.isnan(relative_l2(np.zeros(2), np.zeros(2)))
+    assert np.isnan(relative_l2(np.array([np.nan, 1.0]), np.ones(2)))
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def request(demo, tmp_path, **changes):
+    return BuildRequest(
+        **{
+            "sdxl": demo.sdxl,
+            "supir": demo.supir,
+            "tokenizer": demo.tokenizer,
+            "output": tmp_path / "b",
+            "preset": "lightning-8",
+            **changes,
+        }
+    )
+
+
+def test_a_plan_says_what_it_reads_merges_and_writes(demo, tmp_path):
+    loras = tuple(LoraRequest(name, path, 0.5) for name, path in demo.loras.items())
+    plan = make_plan(request(demo, tmp_path, loras=loras, precision="fp16"))
+    described = plan.describe()
+    assert [source["role"] for source in described["read"]] == ["sdxl", "supir"]
+    assert [source["bytes"] for source in described["read"]] == [demo.sdxl.stat().st_size, demo.supir.stat().st_size]
+    assert [(lora["name"], lora["scale"], lora["layers"]) for lora in described["merge"]] == [
+        ("landscape", 0.5, 136),
+        ("face", 0.5, 136),
+    ]
+    precisions = {graph["name"]: graph["precision"] for graph in described["write"]["graphs"]}
+    assert precisions["unet"] == precisions["text_encoder"] == "fp16"
+    assert precisions["vae_decoder"] == precisions["denoise_encoder"] == "fp32"  # SDXL's VAE overflows in fp16
+    assert described["write"]["parameters"] == 34_686_995
+    assert (plan.defaults.steps, plan.defaults.sampler, plan.defaults.cfg_scale) == (8, "dpmpp2m", (2.0, 1.5))
+
+
+def test_the_unet_of_another_file_replaces_the_bases(demo, tmp_path):
+    import layouts
+
+    unet = layouts.write_diffusers_unet(demo.sdxl, tmp_path / "unet.safetensors")
+    plan = make_plan(request(demo, tmp_path, unet=unet))
+    assert plan.tensors["unet.conv_in.weight"].file == unet
+    assert plan.tensors["vae.quant_conv.bias"].file == demo.sdxl
+
+
+@pytest.mark.parametrize("drop", ["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.weight"])
+def test_a_missing_tensor_is_named_as_the_file_names_it(demo, tmp_path, drop):
+    import layouts
+
+    broken = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", drop=[drop])
+    with pytest.raises(CheckpointError, match=f"(?s){drop}: a tensor is missing.*--sdxl"):
+        make_plan(request(demo, tmp_path, sdxl=broken))
+
+
+def test_a_misshapen_tensor_is_named(demo, tmp_path):
+    import layouts
+
+    name = "first_stage_model.denoise_encoder.mid.attn_1.q.bias"
+    broken = layouts.edit(demo.supir, tmp_path / "supir.safetensors", add={name: torch.zeros(64)})
+    with pytest.raises(CheckpointError, match=rf"(?s){name}: a tensor has the wrong shape.*\[128\].*\[64\]"):
+        make_plan(request(demo, tmp_path, supir=broken))
+
+
+def test_a_tensor_of_no_layer_is_named(demo, tmp_path):
+    import layouts
+
+    name = "model.diffusion_model.input_blocks.1.1.norm.weight"
+    broken = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=f"{name}: a tensor has no place"):
+        make_plan(request(demo, tmp_path, sdxl=broken))
+
+
+def test_two_loras_of_one_name_are_refused(demo, tmp_path):
+    face = LoraRequest("face", demo.loras["face"])
+    with pytest.raises(UsageError, match="two LoRAs have one name"):
+        make_plan(request(demo, tmp_path, loras=(face, face)))
+
+
+def test_presets_are_specs_table():
+    table = {name: (p.settings["steps"], p.settings["sampler"], p.settings["cfg_scale"]) for name, p in PRESETS.items()}
+    assert table == {
+        "ours": (15, "edm", (2, 2)),
+        "lightning": (15, "edm", (2, 2)),
+        "lightning-lora": (15, "edm", (2, 2)),
+        "hwxl": (50, "edm", (1, 4)),
+        "hwxl-lora": (50, "edm", (1, 4)),
+        "supir": (50, "edm", (1, 4)),
+        "lightning-8": (8, "dpmpp2m", (2, 1.5)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "right"),
+    [("ours", 0, False), ("ours", 2, True), ("hwxl", 1, False), ("lightning-8", 0, True)],
+)
+def test_presets_check_their_loras(preset, count, right):
+    if right:
+        PRESETS[preset].check_loras(count)
+    else:
+        with pytest.raises(UsageError, match=f"preset {preset}"):
+            PRESETS[preset].check_loras(count)
+
+
+def test_a_vocabulary_larger_than_the_towers_is_refused(demo, tmp_path):
+    from export.plan import _check_vocabulary
+
+    small = TextArch(64, 2, 256, 1000, "gelu", projected=False)
+
+    class Arch:
+        text_encoder = text_encoder_2 = small
+
+    with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 1000"):
+        _check_vocabulary(demo.tokenizer, END, Arch)
+
+
+def test_lazy_parts_have_the_shapes_that_they_read():
+    value = torch.arange(24.0).reshape(6, 4, 1, 1)
+    lazy = LazyTensor("t", None, (6, 4, 1, 1), lambda: value)
+    for part in ("whole", "matrix", "q", "k", "v"):
+        assert lazy.part(part).shape == tuple(lazy.part(part).read().shape)
+    flat = LazyTensor("t", None, (6, 4), lambda: value.reshape(6, 4))
+    assert flat.part("transposed").shape == tuple(flat.part("transposed").read().shape) == (4, 6)
+    assert torch.equal(torch.cat([flat.part(part).read() for part in ("q", "k", "v")]), value.reshape(6, 4))
