@@ -46,7 +46,7 @@ _STATE = "state.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 #: Measured on 2 cores: what a bar needs for a sensible ETA, nothing else depends on it.
 _SECONDS_PER_GB = 4.0
-_SECONDS_PER_BLOCK = 0.45
+_SECONDS_PER_PARAMETER = 0.03
 _SECONDS_PER_PACK = 0.5
 
 
@@ -91,8 +91,8 @@ def estimate(plan: BuildPlan) -> dict[str, float]:
     """Return the stages of a build and what each is worth, in estimated seconds."""
     stages = {"hash": plan.read_bytes / 1e9, WEIGHTS: plan.write_bytes / 1e9 * _SECONDS_PER_GB}
     for name, builder in plan.builders.items():
-        blocks = sum(parameter.endswith("weight") for parameter, _ in builder.module().named_parameters()) / 8
-        stages[name] = _SECONDS_PER_PACK + (0 if is_cached(builder) else blocks * _SECONDS_PER_BLOCK)
+        tracing = 0.0 if is_cached(builder) else len(builder.parameters) * _SECONDS_PER_PARAMETER
+        stages[name] = _SECONDS_PER_PACK + tracing
     return stages
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -45,20 +45,27 @@ _LATENT_SYMBOLS = {"h": CELL_MULTIPLE, "w": CELL_MULTIPLE}
 TRACE_SYMBOLS = {"B": 2, "h": 16, "w": 24, "k": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GraphBuilder:
     """How to make one graph.
 
     Attributes:
         spec: names, types and shapes of its inputs and outputs.
+        constants: numbers that are built into the graph, beside what the spec says.
         module: returns its torch module with parameters on the meta device. Their names are the
             names in the bundle's weights file.
         example: returns inputs for a size (every symbol's value) and a seed.
     """
 
     spec: GraphSpec
+    constants: Mapping[str, int]
     module: Callable[[], nn.Module]
     example: Callable[[Mapping[str, int], int], dict[str, Tensor]]
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the module's parameters."""
+        return {name: tuple(parameter.shape) for name, parameter in self.module().named_parameters()}
 
 
 def graph_builders(arch: Architecture, precision: Precision, end_id: int) -> dict[str, GraphBuilder]:
@@ -84,7 +91,10 @@ def graph_builders(arch: Architecture, precision: Precision, end_id: int) -> dic
     for spec in _specs(arch, precision, vae_precision):
         dtype = TORCH_DTYPES[PRECISION_DTYPES[spec.precision]]
         builders[spec.name] = GraphBuilder(
-            spec, _on_meta(modules[spec.name], dtype), partial(_example_inputs, spec, end_id)
+            spec,
+            {"end_id": end_id} if spec.name == "text_encoder_2" else {},
+            _on_meta(modules[spec.name], dtype),
+            partial(_example_inputs, spec, end_id),
         )
     return builders
 

@@ -229,8 +229,8 @@ def _wanted_weights(builders: Mapping[str, GraphBuilder]) -> list[Weight]:
     wanted = {}
     for builder in builders.values():
         dtype = PRECISION_DTYPES[builder.spec.precision]
-        for name, parameter in builder.module().named_parameters():
-            wanted[name] = Weight(name, dtype, tuple(parameter.shape))
+        for name, shape in builder.parameters.items():
+            wanted[name] = Weight(name, dtype, shape)
     return list(wanted.values())
 
 

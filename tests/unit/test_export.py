@@ -35,9 +35,8 @@ def plan(demo, tmp_path_factory):
 def packed(request, plan, tmp_path_factory):
     """The graph `text_encoder_2` with its weights, in each precision."""
     builder = graph_builders(plan.arch, request.param, END)["text_encoder_2"]
-    parameters = dict(builder.module().named_parameters())
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[request.param]
-    layout = plan_layout([Weight(name, dtype, tuple(value.shape)) for name, value in parameters.items()])
+    layout = plan_layout([Weight(name, dtype, shape) for name, shape in builder.parameters.items()])
     folder = tmp_path_factory.mktemp(request.param)
     write_weights(folder / "weights.safetensors", layout, plan.tensors, [])
     structure = to_onnx.trace(builder)
@@ -58,8 +57,7 @@ def test_parameters_keep_their_names_and_shapes(packed):
         value.name: tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
         for value in structure.graph.input[len(builder.spec.inputs) :]
     }
-    parameters = {name: tuple(value.shape) for name, value in builder.module().named_parameters()}
-    assert inputs == parameters
+    assert inputs == builder.parameters
 
 
 def test_inputs_and_outputs_are_the_specs(packed):

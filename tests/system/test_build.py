@@ -1,0 +1,331 @@
+"""`python export/build_engines.py` as its users call it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+import layouts
+from conftest import ROOT, Silent
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from engine import Restorer
+from engine.bundle import MANIFEST, open_bundle
+from engine.console import run_command
+from engine.errors import BuildError, OutputError
+from export import build as build_module
+from export.build import build, differences
+from export.build_engines import main
+from export.plan import BuildRequest, LoraRequest, make_plan
+from export.weights import write_weights
+
+
+@pytest.fixture
+def request_of(demo, tmp_path):
+    def make(**changes):
+        fields = {
+            "sdxl": demo.sdxl,
+            "supir": demo.supir,
+            "tokenizer": demo.tokenizer,
+            "output": tmp_path / "bundle",
+            "preset": "lightning",
+            "settings": {"min_size": 64, "steps": 3},
+        }
+        return BuildRequest(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def built(bundle_fp32, tmp_path):
+    """The bundle that `request_of()` asks for, finished."""
+    return shutil.copytree(bundle_fp32, tmp_path / "bundle")
+
+
+def run(request, say=lambda line: None):
+    return build(make_plan(request), Silent(), say)
+
+
+def hidden(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
+
+
+def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, run_restore, photo_path, tmp_path):
+    place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
+    done = run_build(**place)
+    assert done.returncode == 0, done.stderr
+    assert "merged LoRA landscape × 1: rank 4, 136 layers" in done.stdout
+    assert done.stdout.count("agrees with torch") == 7
+    assert "100 %" in done.stderr
+    assert "left" in done.stderr
+    restored = run_restore(photo_path, "-o", tmp_path / "out.png", "--steps", 1, **place)
+    assert restored.returncode == 0, restored.stderr
+    assert "the demo model, whose weights are random" in restored.stderr
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_a_finished_bundle_is_left_alone_unless_something_changed(request_of, built, demo, tmp_path):
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bundle").iterdir()}
+    second = run(request_of())
+    assert (second.status, second.changes) == ("unchanged", ())
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bundle").iterdir()} == before
+
+    said = []
+    face = LoraRequest("face", demo.loras["face"], 0.5)
+    third = run(request_of(preset="lightning-lora", loras=(face,)), said.append)
+    assert third.status == "built"
+    assert len(said) == 2
+    assert said[0] == "changed: preset: lightning → lightning-lora"
+    assert said[1].startswith("changed: loras.face: nothing → ")
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert [(lora.name, lora.scale, lora.ranks, lora.alphas, lora.layers) for lora in manifest.loras] == [
+        ("face", 0.5, (4,), (2.0,), 136)
+    ]
+    assert hidden(tmp_path) == []
+
+
+def test_a_changed_checkpoint_is_noticed(request_of, built, demo, tmp_path):
+    name = "model.diffusion_model.out.2.bias"
+    changed = load_file(demo.sdxl)[name] + 1
+    sdxl = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: changed})
+    assert [line.split(":")[0] for line in run(request_of(sdxl=sdxl)).changes] == ["sources.sdxl sdxl.safetensors"]
+
+
+def test_a_damaged_bundle_is_built_again(request_of, built, tmp_path):
+    (tmp_path / "bundle" / "unet.onnx").write_bytes(b"")
+    assert run(request_of()).status == "built"
+    open_bundle(tmp_path / "bundle")
+
+
+def test_merged_weights_are_in_the_bundle(request_of, demo, tmp_path):
+    run(request_of(preset="ours", loras=(LoraRequest("face", demo.loras["face"], 0.5),)))
+    merged = load_file(tmp_path / "bundle" / "weights.safetensors")
+    base, lora = load_file(demo.sdxl), load_file(demo.loras["face"])
+    ldm = "input_blocks.5.1.transformer_blocks.0.attn2.to_v"
+    flat = "lora_unet_" + ldm.replace(".", "_")
+    delta = lora[f"{flat}.lora_up.weight"].double() @ lora[f"{flat}.lora_down.weight"].double()
+    expected = base[f"model.diffusion_model.{ldm}.weight"].double() + 0.5 * (2.0 / 4) * delta
+    ours = merged["unet.down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.weight"]
+    assert torch.allclose(ours.double(), expected, atol=1e-6)
+    untouched = "controlnet.down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.weight"
+    assert torch.equal(merged[untouched], load_file(demo.supir)[f"model.control_model.{ldm}.weight"])
+
+
+def test_scale_zero_merges_to_the_base_to_the_bit(request_of, demo, bundle_fp32, tmp_path):
+    plan = make_plan(request_of(preset="ours", loras=(LoraRequest("face", demo.loras["face"], 0.0),)))
+    digest = write_weights(tmp_path / "w.safetensors", plan.layout, plan.tensors, plan.loras)
+    assert digest == open_bundle(bundle_fp32).manifest.weights.sha256
+
+
+class Stop(BaseException):
+    """What Ctrl-C or a kill looks like from inside."""
+
+
+def test_a_stopped_build_goes_on_where_it_was(request_of, tmp_path, monkeypatch):
+    verified = []
+    real = build_module.verify
+
+    def verify(builder, file):
+        if len(verified) == 3:
+            raise Stop
+        verified.append(builder.spec.name)
+        return real(builder, file)
+
+    monkeypatch.setattr(build_module, "verify", verify)
+    with pytest.raises(Stop):
+        run(request_of())
+    assert not (tmp_path / "bundle").exists()
+    weights = tmp_path / ".bundle.building" / "weights.safetensors"
+    written = weights.stat().st_mtime_ns
+
+    monkeypatch.setattr(build_module, "verify", real)
+    said = []
+    result = run(request_of(), said.append)
+    assert result.resumed == ("weights.safetensors", "text_encoder", "text_encoder_2", "denoise_encoder")
+    assert said == ["goes on behind: weights.safetensors, text_encoder, text_encoder_2, denoise_encoder"]
+    assert (tmp_path / "bundle" / "weights.safetensors").stat().st_mtime_ns == written
+    open_bundle(tmp_path / "bundle")
+    assert hidden(tmp_path) == []
+
+
+def test_a_killed_build_goes_on_too(tmp_path):
+    command = [sys.executable, str(ROOT / "export" / "build_engines.py"), "--output", str(tmp_path / "bundle")]
+    command += ["--preset", "lightning"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    state = tmp_path / ".bundle.building" / "state.json"
+    while process.poll() is None and not state.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "bundle").exists()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=280, check=True)
+    report = json.loads(done.stdout)
+    assert report["status"] == "built"
+    assert report["resumed"][0] == "weights.safetensors"
+
+
+def test_a_stopped_build_of_something_else_is_not_mixed_in(request_of, tmp_path, monkeypatch):
+    def verify(builder, file):
+        raise Stop
+
+    monkeypatch.setattr(build_module, "verify", verify)
+    with pytest.raises(Stop):
+        run(request_of())
+    monkeypatch.undo()
+    assert run(request_of(preset="supir")).resumed == ()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_build_leaves_what_was_there(request_of, bundle_fp32, tmp_path, monkeypatch, before):
+    if before:
+        shutil.copytree(bundle_fp32, tmp_path / "bundle")
+    kept = open_bundle(tmp_path / "bundle").digest if before else None
+
+    def verify(builder, file):
+        raise BuildError("the exported graph disagrees with its torch module", where=builder.spec.name)
+
+    monkeypatch.setattr(build_module, "verify", verify)
+    with pytest.raises(BuildError, match="text_encoder: the exported graph disagrees"):
+        run(request_of(preset="supir"))
+    assert (tmp_path / "bundle").exists() is before
+    assert not before or open_bundle(tmp_path / "bundle").digest == kept
+    assert hidden(tmp_path) == []
+
+
+def test_a_weight_that_is_nan_fails_the_build_by_name(request_of, demo, tmp_path):
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    broken = load_file(demo.sdxl)[name]
+    broken[3, 4] = float("nan")
+    sdxl = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: broken})
+    with pytest.raises(Exception, match=rf"sdxl\.safetensors: {name}: a tensor holds values that are not finite"):
+        run(request_of(sdxl=sdxl))
+    assert not (tmp_path / "bundle").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_too_little_room_is_said_beforehand(request_of, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"(?s)not enough room on the disk.*expected: +\d+ MB.*50 MB free"):
+        run(request_of())
+    assert hidden(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(request_of, tmp_path):
+    """A real full disk, where this machine lets the test mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        (disk / "filler").write_bytes(bytes(60 << 20))
+        plan = make_plan(request_of(output=disk / "bundle"))
+        real, build_module._check_room = build_module._check_room, lambda plan, partial: None
+        try:
+            with pytest.raises(OutputError, match="the disk is full"):
+                build(plan, Silent(), lambda line: None)
+        finally:
+            build_module._check_room = real
+        assert [path.name for path in disk.iterdir() if not path.name.endswith(".lock")] == ["filler"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_two_builders_do_not_meet(request_of, tmp_path):
+    with FileLock(tmp_path / ".bundle.lock"), pytest.raises(BuildError, match="another build of this bundle"):
+        run(request_of())
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(demo, tmp_path, capsys):
+    arguments = ["--dry-run", "--output", str(tmp_path / "bundle")]
+    assert run_command(main, arguments) == 0
+    text = capsys.readouterr().out
+    for part in ("read   sdxl", "96.7 MB", "merge  face × 1: rank 4, alpha 2, 136 layers", "34,686,995 parameters"):
+        assert part in text
+    assert run_command(main, [*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["write"]["weights_bytes"] > 138e6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_reports_the_whole_manifest(demo, tmp_path, capsys):
+    assert run_command(main, ["--preset", "lightning-8", "--output", str(tmp_path / "x"), "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == "built"
+    assert report["manifest"] == json.loads((tmp_path / "x" / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "sharded", "unet", "ckpt"])
+def test_every_layout_builds_the_same_weights(request_of, demo, bundle_fp32, tmp_path, layout):
+    changes = {
+        "diffusers": lambda: {"sdxl": layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m")},
+        "sharded": lambda: {"sdxl": layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m", shards=3)},
+        "unet": lambda: {"unet": layouts.write_diffusers_unet(demo.sdxl, tmp_path / "unet.safetensors")},
+        "ckpt": lambda: {"supir": layouts.edit(demo.supir, tmp_path / "supir.ckpt")},
+    }[layout]()
+    plan = make_plan(request_of(**changes))
+    digest = write_weights(tmp_path / "w.safetensors", plan.layout, plan.tensors, plan.loras)
+    assert digest == open_bundle(bundle_fp32).manifest.weights.sha256
+
+
+def test_a_clip_folder_of_vocabulary_and_merges(request_of, demo, tmp_path):
+    """CLIP's own files, vocab.json and merges.txt, become one tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    from export.tokenizer import load_tokenizer
+
+    original = Tokenizer.from_file(str(demo.tokenizer / "tokenizer.json"))
+    model = json.loads(original.to_str())["model"]
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    text = "A dog's photo, high resolution — 猫"
+    assert load_tokenizer(folder).encode(text).ids == original.encode(text).ids
+
+
+def test_differences_are_told_by_their_place():
+    old = {"a": 1, "b": {"c": "x", "d": [1]}, "gone": True}
+    new = {"a": 1, "b": {"c": "y", "d": [1, 2]}, "new": {"e": 0}}
+    assert differences(old, new) == [
+        "b.c: x → y",
+        "b.d: [1] → [1, 2]",
+        "gone: True → nothing",
+        "new: nothing → {'e': 0}",
+    ]
+
+
+def test_help_is_quick_and_complete(run_build):
+    started = time.monotonic()
+    done = run_build("--help")
+    assert done.returncode == 0
+    assert time.monotonic() - started < 5
+    for option in ("--sdxl", "--unet", "--supir", "--lora", "--tokenizer", "--preset", "--precision", "--dry-run"):
+        assert option in done.stdout
+
+
+def test_bf16_is_built_and_refused_by_the_cpu_with_the_reason(request_of, tmp_path, photo_path):
+    from export.graphs import graph_builders
+
+    plan = make_plan(request_of(precision="bf16"))
+    assert {builder.spec.precision for builder in plan.builders.values()} == {"bf16"}
+    spec = graph_builders(plan.arch, "bf16", 49407)["text_encoder"].spec
+    from engine.backends.ort import OrtBackend
+    from engine.errors import BackendError
+
+    with pytest.raises(BackendError, match="(?s)no bf16 operators.*--precision fp32"):
+        OrtBackend().open(tmp_path / "text_encoder.onnx", spec)
+
+
+def test_a_bundle_of_each_kind_restores(bundle_fp32, bundle_fp16, photo_path):
+    for bundle in (bundle_fp32, bundle_fp16):
+        with Restorer.open(bundle) as restorer:
+            assert restorer.restore(photo_path, steps=1).photo.size == (384, 256)

@@ -1,0 +1,172 @@
+"""`python -m engine.restore` as its users call it: real files in, real files out."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.console import run_command
+from engine.imageio import read_history, read_photo
+from engine.restore import main
+
+
+@pytest.fixture
+def restore(bundle_fp32, capsys):
+    """Run the command in this process; returns (status, stdout, stderr)."""
+
+    def call(*arguments):
+        status = run_command(main, ["--bundle", str(bundle_fp32), *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def photo(photo_path, tmp_path):
+    return shutil.copy(photo_path, tmp_path / "cup.jpg")
+
+
+def test_a_photo_is_restored_beside_itself(run_restore, bundle_fp32, photo):
+    done = run_restore(photo, "--bundle", bundle_fp32)
+    assert done.returncode == 0, done.stderr
+    result = photo.with_name("cup.restored.png")
+    assert str(result) in done.stdout
+    assert "100%" in done.stderr
+    assert "3/3" in done.stderr  # a bar over steps
+    restored = read_photo(result)
+    assert restored.size == read_photo(photo).size
+    assert restored.rgb.std() > 0.05
+    assert sorted(path.name for path in photo.parent.iterdir()) == ["cup.jpg", "cup.restored.png"]
+
+
+def test_json_tells_settings_seed_times_and_memory(restore, photo, tmp_path):
+    status, out, _ = restore(photo, "-o", tmp_path / "out.png", "--json", "--seed", 7, "--quiet", "--upscale", 1.5)
+    assert status == 0
+    (report,) = json.loads(out)
+    assert report["settings"]["seed"] == 7
+    assert report["input_size"] == [384, 256]
+    assert report["output_size"] == [576, 384]
+    assert Image.open(tmp_path / "out.png").size == (576, 384)
+    assert set(report["graphs_ms"]) >= {"text", "denoise encoder", "stage 1", "controlnet", "unet", "vae decoder"}
+    assert all(value >= 0 for value in report["graphs_ms"].values())
+    assert report["total_ms"] == pytest.approx(
+        sum(report["graphs_ms"].values()) + sum(report["outside_ms"].values()), abs=2
+    )
+    assert report["peak_memory_bytes"] > 10e6
+    assert len(report["bundle"]["digest"]) == 64
+
+
+def test_like_makes_a_result_again(restore, photo, tmp_path):
+    first, again, other = (tmp_path / name for name in ("first.png", "again.webp.png", "other.png"))
+    options = ["--seed", 11, "--steps", 4, "--cfg-scale", "1:3", "--restore-pull", 3, "--prompt", 'a "cup", Tässchen']
+    assert restore(photo, "-o", first, *options)[0] == 0
+    assert restore(photo, "-o", again, "--like", first)[0] == 0
+    assert restore(photo, "-o", other, "--like", first, "--no-restore-pull", "--seed", 12)[0] == 0
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert read_history(first)["settings"] == read_history(again)["settings"]
+    assert read_history(first)["settings"]["prompt"] == 'a "cup", Tässchen'
+    changed = read_history(other)["settings"]
+    assert (changed["seed"], changed["restore_pull"], changed["steps"]) == (12, None, 4)
+    assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(other)))
+
+
+def test_like_says_when_the_bundle_is_another(restore, bundle_fp16, photo, tmp_path):
+    status, _, err = restore(photo, "-o", tmp_path / "a.png", "--steps", 1)
+    assert status == 0
+    assert "another bundle" not in err
+    status, _, err = restore(photo, "-o", tmp_path / "b.png", "--like", tmp_path / "a.png", "--bundle", bundle_fp16)
+    assert status == 0
+    assert "a.png was made with another bundle" in err
+
+
+def test_samples_have_successive_seeds(restore, photo, tmp_path):
+    status, out, _ = restore(photo, "-o", tmp_path / "out.png", "--samples", 2, "--seed", 5, "--steps", 2)
+    assert status == 0
+    assert [path.name for path in sorted(tmp_path.glob("out*"))] == ["out.5.png", "out.6.png"]
+    assert [read_history(tmp_path / f"out.{seed}.png")["settings"]["seed"] for seed in (5, 6)] == [5, 6]
+    assert out.count("seed") == 2
+
+
+def test_a_folder_and_a_bad_file_in_it(restore, photo, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        shutil.copy(photo, folder / name)
+    (folder / "b.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("not read at all")
+    status, _, err = restore(folder, "-o", tmp_path / "out", "--steps", 1)
+    assert status == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+    assert "b.jpg: is not an image" in err
+    assert "1 of 3 photos could not be restored" in err
+    assert "Traceback" not in err
+
+
+def test_alpha_profile_orientation_and_metadata_come_back(restore, tmp_path):
+    from PIL import ExifTags, ImageCms
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (60, 90, 4), dtype=np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying, shown standing
+    exif[ExifTags.Base.Artist] = "Someone"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "in.png", exif=exif, icc_profile=profile, dpi=(72, 72))
+    assert restore(tmp_path / "in.png", "-o", tmp_path / "out.png", "--steps", 1)[0] == 0
+    result = read_photo(tmp_path / "out.png")
+    assert result.size == (60, 90)
+    assert np.array_equal(result.alpha, read_photo(tmp_path / "in.png").alpha)
+    assert result.icc_profile == profile
+    kept = Image.Exif()
+    kept.load(result.exif)
+    assert kept[ExifTags.Base.Artist] == "Someone"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 31), (300, 20)])
+def test_every_size_comes_back_as_it_was(restore, tmp_path, size):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / "in.png")
+    assert restore(tmp_path / "in.png", "-o", tmp_path / "out.png", "--steps", 1)[0] == 0
+    assert Image.open(tmp_path / "out.png").size == size
+    assert restore(tmp_path / "in.png", "-o", tmp_path / "two.png", "--steps", 1, "--upscale", 2)[0] == 0
+    assert Image.open(tmp_path / "two.png").size == (2 * size[0], 2 * size[1])
+
+
+def test_interrupting_leaves_nothing_behind(bundle_fp32, photo, tmp_path):
+    command = [sys.executable, "-m", "engine.restore", str(photo), "--bundle", str(bundle_fp32), "--steps", "500"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        seen = b""
+        while not re.search(rb" [1-9]\d*/500", seen):  # it has begun to sample
+            read = os.read(process.stderr.fileno(), 4096)
+            assert read, "it ended by itself"
+            seen += read
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=30) == 130
+    assert b"interrupted" in rest
+    assert b"Traceback" not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["cup.jpg"]
+
+
+def test_a_photo_is_never_replaced_by_its_result(restore, photo):
+    before = photo.read_bytes()
+    status, _, err = restore(photo, "-o", photo, "--overwrite")
+    assert status == 1
+    assert "would replace the photo itself" in err
+    assert photo.read_bytes() == before
+
+
+def test_help_names_every_setting(run_restore):
+    text = run_restore("--help").stdout
+    from engine.settings import Settings
+
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
