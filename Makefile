@@ -1,0 +1,32 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint format benchmark clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: ## Build the demo bundle and restore the sample photo
+	python export/build_engines.py
+	python -m engine.restore tests/data/coffee.jpg -o restored.png --overwrite
+
+test: ## Run the tests (about 5 minutes on 2 cores)
+	python -m pytest
+
+slow: ## Run all tests, those that take minutes included
+	python -m pytest --slow
+
+lint: ## Check style, types and the direction of imports
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+format: ## Bring the code into style
+	ruff check --fix .
+	ruff format .
+
+benchmark: ## Measure the engine against eager PyTorch
+	python benchmarks/latency.py --baseline torch --size 256 512
+
+clean: ## Remove what tools left behind; bundles and caches stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
