@@ -40,6 +40,8 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _SIXTEEN_BITS = 65535.0
+#: Pillow's ways to say that a file is damaged.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
 _XMP_IN_PNG = "XML:com.adobe.xmp"
 #: EXIF's "record of what has been done to the image": the same place in every format.
 _HISTORY_TAG = ExifTags.Base.ImageHistory
@@ -88,25 +90,56 @@ def read_photo(path: Path) -> Photo:
     """
     try:
         with warnings.catch_warnings():
-            # What Pillow only warns of is large pictures (it refuses those of over 179 million
-            # pixels) and damaged EXIF, which becomes a remark.
+            # Pillow warns of large pictures, which it refuses when they are huge, and of damaged
+            # metadata, which becomes a remark.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return _to_photo(image, path)
+                return photo_from_image(image, path)
     except FileNotFoundError:
         raise ImageError("no such file", where=path, fix="check the path") from None
     except IsADirectoryError:
         raise ImageError("is a folder", where=path, expected="an image file") from None
+    except PermissionError:
+        raise ImageError("no permission to read it", where=path) from None
     except UnidentifiedImageError:
         raise ImageError(
             "is not an image, or of a format that is not read", where=path, expected=", ".join(_READ_SUFFIXES)
         ) from None
-    except Image.DecompressionBombError as error:
+    except Image.DecompressionBombError as error:  # Pillow's limit: 179 million pixels
         raise ImageError("is too large", where=path, found=str(error)) from error
-    except PermissionError:
-        raise ImageError("no permission to read it", where=path) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say "damaged"
+    except _DAMAGE as error:
         raise ImageError("is truncated or damaged", where=path, found=str(error)) from error
+
+
+def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
+    """Return a photo of a Pillow image, whose file may still be unread.
+
+    Args:
+        image: of any mode but floating point.
+        where: what errors call it.
+    Raises:
+        ImageError: animated, empty, of a mode that is not read, or damaged.
+    """
+    if 0 in image.size:
+        raise ImageError("has no pixels", where=where, found=f"{image.width} × {image.height}")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's MPO is a photo and its twin
+        frames = f"{getattr(image, 'n_frames', 2)} frames"
+        raise ImageError("is animated", where=where, found=frames, fix="extract a frame first")
+    try:
+        image.load()
+        exif, remarks = _read_exif(image)
+        upright = image if remarks else ImageOps.exif_transpose(image)
+        photo = _decode(upright, where)
+    except _DAMAGE as error:
+        raise ImageError("is truncated or damaged", where=where, found=str(error)) from error
+    xmp, dpi = upright.info.get("xmp") or upright.info.get(_XMP_IN_PNG), upright.info.get("dpi")
+    return replace(
+        photo,
+        exif=exif,
+        xmp=xmp.encode() if isinstance(xmp, str) else xmp,
+        dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
+        remarks=remarks,
+    )
 
 
 def photo_from_array(rgb: NDArray[Any]) -> Photo:
@@ -228,26 +261,6 @@ def read_history(path: Path) -> dict[str, Any]:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _to_photo(image: Image.Image, path: Path) -> Photo:
-    if 0 in image.size:
-        raise ImageError("has no pixels", where=path, found=f"{image.width} × {image.height}")
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's MPO is a photo and its twin
-        raise ImageError(
-            "is animated", where=path, found=f"{getattr(image, 'n_frames', 2)} frames", fix="extract a frame first"
-        )
-    image.load()
-    exif, remarks = _read_exif(image)
-    upright = image if remarks else ImageOps.exif_transpose(image)
-    xmp, dpi = upright.info.get("xmp") or upright.info.get(_XMP_IN_PNG), upright.info.get("dpi")
-    return replace(
-        _decode(upright, path),
-        exif=exif,
-        xmp=xmp.encode() if isinstance(xmp, str) else xmp,
-        dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
-        remarks=remarks,
-    )
-
-
 def _read_exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
     """Return the EXIF block without what holds for the stored file alone, and a remark if it is damaged."""
     try:
@@ -264,19 +277,19 @@ def _read_exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
         return None, (f"its EXIF data is damaged and was left out ({error})",)
 
 
-def _decode(image: Image.Image, path: Path) -> Photo:
+def _decode(image: Image.Image, where: object) -> Photo:
     icc = image.info.get("icc_profile")
     if image.mode in ("CMYK", "LAB"):
-        image, icc = _to_srgb(image, icc, path)
+        image, icc = _to_srgb(image, icc, where)
     if image.mode in _GREY_MODES:
         return replace(_decode_grey(image), icc_profile=icc)
     transparent = "transparency" in image.info or image.mode in ("RGBA", "PA", "La", "RGBa")
     if image.mode == "F":
-        raise ImageError("holds floating-point values of unknown range", where=path, fix="convert it to 8 or 16 bit")
+        raise ImageError("holds floating-point values of unknown range", where=where, fix="convert it to 8 or 16 bit")
     try:
         array = np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / np.float32(255.0)
     except ValueError as error:
-        raise ImageError(f"is of a mode that is not read: {image.mode}", where=path) from error
+        raise ImageError(f"is of a mode that is not read: {image.mode}", where=where) from error
     return Photo(array[:, :, :3], array[:, :, 3] if transparent else None, icc_profile=icc)
 
 
@@ -292,7 +305,7 @@ def _decode_grey(image: Image.Image) -> Photo:
     return Photo(np.repeat(grey[:, :, None], 3, axis=2), alpha, grey=True)
 
 
-def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> tuple[Image.Image, bytes | None]:
+def _to_srgb(image: Image.Image, icc: bytes | None, where: object) -> tuple[Image.Image, bytes | None]:
     """Convert a print or Lab image to RGB: through its profile if it has one."""
     srgb = ImageCms.createProfile("sRGB")
     try:
@@ -304,7 +317,7 @@ def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> tuple[Image.I
             return image.convert("RGB"), None
         converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
-        raise ImageError("its colour profile cannot be applied", where=path, found=str(error)) from error
+        raise ImageError("its colour profile cannot be applied", where=where, found=str(error)) from error
     assert converted is not None
     return converted, ImageCms.ImageCmsProfile(srgb).tobytes()
 

@@ -13,24 +13,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from engine import __version__, colorfix
 from engine.backends import make_backend
-from engine.backends.base import Array, Backend, Runner, as_dtype
+from engine.backends.base import Array, Backend, Runner
 from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
 from engine.errors import ImageError, RestoreError, UsageError
 from engine.geometry import Size, result_size, working_size
 from engine.guidance import Ramp, RestorationPull, is_unguided
-from engine.imageio import Photo, photo_from_array, read_photo, resize
+from engine.imageio import Photo, photo_from_array, photo_from_image, read_photo, resize
+from engine.network import GuidedNetwork
 from engine.noise import batch_noise
-from engine.sampler import Latent, Progress, Step, StepTable, dpmpp2m_table, edm_table, sample
+from engine.sampler import Latent, Progress, StepTable, dpmpp2m_table, edm_table, sample
 from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
 from engine.settings import Settings
 from engine.timings import Timings
 
 Pixels = NDArray[np.float32]
-PhotoLike = Photo | NDArray[Any] | str | PathLike[str]
+PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 OnStep = Callable[[Progress], None]
 
 _COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
@@ -112,11 +114,14 @@ class Restorer:
 
     # -- photo to photo -------------------------------------------------------------------------
 
-    def restore(self, photo: PhotoLike, *, on_step: OnStep | None = None, **changes: Any) -> Restored:
+    def restore(
+        self, photo: PhotoLike, *, noise: Latent | None = None, on_step: OnStep | None = None, **changes: Any
+    ) -> Restored:
         """Restore one photo.
 
         Args:
-            photo: a file, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`.
+            photo: a file, a Pillow image, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`.
+            noise: f32[1,4,h,w], the starting noise, instead of the seed's.
             on_step: called after every sampling step; an exception from it ends the restoration.
             **changes: settings (see `Settings`) that differ from the bundle's.
         Raises:
@@ -124,13 +129,14 @@ class Restorer:
             UsageError: a setting is unknown or out of bounds.
             BackendError: a graph fails, for one because memory runs out.
         """
-        return self.restore_batch([photo], on_step=on_step, **changes)[0]
+        return self.restore_batch([photo], noise=noise, on_step=on_step, **changes)[0]
 
     def restore_batch(
         self,
         photos: Sequence[PhotoLike],
         *,
         seeds: Sequence[int] | None = None,
+        noise: Latent | None = None,
         on_step: OnStep | None = None,
         **changes: Any,
     ) -> list[Restored]:
@@ -141,6 +147,7 @@ class Restorer:
         Args:
             photos: as for `restore`.
             seeds: one per photo; None gives all of them the settings' seed.
+            noise: f32[B,4,h,w], instead of the seeds'; the photos must be of one working size.
             on_step, **changes: as for `restore`.
         Returns:
             The results in the photos' order.
@@ -159,10 +166,9 @@ class Restorer:
         for size, members in groups.items():
             batch = [sources[index] for index in members]
             group_seeds = [seeds[index] for index in members]
-            for index, result in zip(
-                members, self._restore_group(batch, size, group_seeds, settings, on_step), strict=True
-            ):
-                results[index] = result
+            own_noise = None if noise is None else noise[members]
+            group = self._restore_group(batch, size, group_seeds, settings, own_noise, on_step)
+            results.update(zip(members, group, strict=True))
         return [results[index] for index in range(len(photos))]
 
     def working_size(self, photo: Photo, settings: Settings) -> Size:
@@ -184,7 +190,13 @@ class Restorer:
         return size
 
     def _restore_group(
-        self, sources: list[Photo], size: Size, seeds: list[int], settings: Settings, on_step: OnStep | None
+        self,
+        sources: list[Photo],
+        size: Size,
+        seeds: list[int],
+        settings: Settings,
+        noise: Latent | None,
+        on_step: OnStep | None,
     ) -> list[Restored]:
         times = Timings()
         with times.outside("everything else"):
@@ -197,7 +209,9 @@ class Restorer:
             center = None
             if settings.restore_pull is not None and stage1 is not None:
                 center = self.encode_clean(stage1, times=times)
-            z = self.sample(z_lq, texts, settings, seeds=seeds, center=center, on_step=on_step, times=times)
+            z = self.sample(
+                z_lq, texts, settings, seeds=seeds, noise=noise, center=center, on_step=on_step, times=times
+            )
             restored = self.decode(z, times=times)
             with times.outside("color fix"):
                 if settings.color_fix != "none" and stage1 is not None:
@@ -308,7 +322,10 @@ class Restorer:
                 return step_noise[number - 1]
             return batch_noise(seeds, number, z_lq.shape[1:])
 
-        network = _Network(self, z_lq, texts, times)
+        def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            return self._run(graph, inputs, graph, times)
+
+        network = GuidedNetwork(run, self.bundle.spec("unet"), z_lq, texts)
         z: Latent | None = None
         for progress in sample(self.table(settings), network, draw, center=center):
             z = progress.x
@@ -342,37 +359,6 @@ class Restorer:
             return runner.infer(inputs)
 
 
-class _Network:
-    """ControlNet and UNet as the sampler sees them: positive and negative text in one batch."""
-
-    def __init__(self, restorer: Restorer, z_lq: Latent, texts: Sequence[Conditioning], times: Timings) -> None:
-        self._run = restorer._run
-        self._z_lq = z_lq
-        self._times = times
-        spec = restorer.bundle.spec("unet")
-        self._contexts, self._vectors = (
-            [
-                as_dtype(np.repeat(getattr(text, name)[None], len(z_lq), axis=0), spec.tensor(name).dtype)
-                for text in texts
-            ]
-            for name in ("context", "vector")
-        )
-
-    def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
-        passes = 2 if step.guided else 1
-        shared = {
-            "x": np.concatenate([x] * passes),
-            "timestep": np.full(passes * len(x), step.timestep, dtype=np.float32),
-            "context": np.concatenate(self._contexts[:passes]),
-            "vector": np.concatenate(self._vectors[:passes]),
-        }
-        lq = np.concatenate([self._z_lq] * passes)
-        controls = self._run("controlnet", {**shared, "lq": lq}, "controlnet", self._times)
-        scale = np.array([step.control_scale], dtype=np.float32)
-        eps = self._run("unet", {**shared, **controls, "control_scale": scale}, "unet", self._times)["eps"]
-        return (eps[: len(x)], eps[len(x) :]) if step.guided else (eps, None)
-
-
 def _cfg(settings: Settings) -> Callable[[float], float]:
     ramp = Ramp(*settings.cfg_scale)
     return lambda sigma: 1.0 if is_unguided(ramp(sigma)) else ramp(sigma)
@@ -383,9 +369,12 @@ def _as_photo(photo: PhotoLike) -> Photo:
         return photo
     if isinstance(photo, (str, PathLike)):
         return read_photo(Path(photo))
+    if isinstance(photo, Image):
+        return photo_from_image(photo)
     if isinstance(photo, np.ndarray):
         return photo_from_array(photo)
-    raise ImageError("not a photo", expected="a path, an array or a Photo", found=type(photo).__name__)
+    expected = "a path, a Pillow image, an array or a Photo"
+    raise ImageError("not a photo", expected=expected, found=type(photo).__name__)
 
 
 def _to_network(rgb: Pixels) -> Pixels:

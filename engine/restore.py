@@ -56,11 +56,10 @@ class Job:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
-    changes, remarks = _changes(options)
+    changes, made_with = _changes(options)
     photos = _photos(options.images)
     restorer = Restorer.open(options.bundle or default_bundle_dir(), backend=options.backend, threads=options.threads)
     settings = restorer.defaults.updated(changes)
-    made_with = remarks.pop("bundle", None)
     if made_with is not None and made_with != restorer.bundle.digest:
         _warn(f"{options.like} was made with another bundle: the result will differ")
     if restorer.bundle.manifest.notice and not options.quiet:
@@ -98,8 +97,7 @@ def _run(
         check_output(output, photo, overwrite=options.overwrite)
     reports = []
     for seed, output in job.outputs:
-        changes = settings.updated({"seed": seed}).model_dump()
-        result = restorer.restore(photo, on_step=lambda _: bar.update(), **changes)
+        result = restorer.restore(photo, on_step=lambda _: bar.update(), **{**settings.model_dump(), "seed": seed})
         write_photo(output, result.photo, result.history, overwrite=options.overwrite)
         reports.append(_report(job.photo, output, photo, result))
     return reports
@@ -130,18 +128,18 @@ def _warn(text: str) -> None:
 # -- what to do -----------------------------------------------------------------------------------
 
 
-def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that differ from the bundle's, and what `--like` says beside them."""
+def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+    """Return the settings that differ from the bundle's, and the bundle that `--like` was made with."""
     given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     if options.no_restore_pull:
         given["restore_pull"] = None
     if options.like is None:
-        return given, {}
+        return given, None
     history = read_history(options.like)
     settings, bundle = history.get("settings"), history.get("bundle")
     if not isinstance(settings, dict) or not isinstance(bundle, dict):
         raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
-    return {**settings, **given}, {"bundle": bundle.get("digest")}
+    return {**settings, **given}, str(bundle.get("digest"))
 
 
 def _photos(names: Sequence[Path]) -> list[Path]:

@@ -21,6 +21,9 @@ NEGATIVE_WORDS = (
     "drawing, render, oversharpened, washed out, low resolution"
 )
 
+#: Characters; hundreds of chunks, each of which makes every step slower.
+MAX_TEXT = 16_000
+
 
 class ScaleRange(NamedTuple):
     """A scale at the start (noisiest) and at the end (clean) of a run; written `S` or `S:END`."""
@@ -49,9 +52,9 @@ class Settings(BaseModel):
     color_fix: ColorFix = Field("wavelet", description="where the colours come from: stage 1, or the result")
     upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
     min_size: int = Field(1024, ge=64, le=8192, description="shorter side that is worked at, at least, in pixels")
-    prompt: str = Field("", description="what the photo shows")
-    quality_words: str = Field(QUALITY_WORDS, description="appended to the prompt")
-    negative_prompt: str = Field(NEGATIVE_WORDS, description="what guidance leads away from")
+    prompt: str = Field("", max_length=MAX_TEXT, description="what the photo shows")
+    quality_words: str = Field(QUALITY_WORDS, max_length=MAX_TEXT, description="appended to the prompt")
+    negative_prompt: str = Field(NEGATIVE_WORDS, max_length=MAX_TEXT, description="what guidance leads away from")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of the noise")
 
     def updated(self, changes: dict[str, Any]) -> Settings:
@@ -73,10 +76,15 @@ def validated(values: dict[str, Any]) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()} (got {item['input']!r})"
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()} (got {_short(item['input'])})"
             for item in error.errors()
         )
         raise UsageError("impossible settings", found=problems) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}… of {len(text)} characters"
 
 
 def parse_scale(text: str) -> ScaleRange:

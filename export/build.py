@@ -143,6 +143,9 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
         manifest = _finish(plan, partial, state, hashes)
         progress.stage("moving into place")
         _swap(partial, output)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise
     except RestoreError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -140,16 +140,15 @@ def _dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
     """
     dims = {symbol: torch.export.Dim(f"{symbol}_", min=1, max=4096) for symbol in spec.symbols}
 
-    def dimension(axis: int | str) -> Any:
+    def dimension(axis: str) -> Any:
         symbol, ratio = parse_axis(axis)
-        if symbol is None:
-            return None
+        assert symbol is not None
         factor = ratio * spec.multiples.get(symbol, 1)
         assert factor.denominator == 1, f"{spec.name}: {axis} may be broken by its multiple"
         return dims[symbol] if factor == 1 else int(factor) * dims[symbol]
 
     return {
-        tensor.name: {place: dim for place, axis in enumerate(tensor.shape) if (dim := dimension(axis))}
+        tensor.name: {place: dimension(axis) for place, axis in enumerate(tensor.shape) if isinstance(axis, str)}
         for tensor in spec.inputs
     }
 

@@ -76,6 +76,16 @@ def test_long_prompts_reach_the_networks_to_their_last_word(restorer, photos):
     assert not np.array_equal(first.photo.rgb, second.photo.rgb)
 
 
+def test_a_photo_may_be_a_file_an_image_or_an_array(restorer, photo_path):
+    from PIL import Image
+
+    with Image.open(photo_path) as image:
+        array = np.asarray(image)
+    results = [restorer.restore(photo, steps=1).photo for photo in (photo_path, Image.open(photo_path), array)]
+    for result in results[1:]:
+        assert np.array_equal(result.rgb, results[0].rgb)
+
+
 def test_noise_and_stages_can_be_given(restorer, photos):
     """The stages on their own make up the whole."""
     from engine.imageio import photo_from_array, resize
@@ -90,5 +100,6 @@ def test_noise_and_stages_can_be_given(restorer, photos):
     noise = batch_noise([settings.seed], 0, z_lq.shape[1:])
     z = restorer.sample(z_lq, texts, settings, noise=noise)
     pixels = restorer.decode(z)[0].transpose(1, 2, 0) / 2 + 0.5
-    expected = restorer.restore(photos[0], color_fix="none").photo.rgb
+    expected = restorer.restore(photos[0], color_fix="none", noise=noise).photo.rgb
+    assert np.array_equal(expected, restorer.restore(photos[0], color_fix="none").photo.rgb)
     assert np.allclose(resize(pixels.clip(0, 1).astype(np.float32), photo.size), expected, atol=1e-6)

@@ -16,14 +16,15 @@ from engine.schedule import nearest_level
 NET, VAE, TEXT, SAMPLE = 5e-6, 2e-5, 2e-6, 1e-5
 
 
+def run_of(restorer):
+    return lambda graph, inputs: restorer._run(graph, inputs, graph, None)
+
+
 @pytest.fixture(scope="module")
 def run(restorer):
     """Run a graph of the fp32 bundle on named arrays."""
 
-    def call(graph, **inputs):
-        return restorer._run(graph, inputs, graph, None)
-
-    return call
+    return run_of(restorer)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def net_inputs(reference):
 
 
 def test_controlnet(run, reference, net_inputs):
-    controls = run("controlnet", lq=reference["net/lq_latent"], **net_inputs)
+    controls = run("controlnet", {"lq": reference["net/lq_latent"], **net_inputs})
     assert list(controls) == [f"control_{index}" for index in range(10)]
     for name, control in controls.items():
         assert_golden(control, reference[f"net/{name}"], NET)
@@ -46,22 +47,22 @@ def test_controlnet(run, reference, net_inputs):
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_unet(run, reference, net_inputs, scale):
     controls = {f"control_{index}": reference[f"net/control_{index}"] for index in range(10)}
-    eps = run("unet", **net_inputs, **controls, control_scale=np.array([scale], np.float32))["eps"]
+    eps = run("unet", {**net_inputs, **controls, "control_scale": np.array([scale], np.float32)})["eps"]
     assert_golden(eps, reference[f"net/eps_control_scale_{scale}"], NET)
 
 
 def test_vae(run, reference):
-    z_lq = run("denoise_encoder", pixels=reference["vae/lq"])["z"]
+    z_lq = run("denoise_encoder", {"pixels": reference["vae/lq"]})["z"]
     assert_golden(z_lq, reference["vae/z_lq"], VAE)
-    stage1 = run("vae_decoder", z=reference["vae/z_lq"])["pixels"]
+    stage1 = run("vae_decoder", {"z": reference["vae/z_lq"]})["pixels"]
     assert_golden(stage1, reference["vae/stage1"], VAE)
-    center = run("vae_encoder", pixels=reference["vae/stage1"])["z"]
+    center = run("vae_encoder", {"pixels": reference["vae/stage1"]})["z"]
     assert_golden(center, reference["vae/z_stage1_mode"], VAE)
 
 
 def test_text(run, restorer, reference):
-    hidden = run("text_encoder", input_ids=reference["text/ids_clip_l"])["hidden"]
-    second = run("text_encoder_2", input_ids=reference["text/ids_big_g"])
+    hidden = run("text_encoder", {"input_ids": reference["text/ids_clip_l"]})["hidden"]
+    second = run("text_encoder_2", {"input_ids": reference["text/ids_big_g"]})
     assert_golden(hidden, reference["text/hidden_clip_l"], TEXT)
     assert_golden(second["hidden"], reference["text/hidden_big_g"], TEXT)
     assert_golden(second["pooled"], reference["text/pooled"], TEXT)
@@ -133,16 +134,16 @@ def test_whole_runs(restorer, reference, cases, texts, name):
 @pytest.mark.parametrize("sign", ["pos", "neg"])
 def test_denoiser(restorer, reference, texts, sign):
     """D(x; sigma = 2.5) of one text, as one step of the loop sees it."""
-    from engine.pipeline import _Network
+    from engine.network import GuidedNetwork
     from engine.sampler import edm_table
-    from engine.timings import Timings
 
     def quantize(sigma):
         level = nearest_level(sigma)
         return level.timestep, level.sigma
 
     sigma = float(reference["denoise/sigma"][0])
-    network = _Network(restorer, reference["sample/z_lq"], [texts[sign == "neg"]], Timings())
+    spec = restorer.bundle.spec("unet")
+    network = GuidedNetwork(run_of(restorer), spec, reference["sample/z_lq"], [texts[sign == "neg"]])
     # One step to sigma = 0 returns D itself.
     table = edm_table(
         [sigma, 0.0],
@@ -181,12 +182,12 @@ def test_fp16_networks_are_near_fp32(half, run, reference, net_inputs):
         assert control.dtype == np.float16
         assert_golden(control, wide_controls[name], 1e-2 / 2)
     scale = np.ones(1, np.float32)
-    eps = half._run("unet", {**narrow, **controls, "control_scale": scale}, "", None)["eps"]
+    eps = narrow_run("unet", {**narrow, **controls, "control_scale": scale})["eps"]
     assert eps.dtype == np.float32
-    assert_golden(eps, run("unet", **net_inputs, **wide_controls, control_scale=scale)["eps"], 1e-2 / 2)
+    assert_golden(eps, run("unet", {**net_inputs, **wide_controls, "control_scale": scale})["eps"], 1e-2 / 2)
     ids = reference["text/ids_big_g"]
-    for name, value in half._run("text_encoder_2", {"input_ids": ids}, "", None).items():
-        assert_golden(value, run("text_encoder_2", input_ids=ids)[name], 1e-2 / 2)
+    for name, value in narrow_run("text_encoder_2", {"input_ids": ids}).items():
+        assert_golden(value, run("text_encoder_2", {"input_ids": ids})[name], 1e-2 / 2)
 
 
 def test_fp16_bundle_keeps_the_vae_in_float32(bundle_fp16):
