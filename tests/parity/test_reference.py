@@ -174,10 +174,9 @@ def test_fp16_networks_are_near_fp32(half, run, reference, net_inputs):
         name: value.astype(np.float16) if name in ("context", "vector") else value for name, value in net_inputs.items()
     }
     lq = reference["net/lq_latent"]
-    wide_controls, controls = (
-        run("controlnet", lq=lq, **net_inputs),
-        half._run("controlnet", {"lq": lq, **narrow}, "", None),
-    )
+    narrow_run = run_of(half)
+    wide_controls = run("controlnet", {"lq": lq, **net_inputs})
+    controls = narrow_run("controlnet", {"lq": lq, **narrow})
     for name, control in controls.items():
         assert control.dtype == np.float16
         assert_golden(control, wide_controls[name], 1e-2 / 2)
