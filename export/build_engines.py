@@ -21,20 +21,48 @@ from tqdm import tqdm
 from engine.backends import BACKENDS
 from engine.bundle import default_bundle_dir
 from engine.console import format_bytes, run_command
-from engine.errors import CheckpointError, UsageError
+from engine.errors import BuildError, CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES
 from export.presets import PRESETS
+from export.request import BuildRequest, LoraRequest
+
+#: What the extra `export` brings.
+_EXPORT_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "safetensors",
+    "filelock",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where it fails."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXPORT_PACKAGES:
+            raise
+        raise BuildError(
+            "building needs more than the engine",
+            found=f"no module {error.name}",
+            fix="pip install -e '.[export]'",
+        ) from error
+
+
+def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
+    request = _request(options)
     # torch takes seconds to import: after the arguments, so that --help and mistakes are quick.
     from export.build import build, estimate
     from export.plan import make_plan
 
-    plan = make_plan(_request(options))
+    plan = make_plan(request)
     if options.dry_run:
         described = plan.describe()
         print(json.dumps(described, indent=1) if options.json else _plan_text(described))
@@ -45,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         report = {
             "status": result.status,
-            "bundle": str(plan.request.output),
+            "bundle": str(request.output),
             "changes": result.changes,
             "resumed": result.resumed,
             "seconds": round(time.monotonic() - started, 2),
@@ -53,11 +81,14 @@ def main(arguments: Sequence[str]) -> int:
         }
         print(json.dumps(report, indent=1))
     elif result.status == "unchanged":
-        print(f"{plan.request.output} is up to date.")
+        print(f"{request.output} is up to date.")
     else:
-        print(f"Built {plan.request.output} in {time.monotonic() - started:.0f} s.")
+        print(f"Built {request.output} in {time.monotonic() - started:.0f} s.")
         for lora in manifest.loras:
-            print(f"  merged LoRA {lora.name} × {lora.scale:g}: rank {_list(lora.ranks)}, {lora.layers} layers")
+            print(
+                f"  merged LoRA {lora.name} × {lora.scale:g}: rank {_list(lora.ranks)}, "
+                f"alpha {_list(lora.alphas)}, {lora.layers} layers"
+            )
         for name, graph in manifest.graphs.items():
             worst = max(graph.verification.relative_l2.values())
             print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}")
@@ -103,9 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lora(text: str) -> Any:
-    from export.plan import LoraRequest
-
+def _lora(text: str) -> LoraRequest:
     name, equals, rest = text.partition("=")
     if not (name and equals and rest):
         raise argparse.ArgumentTypeError(f"expected NAME=FILE[:SCALE], got {text!r}")
@@ -116,9 +145,7 @@ def _lora(text: str) -> Any:
         return LoraRequest(name, Path(rest))
 
 
-def _request(options: argparse.Namespace) -> Any:
-    from export.plan import BuildRequest
-
+def _request(options: argparse.Namespace) -> BuildRequest:
     common = {
         "output": options.output or default_bundle_dir(),
         "preset": options.preset,
@@ -154,9 +181,8 @@ def _request(options: argparse.Namespace) -> Any:
     )
 
 
-def _demo_request(common: dict[str, Any]) -> Any:
+def _demo_request(common: dict[str, Any]) -> BuildRequest:
     from export.demo.synthetic import MIN_SIZE_PX, NOTICE, demo_files
-    from export.plan import BuildRequest, LoraRequest
 
     files = demo_files()
     merges = PRESETS[common["preset"]].loras == "needed"

@@ -6,62 +6,26 @@ import importlib.metadata
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.bundle import FORMAT, Source, hash_file
 from engine.errors import CheckpointError, UsageError
-from engine.graphspec import PRECISION_DTYPES, Precision
+from engine.graphspec import PRECISION_DTYPES
 from engine.settings import Settings, validated
 from export.architecture import Architecture, Shapes, infer_architecture, missing_tensor
 from export.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
 from export.graphs import GraphBuilder, graph_builders
 from export.lora import LoadedLora, open_lora
 from export.presets import PRESETS
+from export.request import BuildRequest
 from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
 from export.weights import Layout, Weight, plan_layout
 
 #: A graph's structure and manifest entry are a few hundred kB; this is room for the largest.
 _ROOM_PER_GRAPH_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class LoraRequest:
-    """A LoRA as the user names it."""
-
-    name: str
-    path: Path
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What the user asked for.
-
-    Attributes:
-        sdxl: base checkpoint, a file or a diffusers folder.
-        supir: SUPIR's file.
-        tokenizer: folder of CLIP's vocabulary.
-        output: folder of the bundle.
-        unet: replaces the base's UNet.
-        loras: merged in this order.
-        settings: what the bundle's defaults have beside the preset's.
-        notice: what everybody who uses the bundle should know.
-    """
-
-    sdxl: Path
-    supir: Path
-    tokenizer: Path
-    output: Path
-    unet: Path | None = None
-    loras: tuple[LoraRequest, ...] = ()
-    preset: str = "ours"
-    precision: Precision = "fp32"
-    backend: str = "onnxruntime"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    notice: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def demo():
 def build_bundle(demo):
     """Build a bundle of the demo's checkpoints in-process; returns its folder."""
     from export.build import build
-    from export.plan import BuildRequest, make_plan
+    from export.plan import make_plan
+    from export.request import BuildRequest
 
     def run(output: Path, **changes) -> Path:
         request = {

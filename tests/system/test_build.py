@@ -23,7 +23,8 @@ from engine.errors import BuildError, OutputError
 from export import build as build_module
 from export.build import build, differences
 from export.build_engines import main
-from export.plan import BuildRequest, LoraRequest, make_plan
+from export.plan import make_plan
+from export.request import BuildRequest, LoraRequest
 from export.weights import write_weights
 
 
@@ -61,7 +62,7 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
     done = run_build(**place)
     assert done.returncode == 0, done.stderr
-    assert "merged LoRA landscape × 1: rank 4, 136 layers" in done.stdout
+    assert "merged LoRA landscape × 1: rank 4, alpha 2, 136 layers" in done.stdout
     assert done.stdout.count("agrees with torch") == 7
     assert "100 %" in done.stderr
     assert "left" in done.stderr

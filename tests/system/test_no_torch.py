@@ -60,6 +60,24 @@ sys.exit(run_command(main))
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+def test_building_says_what_is_missing(tmp_path):
+    code = """
+sys.meta_path[0].find_spec = lambda name, path=None, target=None: (
+    (_ for _ in ()).throw(ModuleNotFoundError(f"No module named {name!r}", name=name)) if name == "torch" else None
+)
+sys.argv = ["build_engines.py", "--output", sys.argv[1], *sys.argv[2:]]
+from engine.console import run_command
+from export.build_engines import main
+sys.exit(run_command(main))
+"""
+    for arguments in ([], ["--sdxl", "a", "--supir", "b", "--tokenizer", "c", "--lora", "face=d"]):
+        done = bare(code, tmp_path / "bundle", *arguments)
+        assert done.returncode == 1
+        assert "no module torch" in done.stderr
+        assert "pip install -e '.[export]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("module", ["engine", "engine.errors", "engine.settings", "engine.bundle"])
 def test_light_modules_stay_light(module):
     """What serving and tools import must not pull onnxruntime in."""

@@ -68,3 +68,12 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs():
     assert "readme_command 2" in script
     for block in blocks[:2]:
         assert len(block.strip().splitlines()) == 1, "a README command is one line"
+
+
+def test_python_in_the_readme_runs(bundle_fp32, photo_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code.replace('"bundles/ours"', repr(str(bundle_fp32))).replace('"photo.jpg"', repr(str(photo_path)))
+    names = {}
+    exec(code, names)
+    assert names["result"].photo.rgb.shape == (256, 384, 3)
+    assert names["result"].settings.seed == 7

@@ -16,8 +16,9 @@ from export.architecture import TextArch
 from export.checkpoint import LazyTensor
 from export.graphs import call_arguments, graph_builders
 from export.pack import pack
-from export.plan import BuildRequest, LoraRequest, make_plan
+from export.plan import make_plan
 from export.presets import PRESETS
+from export.request import BuildRequest, LoraRequest
 from export.verify import relative_l2, widen
 from export.weights import Weight, plan_layout, write_weights
 

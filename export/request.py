@@ -1,0 +1,47 @@
+"""What a user asks a build for; plain data, so that a command line is checked before torch loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.graphspec import Precision
+
+
+@dataclass(frozen=True)
+class LoraRequest:
+    """A LoRA as the user names it."""
+
+    name: str
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What the user asked for.
+
+    Attributes:
+        sdxl: base checkpoint, a file or a diffusers folder.
+        supir: SUPIR's file.
+        tokenizer: folder of CLIP's vocabulary.
+        output: folder of the bundle.
+        unet: replaces the base's UNet.
+        loras: merged in this order.
+        settings: what the bundle's defaults have beside the preset's.
+        notice: what everybody who uses the bundle should know.
+    """
+
+    sdxl: Path
+    supir: Path
+    tokenizer: Path
+    output: Path
+    unet: Path | None = None
+    loras: tuple[LoraRequest, ...] = ()
+    preset: str = "ours"
+    precision: Precision = "fp32"
+    backend: str = "onnxruntime"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notice: str = ""
