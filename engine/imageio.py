@@ -10,7 +10,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
+import struct
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +25,9 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, Unidentifie
 
 from engine.errors import ImageError, OutputError, from_os_error
 
-_READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif")
+READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
+#: Only these decoders see a stranger's file; Pillow has others that start programs.
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 _WRITE_FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -36,15 +41,29 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95, "method": 4},
     "TIFF": {},  # uncompressed: Pillow's compressing encoder cannot store EXIF
-    "AVIF": {"quality": 90},
+    "AVIF": {"quality": 90, "subsampling": "4:4:4"},
 }
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _SIXTEEN_BITS = 65535.0
+#: What interpolation may add to [0, 1]; more is another scale.
+_OVERSHOOT = 0.25
 #: Pillow's ways to say that a file is damaged.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 _XMP_IN_PNG = "XML:com.adobe.xmp"
 #: EXIF's "record of what has been done to the image": the same place in every format.
 _HISTORY_TAG = ExifTags.Base.ImageHistory
+_SIZE_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 #: EXIF shares its tags with TIFF, where some describe the file that was read, not the picture.
 _LAYOUT_TAGS = frozenset(
     {*range(254, 260), 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317, 320}
@@ -64,6 +83,7 @@ class Photo:
         grey: whether it is stored with a single channel.
         icc_profile, exif, xmp: as stored, orientation removed; None if there is none.
         dpi: resolution, or None.
+        texts: a PNG's texts by keyword; a JPEG's comment as "Comment".
         remarks: what could not be carried over from the file, a sentence each.
     """
 
@@ -74,6 +94,7 @@ class Photo:
     exif: bytes | None = None
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
+    texts: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -93,7 +114,11 @@ def read_photo(path: Path) -> Photo:
             # Pillow warns of large pictures, which it refuses when they are huge, and of damaged
             # metadata, which becomes a remark.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+                raise ImageError("is not a file", where=path, expected="an image file")
+            Image.init()
+            formats = [name for name in _READ_FORMATS if name in Image.OPEN]  # Pillow may be built without some
+            with Image.open(path, formats=formats) as image:
                 return photo_from_image(image, path)
     except FileNotFoundError:
         raise ImageError("no such file", where=path, fix="check the path") from None
@@ -103,10 +128,15 @@ def read_photo(path: Path) -> Photo:
         raise ImageError("no permission to read it", where=path) from None
     except UnidentifiedImageError:
         raise ImageError(
-            "is not an image, or of a format that is not read", where=path, expected=", ".join(_READ_SUFFIXES)
+            "is not an image, or of a format that is not read", where=path, expected=", ".join(READ_SUFFIXES)
         ) from None
-    except Image.DecompressionBombError as error:  # Pillow's limit: 179 million pixels
-        raise ImageError("is too large", where=path, found=str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            "is too large",
+            where=path,
+            expected=f"up to {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels",
+            fix="cut it into parts, or scale it down",
+        ) from error
     except _DAMAGE as error:
         raise ImageError("is truncated or damaged", where=path, found=str(error)) from error
 
@@ -123,8 +153,8 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
     if 0 in image.size:
         raise ImageError("has no pixels", where=where, found=f"{image.width} × {image.height}")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's MPO is a photo and its twin
-        frames = f"{getattr(image, 'n_frames', 2)} frames"
-        raise ImageError("is animated", where=where, found=frames, fix="extract a frame first")
+        frames = f"{getattr(image, 'n_frames', 2)} of them"
+        raise ImageError("holds several pictures", where=where, found=frames, fix="extract one of them first")
     try:
         image.load()
         exif, remarks = _read_exif(image)
@@ -138,6 +168,7 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
         exif=exif,
         xmp=xmp.encode() if isinstance(xmp, str) else xmp,
         dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
+        texts=_read_texts(image),
         remarks=remarks,
     )
 
@@ -159,6 +190,14 @@ def photo_from_array(rgb: NDArray[Any]) -> Photo:
         raise ImageError("wrong dtype", where="image array", expected="uint8 or float32", found=array.dtype)
     if not np.isfinite(array).all():
         raise ImageError("holds values that are not finite", where="image array")
+    if array.min() < -_OVERSHOOT or array.max() > 1.0 + _OVERSHOOT:
+        raise ImageError(
+            "holds values out of range",
+            where="image array",
+            expected="float32 in [0, 1]",
+            found=f"{array.min():g} to {array.max():g}",
+            fix="divide by the largest value, or give uint8",
+        )
     return Photo(array.clip(0.0, 1.0))
 
 
@@ -194,11 +233,14 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
             writable, or a format that cannot hold the photo.
     """
     file_format = _format_of(path)
-    if path.exists() and (path.is_dir() or not overwrite):
+    if os.path.lexists(path) and (path.is_dir() or not overwrite):
         raise OutputError("exists already", where=path, fix="choose another name with -o, or allow it with --overwrite")
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError("no such folder", where=folder, fix="create it first")
+        problem, fix = (
+            ("is no folder", "correct the path") if folder.exists() else ("no such folder", "create it first")
+        )
+        raise OutputError(problem, where=folder, fix=fix)
     if not os.access(folder, os.W_OK):
         raise OutputError("no permission to write there", where=folder, fix="choose another place with -o")
     if photo is not None and photo.alpha is not None and file_format == "JPEG":
@@ -206,8 +248,12 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the images of a folder by name, without its subfolders."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _READ_SUFFIXES and path.is_file())
+    """Return the images of a folder by name, without hidden files and subfolders."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -229,14 +275,15 @@ def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwri
         raise OutputError(
             f"cannot be stored as {file_format}", where=path, found=str(error), fix="write a PNG instead"
         ) from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{os.getpid()}.part")  # short: the name itself may be as long as names can be
     try:
-        temporary.write_bytes(encoded)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(encoded)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(error, path, "write the image") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_history(path: Path) -> dict[str, Any]:
@@ -261,6 +308,15 @@ def read_history(path: Path) -> dict[str, Any]:
 # -- reading --------------------------------------------------------------------------------------
 
 
+def _read_texts(image: Image.Image) -> tuple[tuple[str, str], ...]:
+    """Return a PNG's texts and a JPEG's comment; what is stored elsewhere in a `Photo` is left out."""
+    texts = {key: str(text) for key, text in getattr(image, "text", {}).items() if key != _XMP_IN_PNG}
+    comment = image.info.get("comment")
+    if isinstance(comment, bytes) and comment:
+        texts["Comment"] = comment.decode("utf-8", errors="replace")
+    return tuple(texts.items())
+
+
 def _read_exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
     """Return the EXIF block without what holds for the stored file alone, and a remark if it is damaged."""
     try:
@@ -281,11 +337,14 @@ def _decode(image: Image.Image, where: object) -> Photo:
     icc = image.info.get("icc_profile")
     if image.mode in ("CMYK", "LAB"):
         image, icc = _to_srgb(image, icc, where)
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > _SIXTEEN_BITS):
+        raise ImageError("holds values of unknown range", where=where, fix="convert it to 8 or 16 bit")
     if image.mode in _GREY_MODES:
         return replace(_decode_grey(image), icc_profile=icc)
     transparent = "transparency" in image.info or image.mode in ("RGBA", "PA", "La", "RGBa")
-    if image.mode == "F":
-        raise ImageError("holds floating-point values of unknown range", where=where, fix="convert it to 8 or 16 bit")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # Pillow has cut 16-bit pixels to 8, but not the colour's
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     try:
         array = np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / np.float32(255.0)
     except ValueError as error:
@@ -299,7 +358,7 @@ def _decode_grey(image: Image.Image) -> Photo:
     if image.mode == "LA":
         values, alpha = values[:, :, 0], values[:, :, 1].astype(np.float32) / np.float32(255.0)
     elif isinstance(key := image.info.get("transparency"), int):  # one grey value means "nothing here"
-        alpha = (values != key).astype(np.float32)
+        alpha = (values != (key > 0 if image.mode == "1" else key)).astype(np.float32)
     white = {"1": 1.0, "L": 255.0, "LA": 255.0}.get(image.mode, _SIXTEEN_BITS)
     grey = (values.astype(np.float32) / np.float32(white)).clip(0.0, 1.0)
     return Photo(np.repeat(grey[:, :, None], 3, axis=2), alpha, grey=True)
@@ -329,17 +388,30 @@ def _encode(photo: Photo, file_format: str, note: str) -> bytes:
     image = _to_image(photo)
     exif = Image.Exif()
     exif.load(photo.exif or b"")
-    exif.get_ifd(ExifTags.IFD.Exif)[_HISTORY_TAG] = note
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details[_HISTORY_TAG] = note
+    for tag, side in zip(_SIZE_TAGS, photo.size, strict=True):
+        if tag in details:
+            details[tag] = side
+    if photo.xmp and file_format == "TIFF":
+        exif[ExifTags.Base.XMLPacket] = photo.xmp
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
+    if file_format == "AVIF" and photo.alpha is not None:
+        options["quality"] = 100  # the encoder has one quality for both, and transparency is kept as it was
     options["exif"] = exif.tobytes()
     if photo.icc_profile:
         options["icc_profile"] = photo.icc_profile
     if photo.dpi:
         options["dpi"] = photo.dpi
-    if photo.xmp and file_format == "PNG":
+    if file_format == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt(_XMP_IN_PNG, photo.xmp.decode(errors="replace"))
-    elif photo.xmp and file_format in ("JPEG", "WEBP", "AVIF"):
+        for keyword, text in photo.texts:
+            options["pnginfo"].add_itxt(keyword, text)
+        if photo.xmp:
+            options["pnginfo"].add_itxt(_XMP_IN_PNG, photo.xmp.decode(errors="replace"))
+    elif file_format == "JPEG" and photo.texts:
+        options["comment"] = "\n".join(text for _, text in photo.texts)
+    if photo.xmp and file_format in ("JPEG", "WEBP", "AVIF"):
         options["xmp"] = photo.xmp
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)

@@ -1,12 +1,14 @@
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.errors import ImageError, OutputError
 from engine.imageio import (
@@ -97,6 +99,113 @@ def test_a_transparent_grey_value(tmp_path, sixteen):
     assert np.array_equal(photo.alpha == 0, values == key)
 
 
+def test_one_bit_with_a_transparent_value(tmp_path):
+    values = ramp()[:, :, 0] > 100
+    photo = read_photo(save(tmp_path / "a.png", Image.fromarray(values), transparency=255))
+    assert np.array_equal(photo.alpha == 0, values)
+
+
+def test_sixteen_bit_colours_with_a_transparent_one(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0]]], dtype=">u2")
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + chunk(b"tRNS", pixels[0, 0].tobytes())
+        + chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+        + chunk(b"IEND", b"")
+    )
+    assert read_photo(tmp_path / "a.png").alpha.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("top", [65535, 70000])
+def test_wide_integers_are_sixteen_bits_or_refused(tmp_path, top):
+    values = np.array([[0, top // 2, top]], dtype=np.int32)
+    path = save(tmp_path / "a.tif", Image.fromarray(values))
+    if top > 65535:
+        with pytest.raises(ImageError, match="unknown range"):
+            read_photo(path)
+    else:
+        assert read_photo(path).rgb[0, :, 0] == pytest.approx([0, 0.5, 1], abs=1e-4)
+
+
+def test_a_print_image_goes_through_its_profile(tmp_path):
+    """The profile says that ink 0 is black paper: without it the result is the opposite."""
+    image = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
+    path = save(tmp_path / "a.tif", image, icc_profile=b"not a profile")
+    with pytest.raises(ImageError, match="colour profile cannot be applied"):
+        read_photo(path)
+
+
+def test_lab_becomes_srgb(tmp_path):
+    lab = Image.fromarray(np.full((8, 8, 3), (137, 0, 0), np.uint8), "LAB")  # L 53.6: middle grey
+    photo = read_photo(save(tmp_path / "a.tif", lab))
+    assert u8(photo.rgb)[4, 4].tolist() == pytest.approx([128, 128, 128], abs=3)
+
+
+def test_xmp_of_a_png_is_read_whoever_wrote_it(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("XML:com.adobe.xmp", "<x:xmpmeta/>")
+    path = save(tmp_path / "a.png", Image.fromarray(ramp()), pnginfo=info)
+    assert read_photo(path).xmp == b"<x:xmpmeta/>"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".avif"])
+def test_xmp_is_carried_into_every_format(tmp_path, suffix):
+    write_photo(tmp_path / f"a{suffix}", Photo(ramp().astype(np.float32) / 255, xmp=b"<x:xmpmeta/>"), HISTORY)
+    assert read_photo(tmp_path / f"a{suffix}").xmp == b"<x:xmpmeta/>"
+    assert read_history(tmp_path / f"a{suffix}") == HISTORY
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_comment_is_carried(tmp_path, suffix):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("Comment", "Grüße aus Wien")
+    save(tmp_path / "in.png", Image.fromarray(ramp()), pnginfo=info)
+    photo = read_photo(tmp_path / "in.png")
+    assert photo.texts == (("Comment", "Grüße aus Wien"),)
+    write_photo(tmp_path / f"out{suffix}", photo, HISTORY)
+    assert read_photo(tmp_path / f"out{suffix}").texts == photo.texts
+
+
+def test_the_recorded_size_follows_the_result(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] = 4000
+    photo = Photo(ramp().astype(np.float32) / 255, exif=exif.tobytes())
+    write_photo(tmp_path / "a.jpg", photo, HISTORY)
+    written = Image.open(tmp_path / "a.jpg").getexif().get_ifd(ExifTags.IFD.Exif)
+    assert written[ExifTags.Base.ExifImageWidth] == 13
+    assert ExifTags.Base.ExifImageHeight not in written
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".avif"])
+def test_alpha_comes_back_exactly(tmp_path, suffix):
+    alpha = ramp(64, 64)[:, :, 0].astype(np.float32) / 255
+    photo = Photo(ramp(64, 64).astype(np.float32) / 255, alpha=alpha)
+    write_photo(tmp_path / f"a{suffix}", photo, HISTORY)
+    assert np.array_equal(u8(read_photo(tmp_path / f"a{suffix}").alpha), u8(alpha))
+
+
+def test_decoders_that_start_programs_are_not_used(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="is not an image"):
+        read_photo(tmp_path / "a.png")
+
+
+def test_a_long_name_is_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")  # as long as names can be
+    write_photo(path, Photo(ramp().astype(np.float32) / 255), HISTORY)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("values", [255.0, -1.0])
+def test_arrays_of_another_scale_are_refused(values):
+    with pytest.raises(ImageError, match=r"expected: +float32 in \[0, 1\]"):
+        photo_from_array(np.full((4, 4, 3), values, np.float32))
+
+
 def test_cmyk_becomes_srgb(tmp_path):
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     photo = read_photo(save(tmp_path / "a.jpg", image, quality=100))
@@ -169,8 +278,8 @@ def animated(path):
         (truncated, "is truncated or damaged"),
         (bomb, "is too large"),
         (no_pixels, "no pixels|is not an image|damaged"),
-        (animated, "is animated"),
-        (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "floating-point values"),
+        (animated, "holds several pictures"),
+        (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "values of unknown range"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path, make, message):
@@ -322,7 +431,7 @@ def test_a_result_has_the_permissions_of_any_file(tmp_path):
         ("out", None, "no format that is written"),
         ("there.png", None, "exists already"),
         ("missing/out.png", None, "no such folder"),
-        ("there.png/out.png", None, "no such folder"),
+        ("there.png/out.png", None, "is no folder"),
         ("out.jpg", Photo(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.float32)), "transparency"),
     ],
 )
