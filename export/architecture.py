@@ -183,7 +183,8 @@ class _Reader:
             vector_channels=self.shape(f"{net}.add_embedding.linear_1.weight", 2)[1],
         )
         for size, depth in zip((*sizes, sizes[-1]), (*depths, arch.middle_depth), strict=True):
-            _check_divides(net, "heads", HEAD_CHANNELS if depth else NORM_GROUPS, size)
+            _check_divides(net, "heads", HEAD_CHANNELS if depth else 1, size)
+            _check_divides(net, "groups of its norms", NORM_GROUPS, size)
         return arch
 
     def vae(self, net: str) -> VaeArch:
@@ -193,6 +194,8 @@ class _Reader:
         channels = tuple(
             self.shape(f"{net}.encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels)
         )
+        for size in channels:
+            _check_divides(net, "groups of its norms", NORM_GROUPS, size)
         return VaeArch(channels, self.shape(f"{net}.decoder.conv_in.weight", 4)[1])
 
     def text(self, net: str, activation: str, *, projected: bool) -> TextArch:
@@ -215,8 +218,9 @@ def missing_tensor(name: str, also: int = 0) -> CheckpointError:
         name: ours.
         also: how many more are missing.
     """
-    roles = {"controlnet": "--supir", "connectors": "--supir", "denoise_encoder": "--supir"}
-    option = roles.get(name.split(".")[0], "--sdxl")
+    supir = ("controlnet", "connectors", "denoise_encoder")
+    options = {"unet": "--unet, or --sdxl where there is none,", **dict.fromkeys(supir, "--supir")}
+    option = options.get(name.split(".")[0], "--sdxl")
     return CheckpointError(
         f"a tensor is missing, and {also} more" if also else "a tensor is missing",
         where=ldm_name(name),

@@ -7,7 +7,9 @@ names; pickles are read with `weights_only=True` and never otherwise.
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +24,11 @@ from engine.errors import CheckpointError
 from export import keymap
 from export.keymap import Part, Target
 
+_PICKLE_START = b"\x80"  # the opcode that names the protocol
 _DOWNLOAD_AGAIN = "download it again; a download that broke off leaves a truncated file"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Numbers that are no weights, so that they may be whole: a LoRA's alpha, tables of positions.
+_MAY_BE_WHOLE = (".alpha", "mask_LQ", "logit_scale", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,14 @@ class LazyTensor:
 _CUTS: dict[Part, tuple[Callable[[Tensor], Tensor], Callable[[tuple[int, ...]], tuple[int, ...]]]] = {
     "matrix": (lambda t: t.reshape(t.shape[:2]), lambda s: s[:2]),
     "transposed": (lambda t: t.T.contiguous(), lambda s: s[::-1]),
-    "q": (lambda t: t.chunk(3)[0], lambda s: (s[0] // 3, *s[1:])),
-    "k": (lambda t: t.chunk(3)[1], lambda s: (s[0] // 3, *s[1:])),
-    "v": (lambda t: t.chunk(3)[2], lambda s: (s[0] // 3, *s[1:])),
+    "q": (lambda t: t.chunk(3)[0], lambda s: _third(s)),
+    "k": (lambda t: t.chunk(3)[1], lambda s: _third(s)),
+    "v": (lambda t: t.chunk(3)[2], lambda s: _third(s)),
 }
+
+
+def _third(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0] // 3, *shape[1:]) if shape else ()
 
 
 @dataclass
@@ -69,6 +78,7 @@ class Checkpoint:
         files: that were opened.
         tensors: by our names.
         ignored: names that belong to no network, such as EMA copies and schedules.
+        folder: that `files` are told apart in; None for a single file.
     """
 
     role: str
@@ -76,6 +86,11 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    def file_name(self, file: Path) -> str:
+        """Return a file's name as records have it: `unet/model.safetensors` in a folder."""
+        return file.name if self.folder is None else file.relative_to(self.folder).as_posix()
 
     def add(self, source: LazyTensor, targets: Iterable[Target]) -> None:
         """Take a tensor of a known prefix in.
@@ -123,7 +138,7 @@ def open_unet(path: Path) -> Checkpoint:
     if path.is_dir():
         folder = path / "unet" if (path / "unet").is_dir() else path
         tensors, files = _open_component(folder)
-        return _diffusers_unet(Checkpoint("unet", "diffusers, UNet folder", files), tensors)
+        return _diffusers_unet(Checkpoint("unet", "diffusers, UNet folder", files, folder=path), tensors)
     tensors = open_file(path)
     kind = _require(path, tensors, ("UNet (diffusers)", "SDXL (one file)"), "--unet")
     if kind == "UNet (diffusers)":
@@ -154,6 +169,8 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     """
     if not path.is_file():
         raise CheckpointError("no such file", where=path, fix="check the path")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError("no permission to read it", where=path)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
@@ -254,7 +271,7 @@ def _sort_ldm(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], prefixe
 
 def _open_diffusers_folder(path: Path) -> Checkpoint:
     files: list[Path] = []
-    checkpoint = Checkpoint("sdxl", "diffusers folder", ())
+    checkpoint = Checkpoint("sdxl", "diffusers folder", (), folder=path)
     for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
         tensors, opened = _open_component(path / component)
         files += opened
@@ -334,14 +351,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for name in handle.keys():  # noqa: SIM118 - safe_open is no dictionary
         view = handle.get_slice(name)
-        if view.get_dtype() not in _FLOATS and not name.endswith(_STRAY):
-            raise CheckpointError(
-                "a tensor is not of a plain floating-point type",
-                where=f"{path}: {name}",
-                expected=", ".join(_FLOATS),
-                found=view.get_dtype(),
-                fix="give an unquantized checkpoint",
-            )
+        _check_type(path, name, view.get_dtype(), plain=view.get_dtype() in _FLOATS)
         tensors[name] = LazyTensor(name, path, tuple(view.get_shape()), partial(handle.get_tensor, name))
     return tensors
 
@@ -349,19 +359,24 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
         with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"  # what torch has written since 1.6; older files can't be mapped
+            start = file.read(2)
+        is_zip = start == b"PK"  # what torch has written since 1.6; older files can't be mapped
+        if not is_zip and start[:1] != _PICKLE_START:
+            raise CheckpointError(
+                "not a checkpoint", where=path, expected="a .safetensors file or a pickle", fix=_DOWNLOAD_AGAIN
+            )
         content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "the pickle holds more than tensors, so it is not loaded: it could run any code",
             where=path,
             expected="a dictionary of tensors",
-            found=str(error).split("\n")[0][:200],
+            found=_first_line(error),
             fix="convert it to .safetensors where you trust it",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            "not a whole checkpoint", where=path, found=str(error).split("\n")[0][:200], fix=_DOWNLOAD_AGAIN
+            "not a whole checkpoint", where=path, found=_first_line(error), fix=_DOWNLOAD_AGAIN
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -378,5 +393,22 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
                 expected="a tensor",
                 found=type(value).__name__,
             )
+        _check_type(path, str(name), value.dtype, plain=value.dtype in _FLOATS.values())
         tensors[str(name)] = LazyTensor(str(name), path, tuple(value.shape), value.detach)
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first sentence of torch's message, which colours its advice, without the colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0].split(". ")[0]
+
+
+def _check_type(path: Path, name: str, found: object, *, plain: bool) -> None:
+    if not plain and not name.endswith(_MAY_BE_WHOLE):
+        raise CheckpointError(
+            "a tensor is not of a plain floating-point type",
+            where=f"{path}: {name}",
+            expected=", ".join(_FLOATS),
+            found=found,
+            fix="give an unquantized checkpoint",
+        )

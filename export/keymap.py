@@ -19,7 +19,6 @@ Part = Literal["whole", "matrix", "transposed", "q", "k", "v"]
 
 _LEVELS = 3
 _RESNETS = 2
-_MAX_VAE_LEVELS = 6
 _MAX_VAE_RESNETS = 3
 
 
@@ -272,15 +271,15 @@ def ldm_name(name: str, levels: int = 4) -> str:
     """
     component, _, rest = name.partition(".")
     if component == "vae":
-        return "first_stage_model." + _first(_vae_table(levels).ldm(rest), rest)
+        return "first_stage_model." + _usual(_vae_table(levels).ldm(rest), rest)
     if component == "denoise_encoder":
         inside = f"encoder.{rest}"
-        encoder = _first(_vae_table(levels).ldm(inside), inside)
+        encoder = _usual(_vae_table(levels).ldm(inside), inside)
         return "first_stage_model.denoise_encoder." + encoder.removeprefix("encoder.")
     if component == "unet":
-        return "model.diffusion_model." + _first(_unet_table().ldm(rest), rest)
+        return "model.diffusion_model." + _usual(_unet_table().ldm(rest), rest)
     if component == "controlnet":
-        return "model.control_model." + _first(_unet_table().ldm(rest), rest)
+        return "model.control_model." + _usual(_unet_table().ldm(rest), rest)
     if component == "connectors":
         index, _, layer = rest.partition(".")
         for ldm, ours in _CONNECTOR.items():
@@ -290,5 +289,5 @@ def ldm_name(name: str, levels: int = 4) -> str:
     return name
 
 
-def _first(names: tuple[str, ...], default: str) -> str:
+def _usual(names: tuple[str, ...], default: str) -> str:
     return names[-1] if names else default

@@ -49,6 +49,10 @@ _UNSUPPORTED = (
 )
 
 
+#: Ways to start a LoRA that move a part of the base into it, so that it fits no other base.
+_BASE_CHANGING = ("pissa", "olora", "loftq", "corda")
+
+
 @dataclass(frozen=True)
 class Delta:
     """One layer's low-rank change: `alpha` / `rank` · up · (mid ·) down."""
@@ -173,12 +177,22 @@ def _refuse_unsupported(name: str, file: Path, tensors: Iterable[str]) -> None:
 
 
 def _group(name: str, file: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, Parts]:
+    if not tensors:
+        raise LoraError("holds no tensors", where=f"LoRA {name}: {file}", expected="low-rank pairs")
     modules: dict[str, Parts] = {}
     for tensor_name, tensor in tensors.items():
         for pattern, role in _ROLES:
             match = pattern.fullmatch(tensor_name)
             if match:
-                modules.setdefault(match["module"], {})[role] = tensor
+                parts = modules.setdefault(match["module"], {})
+                if role in parts:
+                    raise LoraError(
+                        "holds two adapters",
+                        where=f"LoRA {name}: {file}",
+                        found=f"{parts[role].name} and {tensor_name}",
+                        fix="save each adapter to a file of its own, and name both with --lora",
+                    )
+                parts[role] = tensor
                 break
         else:
             kind = identify(tensors)
@@ -241,7 +255,17 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
         if role not in parts:
             raise LoraError("half of a pair is missing", where=where, expected=f"{role} matrix", found=sorted(parts))
     up, down, mid = parts["up"], parts["down"], parts.get("mid")
-    rank = down.shape[0]
+    misfit = LoraError(
+        "does not fit the base: it was made for another model",
+        where=where,
+        expected=f"up and down of a weight {list(weight)}",
+        found=f"up {list(up.shape)}, down {list(down.shape)}" + (f", mid {list(mid.shape)}" if mid else ""),
+    )
+    rank = down.shape[0] if len(down.shape) > 1 else 0
+    if rank == 0:
+        raise misfit
+    if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
+        raise LoraError("alpha is not one number", where=where, found=list(parts["alpha"].shape))
     alpha = float(parts["alpha"].read()) if "alpha" in parts else configured.alpha
     alpha = float(rank) if alpha is None else alpha
     if not math.isfinite(alpha):
@@ -255,12 +279,7 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
         and (mid is None or (mid.shape[:2] == (rank, rank) and math.prod(down.shape[2:]) == 1))
     )
     if not fits:
-        raise LoraError(
-            "does not fit the base: it was made for another model",
-            where=where,
-            expected=f"up and down of a weight {list(weight)}",
-            found=f"up {list(up.shape)}, down {list(down.shape)}" + (f", mid {list(mid.shape)}" if mid else ""),
-        )
+        raise misfit
     divisor = math.sqrt(rank) if configured.rank_stabilized else rank
     return Delta(up, down, mid, alpha, rank, alpha / divisor)
 
@@ -268,7 +287,11 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
 def _finite(tensor: LazyTensor) -> Tensor:
     value = tensor.read().to(torch.float32)
     if not torch.isfinite(value).all():
-        raise LoraError("a tensor holds values that are not finite", where=f"{tensor.file}: {tensor.name}")
+        raise LoraError(
+            "a tensor holds values that are not finite",
+            where=f"{tensor.file}: {tensor.name}",
+            fix="the file is damaged, or its training diverged: give another one",
+        )
     return value
 
 
@@ -315,13 +338,22 @@ class _Config:
     """PEFT's LoraConfig, per component ("" for all)."""
 
     def __init__(self, where: str, components: Mapping[str, Mapping[str, Any]]) -> None:
-        self.components = components
+        self.where, self.components = where, components
         for config in components.values():
             if config.get("use_dora"):
                 raise LoraError("is of an unsupported kind: DoRA", where=where, found="use_dora in its configuration")
             if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
                 raise LoraError(
                     f"is of an unsupported kind: {config['peft_type']}", where=where, expected="peft_type LORA"
+                )
+            start = str(config.get("init_lora_weights", True)).lower()
+            if start.startswith(_BASE_CHANGING):
+                raise LoraError(
+                    f"is of an unsupported kind: {start} changes the base before it is trained",
+                    where=where,
+                    expected="a LoRA for the base as it is",
+                    found=f"init_lora_weights: {start}",
+                    fix="convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
                 )
 
     def alpha(self, module: str) -> _Alpha:
@@ -335,4 +367,7 @@ class _Config:
         pattern = config.get("alpha_pattern") or {}
         layer = inside if component in self.components else module
         alpha = pattern.get(get_pattern_key(list(pattern), layer), config.get("lora_alpha"))
-        return _Alpha(None if alpha is None else float(alpha), bool(config.get("use_rslora")))
+        try:
+            return _Alpha(None if alpha is None else float(alpha), bool(config.get("use_rslora")))
+        except (TypeError, ValueError):
+            raise LoraError("alpha is not a number", where=self.where, found=alpha) from None

@@ -71,7 +71,7 @@ class BuildPlan:
         return tuple(
             Source(
                 role=checkpoint.role,
-                name=file.name,
+                name=checkpoint.file_name(file),
                 layout=checkpoint.layout,
                 bytes=file.stat().st_size,
                 sha256=hashes[file],
@@ -92,7 +92,7 @@ class BuildPlan:
             "notice": self.request.notice,
             "defaults": self.defaults.model_dump(mode="json"),
             "sources": {
-                f"{checkpoint.role} {file.name}": hashes[file]
+                f"{checkpoint.role} {checkpoint.file_name(file)}": hashes[file]
                 for checkpoint in self.checkpoints
                 for file in checkpoint.files
             },
@@ -169,9 +169,10 @@ def make_plan(request: BuildRequest) -> BuildPlan:
         tensors |= unet.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     arch = infer_architecture(shapes)
-    end_id = load_tokenizer(request.tokenizer).token_to_id(END_TOKEN)
+    tokenizer = load_tokenizer(request.tokenizer)
+    end_id = tokenizer.token_to_id(END_TOKEN)
     assert end_id is not None  # load_tokenizer has seen to it
-    _check_vocabulary(request.tokenizer, end_id, arch)
+    _check_vocabulary(request.tokenizer, max(tokenizer.get_vocab().values()), arch)
     builders = graph_builders(arch, request.precision, end_id)
     wanted = _wanted_weights(builders)
     _check_tensors(tensors, {weight.name: weight.shape for weight in wanted})
@@ -217,13 +218,13 @@ def _check_tensors(tensors: Mapping[str, LazyTensor], wanted: Shapes) -> None:
             )
 
 
-def _check_vocabulary(folder: Path, end_id: int, arch: Architecture) -> None:
+def _check_vocabulary(folder: Path, last_id: int, arch: Architecture) -> None:
     for net in (arch.text_encoder, arch.text_encoder_2):
-        if end_id >= net.vocabulary:
+        if last_id >= net.vocabulary:
             raise CheckpointError(
                 "the tokenizer has tokens that the text towers lack",
                 where=folder,
                 expected=f"ids below {net.vocabulary}",
-                found=f"the end token is {end_id}",
+                found=f"ids up to {last_id}",
                 fix="give the tokenizer that belongs to the base with --tokenizer",
             )

@@ -97,6 +97,15 @@ def test_other_widths_depths_and_vaes_are_read_too(tiny):
         ({"vae.decoder.conv_in.weight": (128, 16, 3, 3)}, "do not belong together"),
         ({"controlnet.down_blocks.2.resnets.0.conv1.weight": (192, 64, 3, 3)}, "do not belong together"),
         ({"text_encoder.embeddings.token_embedding.weight": (49408, 65)}, "does not divide into heads"),
+        ({"unet.down_blocks.2.resnets.0.conv1.weight": (96, 64, 3, 3)}, "does not divide into heads"),
+        (
+            {
+                "unet.conv_in.weight": (40, 4, 3, 3),
+                "unet.down_blocks.0.resnets.0.conv1.weight": (40, 40, 3, 3),
+            },
+            "does not divide into groups of its norms",
+        ),
+        ({"vae.encoder.down_blocks.0.resnets.0.conv1.weight": (40, 40, 3, 3)}, "groups of its norms"),
     ],
 )
 def test_what_contradicts_itself_is_told(tiny, change, message):

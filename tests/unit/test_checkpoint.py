@@ -76,6 +76,14 @@ def test_what_belongs_to_no_network_is_ignored_and_listed(demo, sdxl, tmp_path):
     assert sorted(found.ignored) == sorted(extra)
 
 
+def test_files_of_a_folder_are_told_apart(demo, tmp_path):
+    """diffusers gives the UNet's and the VAE's file one name."""
+    found = open_sdxl(layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m"))
+    names = [found.file_name(file) for file in found.files]
+    assert len(set(names)) == len(names) == 4
+    assert "unet/diffusion_pytorch_model.safetensors" in names
+
+
 def test_opening_reads_headers_only(demo):
     tensor = open_sdxl(demo.sdxl).tensors["unet.conv_in.weight"]
     assert tensor.name == "model.diffusion_model.input_blocks.0.0.weight"
@@ -125,7 +133,10 @@ def write_pickle(path, content):
     ("make", "message"),
     [
         (lambda path, demo: None, "no such file"),
-        (lambda path, demo: path.write_bytes(b""), "not a whole checkpoint"),
+        (lambda path, demo: path.write_bytes(b""), "not a checkpoint"),
+        (lambda path, demo: path.write_text("<html>404</html>"), "not a checkpoint"),
+        (lambda path, demo: path.write_bytes(b"\x80\x02}q\x00"), "not a whole checkpoint"),
+        (lambda path, demo: torch.save({"a": torch.zeros(1, dtype=torch.int8)}, path), "plain floating-point type"),
         (lambda path, demo: path.write_bytes(b"PK\x03\x04 not a zip"), "not a whole checkpoint"),
         (lambda path, demo: torch.save({"a": Evil()}, path), "holds more than tensors"),
         (lambda path, demo: write_pickle(path, {"a": Evil()}), "holds more than tensors"),

@@ -268,6 +268,22 @@ def with_module(module, suffixes=("lora_down.weight", "lora_up.weight")):
         ),
         (tensors(**{f"{MODULE}__lora_down__weight": np.ones((8, 64), np.float32)}), "does not fit the base"),
         (tensors(**{f"{MODULE}__alpha": np.array(np.nan, np.float32)}), "alpha is not a number"),
+        (tensors(**{f"{MODULE}__alpha": np.ones(2, np.float32)}), "alpha is not one number"),
+        (tensors(**{f"{MODULE}__lora_down__weight": np.ones((), np.float32)}), "does not fit the base"),
+        (tensors(**{f"{MODULE}__lora_down__weight": np.ones((0, 64), np.float32)}), "does not fit the base"),
+        ({}, "holds no tensors"),
+        (
+            {**with_module(LINEAR.removesuffix(".weight"), ("lora_A.weight", "lora_B.weight"))}
+            | with_module(LINEAR.removesuffix(".weight"), ("lora_A.other.weight", "lora_B.other.weight")),
+            "(?s)holds two adapters.*a file of its own",
+        ),
+        (
+            {  # a 1×1 kernel says nothing of the other eight places of a 3×3 weight
+                f"{KOHYA[CONV3][0]}.lora_down.weight": np.ones((RANK, 32, 1, 1), np.float32),
+                f"{KOHYA[CONV3][0]}.lora_up.weight": np.ones((32, RANK, 1, 1), np.float32),
+            },
+            "does not fit the base",
+        ),
         ({**tensors(), **with_module(KOHYA[LINEAR][1])}, "two of its layers change one weight"),
     ],
 )
@@ -291,11 +307,22 @@ def test_missing_and_damaged_files_are_told(shapes, tmp_path, make):
         open_lora("face", tmp_path / "lora.safetensors", 1.0, shapes)
 
 
-@pytest.mark.parametrize("config", ["{", '{"use_dora": true}', '{"peft_type": "LOHA"}', "[]"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        '{"use_dora": true}',
+        '{"peft_type": "LOHA"}',
+        "[]",
+        '{"lora_alpha": "much"}',
+        '{"init_lora_weights": "pissa_niter_4"}',
+        '{"init_lora_weights": "olora"}',
+    ],
+)
 def test_configurations_that_cannot_be_merged_are_told(shapes, tmp_path, config):
     save_file(tensors(), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(config)
-    with pytest.raises(LoraError, match="configuration|unsupported kind"):
+    with pytest.raises(LoraError, match="configuration|unsupported kind|alpha is not a number"):
         open_lora("face", tmp_path, 1.0, shapes)
 
 
@@ -306,6 +333,14 @@ def test_values_that_are_not_finite_are_told(base, shapes, tmp_path):
     lora = open_lora("face", tmp_path / "bad.safetensors", 1.0, shapes)
     with pytest.raises(LoraError, match=f"(?s){MODULE}.lora_up.weight: .*not finite"):
         merge_into(base[LINEAR].read(), LINEAR, [lora])
+
+
+def test_a_whole_alpha_is_a_number(base, shapes, tmp_path):
+    down, up = pair(shapes[LINEAR])
+    values = {f"{MODULE}.lora_down.weight": down, f"{MODULE}.lora_up.weight": up, f"{MODULE}.alpha": np.array(2)}
+    save_file(values, tmp_path / "lora.safetensors")
+    expected = 2 / RANK * product(up, down, shapes[LINEAR])
+    assert_merges(tmp_path / "lora.safetensors", base, shapes, LINEAR, expected)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
