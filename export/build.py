@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from engine.bundle import (
     open_bundle,
 )
 from engine.console import format_bytes
-from engine.errors import BuildError, BundleError, OutputError, RestoreError, from_os_error
+from engine.errors import BuildError, BundleError, OutputError, from_os_error
 from export.architecture import SINUSOID_CHANNELS
 from export.nets.layers import Sinusoid
 from export.pack import pack
@@ -112,10 +112,10 @@ def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> Bu
     output = plan.request.output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            return _build(plan, progress, say)
     except OSError as error:
         raise from_os_error(error, output, "build the bundle") from error
-    with _locked(output):
-        return _build(plan, progress, say)
 
 
 def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> BuildResult:
@@ -144,14 +144,15 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
         progress.stage("moving into place")
         _swap(partial, output)
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        raise
-    except RestoreError:
-        shutil.rmtree(partial, ignore_errors=True)
+        size = sum(file.stat().st_size for file in partial.glob("*"))
+        say(f"stopped; the same command goes on from here, or remove {partial} ({format_bytes(size)})")
         raise
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise from_os_error(error, output, "build the bundle") from error
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return BuildResult("built", manifest, changes, resumed)
 
 
@@ -251,10 +252,16 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _locked(output: Path) -> Any:
-    lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
+    file = output.parent / f".{output.name}.lock"
+    lock = FileLock(file, timeout=0)
     try:
         with lock:
-            yield
+            try:
+                yield
+            finally:
+                # While it is held: whoever opens it now fails on it, whoever comes later makes a new one.
+                with suppress(OSError):  # Windows keeps an open file
+                    file.unlink()
     except Timeout:
         raise BuildError(
             "another build of this bundle is under way", where=output, fix="wait for it, or choose another --output"
@@ -300,6 +307,7 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
         state = None
     # Through JSON, because that is how the other side was stored.
     if state is not None and state.key == json.loads(json.dumps(key)):
+        _drop_unfinished(partial, state)
         return state
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -307,6 +315,16 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
     except OSError as error:
         raise from_os_error(error, partial.parent, "build the bundle") from error
     return _State(key=key)
+
+
+def _drop_unfinished(partial: Path, state: _State) -> None:
+    """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
+    finished = {_STATE, *(graph.file.name for graph in state.graphs.values())}
+    if state.weights is not None:
+        finished.add(state.weights.name)
+    for path in partial.iterdir():
+        if path.name not in finished:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _save(partial: Path, state: _State) -> None:
@@ -320,5 +338,10 @@ def _swap(partial: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         output.rename(old)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)

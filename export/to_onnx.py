@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from onnxscript import optimizer
 from platformdirs import user_cache_path
 
 from engine.bundle import APP_NAME
+from engine.errors import from_os_error
 from engine.graphspec import DType, GraphSpec, TensorSpec, parse_axis
 from export.graphs import TRACE_SYMBOLS, GraphBuilder, call_arguments
 
@@ -55,16 +55,25 @@ def trace(builder: GraphBuilder) -> onnx.ModelProto:
     Args:
         builder: of the graph.
     Raises:
+        OutputError: the cache cannot be written.
         torch.onnx.errors: the module does not export, which is a bug.
     """
     file = _cache_file(builder)
-    with suppress(FileNotFoundError, DecodeError):  # a damaged file is traced anew
-        return onnx.load(file)
+    with suppress(OSError, DecodeError):  # a damaged file is traced anew
+        cached = onnx.load(file)
+        if cached.graph.node:  # an empty file is a valid message
+            return cached
     structure = _trace(builder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        temporary.write(structure.SerializeToString())
-    os.replace(temporary.name, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            temporary.write_bytes(structure.SerializeToString())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(error, file, "keep the trace") from error
     return structure
 
 

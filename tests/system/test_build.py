@@ -1,11 +1,13 @@
 """`python export/build_engines.py` as its users call it."""
 
+import errno
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 import layouts
 from conftest import ROOT, Silent
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine import Restorer
 from engine.bundle import MANIFEST, open_bundle
@@ -47,7 +49,7 @@ def request_of(demo, tmp_path):
 @pytest.fixture
 def built(bundle_fp32, tmp_path):
     """The bundle that `request_of()` asks for, finished."""
-    return shutil.copytree(bundle_fp32, tmp_path / "bundle")
+    return open_bundle(shutil.copytree(bundle_fp32, tmp_path / "bundle"))
 
 
 def run(request, say=lambda line: None):
@@ -55,7 +57,7 @@ def run(request, say=lambda line: None):
 
 
 def hidden(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, run_restore, photo_path, tmp_path):
@@ -97,6 +99,51 @@ def test_a_changed_checkpoint_is_noticed(request_of, built, demo, tmp_path):
     changed = load_file(demo.sdxl)[name] + 1
     sdxl = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: changed})
     assert [line.split(":")[0] for line in run(request_of(sdxl=sdxl)).changes] == ["sources.sdxl sdxl.safetensors"]
+
+
+def test_a_changed_unet_in_a_folder_is_noticed(demo, tmp_path):
+    """diffusers gives the UNet's and the VAE's file one name."""
+    folder = layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m")
+    request = BuildRequest(
+        sdxl=folder, supir=demo.supir, tokenizer=demo.tokenizer, output=tmp_path / "b", preset="lightning"
+    )
+
+    def key():
+        plan = make_plan(request)
+        return plan.key(plan.hash_sources())
+
+    before = key()
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        file = next((folder / component).glob("*.safetensors"))
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.endswith(".bias"))
+        save_file({**tensors, name: tensors[name] + 1}, file)
+        after = key()
+        assert [line.split(":")[0] for line in differences(before, after)] == [f"sources.sdxl {component}/{file.name}"]
+        before = after
+
+
+def test_a_move_that_fails_gives_the_old_bundle_back(request_of, built, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".building"):
+            raise OSError(errno.EIO, "input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputError, match="cannot build the bundle"):
+        run(request_of(preset="supir"))
+    monkeypatch.undo()
+    assert open_bundle(tmp_path / "bundle").manifest.preset == built.manifest.preset
+    assert hidden(tmp_path) == []
+
+
+def test_a_bug_leaves_nothing_behind(request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "verify", lambda builder, file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(request_of())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_bundle_is_built_again(request_of, built, tmp_path):
@@ -235,7 +282,7 @@ def test_a_disk_that_fills_up_leaves_nothing(request_of, tmp_path):
                 build(plan, Silent(), lambda line: None)
         finally:
             build_module._check_room = real
-        assert [path.name for path in disk.iterdir() if not path.name.endswith(".lock")] == ["filler"]
+        assert [path.name for path in disk.iterdir()] == ["filler"]
     finally:
         subprocess.run(["umount", disk], check=True)
 

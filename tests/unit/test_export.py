@@ -1,5 +1,6 @@
 """Tracing, packing and verifying, on the small text graphs."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from engine.errors import BuildError, CheckpointError, UsageError
+from engine.errors import BuildError, CheckpointError, OutputError, UsageError
 from export import to_onnx, verify
 from export.architecture import TextArch
 from export.checkpoint import LazyTensor
@@ -145,9 +146,19 @@ def test_a_damaged_trace_is_traced_anew(plan, monkeypatch, tmp_path):
     builder = graph_builders(plan.arch, "fp32", END)["text_encoder"]
     first = to_onnx.trace(builder)
     file = next(tmp_path.glob("traces/*.onnx"))
-    file.write_bytes(b"\xff\xff")
-    assert to_onnx.trace(builder) == first
-    assert file.stat().st_size > 1000
+    for damage in (b"\xff\xff", b""):
+        file.write_bytes(damage)
+        assert to_onnx.trace(builder) == first
+        assert file.stat().st_size > 1000
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_cache_that_cannot_be_written_is_told(plan, monkeypatch, tmp_path):
+    (tmp_path / "traces").touch()
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(to_onnx, "_trace", lambda builder: onnx.ModelProto())
+    with pytest.raises(OutputError, match="cannot keep the trace"):
+        to_onnx.trace(graph_builders(plan.arch, "fp32", END)["text_encoder"])
 
 
 def test_examples_fit_their_specs(plan):
@@ -290,6 +301,41 @@ def test_a_vocabulary_larger_than_the_towers_is_refused(demo, tmp_path):
 
     with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 1000"):
         _check_vocabulary(demo.tokenizer, END, Arch)
+
+
+def test_every_token_must_be_in_the_towers(demo, tmp_path):
+    """The end token may be in, and others behind it not."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    vocabulary = json.loads((demo.tokenizer / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["one-more</w>"] = END + 1
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    request = BuildRequest(demo.sdxl, demo.supir, folder, tmp_path / "b", preset="lightning")
+    with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 49408.*up to 49408"):
+        make_plan(request)
+
+
+def test_the_second_tower_is_padded_with_the_first_token():
+    from export.tokenizer import PAD_ID_2
+
+    assert PAD_ID_2 == 0
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-4])
+def test_a_norm_of_another_epsilon_is_seen(packed, tmp_path, eps):
+    """The most likely slip in a network: 1e-5 and 1e-6 taken for each other."""
+    builder, file, structure, layout = packed
+    if builder.spec.precision != "fp32":
+        pytest.skip("only fp32 is exact enough to show it")
+    broken = onnx.ModelProto()
+    broken.CopyFrom(pack(structure, builder.spec, layout.weights))
+    for node in broken.graph.node:
+        if node.op_type == "LayerNormalization":
+            next(a for a in node.attribute if a.name == "epsilon").f = eps
+    onnx.save(broken, tmp_path / "text_encoder_2.onnx")
+    shutil.copy(file.parent / "weights.safetensors", tmp_path)
+    with pytest.raises(BuildError, match="disagrees"):
+        verify.verify(builder, tmp_path / "text_encoder_2.onnx")
 
 
 def test_lazy_parts_have_the_shapes_that_they_read():

@@ -1,0 +1,250 @@
+r"""Build a bundle: checkpoints and LoRAs → merged weights → verified ONNX graphs.
+
+python export/build_engines.py                                    the demo model
+python export/build_engines.py --sdxl sd_xl_base_1.0.safetensors \
+        --unet sdxl_lightning_8step_unet.safetensors --supir SUPIR-v0Q.ckpt \
+        --tokenizer tokenizer/ --lora landscape=landscape.safetensors --lora face=face.safetensors:0.8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.backends import BACKENDS
+from engine.bundle import default_bundle_dir
+from engine.console import format_bytes
+from engine.errors import BuildError, CheckpointError, UsageError
+from engine.graphspec import PRECISION_DTYPES
+from export.presets import PRESETS
+from export.request import BuildRequest, LoraRequest
+
+#: What the extra `export` brings.
+_EXPORT_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "safetensors",
+    "filelock",
+)
+
+
+def build_engines(arguments: Sequence[str]) -> int:
+    """Run the command; raises RestoreError where it fails."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXPORT_PACKAGES:
+            raise
+        raise BuildError(
+            "building needs more than the engine",
+            found=f"no module {error.name}",
+            fix="pip install -e '.[export]'",
+        ) from error
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    request = _request(options)
+    # torch takes seconds to import: after the arguments, so that --help and mistakes are quick.
+    from export.build import build, estimate
+    from export.plan import make_plan
+
+    plan = make_plan(request)
+    if options.dry_run:
+        described = plan.describe()
+        print(json.dumps(described, indent=1) if options.json else _plan_text(described))
+        return 0
+    with _Bar(sum(estimate(plan).values()), quiet=options.quiet) as bar:
+        result = build(plan, bar, bar.say)
+    manifest = result.manifest
+    if options.json:
+        report = {
+            "status": result.status,
+            "bundle": str(request.output),
+            "changes": result.changes,
+            "resumed": result.resumed,
+            "seconds": round(time.monotonic() - started, 2),
+            "manifest": manifest.model_dump(mode="json"),
+        }
+        print(json.dumps(report, indent=1))
+    elif result.status == "unchanged":
+        print(f"{request.output} is up to date.")
+    else:
+        print(f"Built {request.output} in {time.monotonic() - started:.0f} s.")
+        for lora in manifest.loras:
+            print(
+                f"  merged LoRA {lora.name} × {lora.scale:g}: rank {_list(lora.ranks)}, "
+                f"alpha {_list(lora.alphas)}, {lora.layers} layers"
+            )
+        for name, graph in manifest.graphs.items():
+            worst = max(graph.verification.relative_l2.values())
+            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build_engines.py",
+        allow_abbrev=False,
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="With no checkpoint named, the demo model is built into the place where engine.restore looks.",
+    )
+    files = parser.add_argument_group("checkpoints")
+    files.add_argument(
+        "--sdxl", type=Path, metavar="FILE|DIR", help="base: one .safetensors file, or a diffusers folder"
+    )
+    files.add_argument(
+        "--unet", type=Path, metavar="FILE|DIR", help="replaces the base's UNet (SDXL-Lightning's files)"
+    )
+    files.add_argument("--supir", type=Path, metavar="FILE", help="SUPIR v0Q or v0F, .ckpt or .safetensors")
+    files.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="NAME=FILE[:SCALE]",
+        help="merged into the base, times SCALE (default 1); repeatable",
+    )
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="CLIP's vocabulary; default: tokenizer/ of a diffusers folder"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--preset", choices=PRESETS, default="ours", help="sampling defaults (default: %(default)s)")
+    how.add_argument(
+        "--precision", choices=PRECISION_DTYPES, default="fp32", help="of the networks (default: %(default)s)"
+    )
+    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="(default: %(default)s)")
+    where = parser.add_argument_group("where and what")
+    where.add_argument("--output", type=Path, metavar="DIR", help=f"of the bundle (default: {default_bundle_dir()})")
+    where.add_argument("--dry-run", action="store_true", help="say what would be read, merged and written")
+    where.add_argument("--json", action="store_true", help="print a report as JSON")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _lora(text: str) -> LoraRequest:
+    name, equals, rest = text.partition("=")
+    if not (name and equals and rest):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE[:SCALE], got {text!r}")
+    path, colon, scale = rest.rpartition(":")
+    try:
+        return LoraRequest(name, Path(path), float(scale)) if colon else LoraRequest(name, Path(rest))
+    except ValueError:  # a colon in the file's name
+        return LoraRequest(name, Path(rest))
+
+
+def _request(options: argparse.Namespace) -> BuildRequest:
+    common = {
+        "output": options.output or default_bundle_dir(),
+        "preset": options.preset,
+        "precision": options.precision,
+        "backend": options.backend,
+    }
+    named = [name for name in ("sdxl", "unet", "supir", "tokenizer") if getattr(options, name) is not None]
+    if not named and not options.lora:
+        return _demo_request(common)
+    for name in ("sdxl", "supir"):
+        if name not in named:
+            raise UsageError(
+                f"--{name} is missing",
+                expected="--sdxl and --supir together, or neither for the demo model",
+                found=", ".join([f"--{name}" for name in named] or ["--lora"]),
+            )
+    tokenizer = options.tokenizer
+    if tokenizer is None:
+        if not options.sdxl.is_dir():
+            raise CheckpointError(
+                "a single file holds no tokenizer",
+                where=options.sdxl,
+                fix="give CLIP's tokenizer folder with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
+            )
+        tokenizer = options.sdxl
+    return BuildRequest(
+        sdxl=options.sdxl,
+        unet=options.unet,
+        supir=options.supir,
+        tokenizer=tokenizer,
+        loras=tuple(options.lora),
+        **common,
+    )
+
+
+def _demo_request(common: dict[str, Any]) -> BuildRequest:
+    from export.demo.synthetic import MIN_SIZE_PX, NOTICE, demo_files
+
+    files = demo_files()
+    merges = PRESETS[common["preset"]].loras == "needed"
+    return BuildRequest(
+        sdxl=files.sdxl,
+        supir=files.supir,
+        tokenizer=files.tokenizer,
+        loras=tuple(LoraRequest(name, path) for name, path in files.loras.items()) if merges else (),
+        settings={"min_size": MIN_SIZE_PX},
+        notice=NOTICE,
+        **common,
+    )
+
+
+class _Bar:
+    """Stage, percent and time left, on stderr."""
+
+    def __init__(self, total: float, *, quiet: bool) -> None:
+        self._bar = tqdm(
+            total=total,
+            disable=quiet,
+            file=sys.stderr,
+            bar_format="{desc:<24} {percentage:3.0f} % |{bar}| {elapsed}, about {remaining} left",
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def stage(self, name: str) -> None:
+        self._bar.set_description_str(name)
+
+    def advance(self, amount: float) -> None:
+        self._bar.update(min(amount, self._bar.total - self._bar.n))
+
+    def say(self, line: str) -> None:
+        self._bar.write(line, file=sys.stderr)
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    lines = [f"Would build {plan['output']}: preset {plan['preset']}, {plan['precision']}, {plan['backend']}"]
+    for source in plan["read"]:
+        files = ", ".join(Path(file).name for file in source["files"])
+        ignored = f", {source['ignored']} of no network ignored" if source["ignored"] else ""
+        lines.append(
+            f"  read   {source['role']:<6} {files} ({source['layout']}): "
+            f"{source['tensors']} tensors, {format_bytes(source['bytes'])}{ignored}"
+        )
+    for lora in plan["merge"]:
+        lines.append(
+            f"  merge  {lora['name']} × {lora['scale']:g}: rank {_list(lora['ranks'])}, "
+            f"alpha {_list(lora['alphas'])}, {lora['layers']} layers"
+        )
+    write = plan["write"]
+    lines.append(f"  write  weights: {write['parameters']:,} parameters, {format_bytes(write['weights_bytes'])}")
+    for graph in write["graphs"]:
+        lines.append(f"  write  {graph['name']:<16} {graph['precision']}, trace {graph['trace']}")
+    return "\n".join(lines)
+
+
+def _list(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
