@@ -58,6 +58,8 @@ class PromptTokenizer:
             raise BundleError("the tokenizer is damaged", where=file, found=str(error)[:200]) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # "<|endoftext|>" in a prompt is text: as a token, it would end what the second tower pools.
+        self._tokenizer.encode_special_tokens = True
         self._special = special
 
     def count_chunks(self, text: str) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from engine.errors import RestoreError
+from engine.errors import RestoreError, from_os_error
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -23,7 +24,9 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         arguments: None means the command line's.
     """
     try:
-        return main(sys.argv[1:] if arguments is None else arguments)
+        status = main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # here, where a full disk can still be told
+        return status
     except RestoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -34,22 +37,45 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         print("error: out of memory\n  to do:    close other programs, or work at a smaller size", file=sys.stderr)
         return RestoreError.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # or the interpreter complains while it shuts down
-        return 1
+        _drop_output()
+        return RestoreError.exit_code
+    except OSError as error:
+        # The machine's, not a bug: a full disk, a name too long, a missing permission.
+        place = error.filename if error.filename is not None else "the output"
+        print(f"error: {from_os_error(error, place, 'read or write')}", file=sys.stderr)
+        _drop_output()
+        return RestoreError.exit_code
     except Exception:
         traceback.print_exc()
         print("\nThis is a bug. Please report the lines above and the command.", file=sys.stderr)
         return EXIT_BUG
 
 
+def _drop_output() -> None:
+    """Send what standard output cannot write nowhere, or the interpreter complains at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def format_bytes(count: int) -> str:
     """Return a size as a person reads it, such as "6.9 GB" or "12 kB"."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
+    units = ("B", "kB", "MB", "GB")
+    power = 0
+    # By the rounded size: 999 600 B is "1 MB", not "1000 kB".
+    while power + 1 < len(units) and float(f"{count / 1000**power:.3g}") >= 1000:
+        power += 1
+    size = count / 1000**power
+    return f"{size:.3g} {units[power]}" if size < 1000 else f"{size:.0f} {units[power]}"
+
+
+def total_memory_bytes() -> int | None:
+    """Return how much memory the computer has, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
 
 
 def peak_memory_bytes() -> int | None:

@@ -40,6 +40,11 @@ class RestoreError(Exception):
         self.fix = fix
         super().__init__(str(self))
 
+    def at(self, place: object) -> RestoreError:
+        """Return this error with a place before its own."""
+        where = f"{place}: {self.where}" if self.where else place
+        return type(self)(self.problem, where=where, expected=self.expected, found=self.found, fix=self.fix)
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.problem}" if self.where else self.problem
         details = [
@@ -110,6 +115,7 @@ def from_os_error(error: OSError, path: object, action: str) -> RestoreError:
         errno.ENOENT: ("no such folder", "create it first"),
         errno.ENOTDIR: ("a part of the path is not a folder", "correct the path"),
         errno.EISDIR: ("it is a folder", "name a file"),
+        errno.EEXIST: ("something else has that name", "choose another name"),
         errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     }
     default = (os.strerror(error.errno) if error.errno else str(error), None)

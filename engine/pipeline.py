@@ -5,6 +5,7 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -20,6 +21,7 @@ from engine.backends import make_backend
 from engine.backends.base import Array, Backend, Runner
 from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
+from engine.console import total_memory_bytes
 from engine.errors import ImageError, RestoreError, UsageError
 from engine.geometry import Size, result_size, working_size
 from engine.guidance import Ramp, RestorationPull, is_unguided
@@ -158,6 +160,7 @@ class Restorer:
         seeds = [settings.seed] * len(photos) if seeds is None else list(seeds)
         if len(seeds) != len(photos):
             raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
+        seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
         sources = [_as_photo(photo) for photo in photos]
         groups: dict[Size, list[int]] = {}
         for index, source in enumerate(sources):
@@ -179,15 +182,24 @@ class Restorer:
         """
         wanted = result_size(photo.size, settings.upscale)
         size = working_size(wanted, settings.min_size, self.bundle.size_multiple)
-        if size[0] * size[1] > MAX_WORKING_PIXELS:
+        if size[0] * size[1] > self.max_pixels:
             raise ImageError(
                 "too large to be worked at in one piece",
                 where=f"a photo of {photo.size[0]} × {photo.size[1]} pixels",
-                expected=f"up to {MAX_WORKING_PIXELS / 1e6:.0f} million pixels",
+                expected=f"up to {self.max_pixels / 1e6:.1f} million pixels on this computer",
                 found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
                 fix="lower --upscale or --min-size, or cut the photo into parts",
             )
         return size
+
+    @property
+    def max_pixels(self) -> int:
+        """How many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
+        memory = total_memory_bytes()
+        if memory is None:
+            return MAX_WORKING_PIXELS
+        cells = math.isqrt(memory // np.dtype(np.float32).itemsize)
+        return min(MAX_WORKING_PIXELS, cells * self.bundle.pixels_per_cell**2)
 
     def _restore_group(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from engine.errors import UsageError
 
@@ -32,6 +33,24 @@ class ScaleRange(NamedTuple):
     end: float
 
 
+def _as_range(value: Any) -> Any:
+    return (value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _bounded(low: float, high: float) -> Callable[[ScaleRange], ScaleRange]:
+    def check(scale: ScaleRange) -> ScaleRange:
+        if not all(low <= value <= high for value in scale):
+            raise ValueError(f"must lie between {low:g} and {high:g}")
+        return scale
+
+    return check
+
+
+#: Guidance and control; a number alone holds from start to end.
+CfgScale = Annotated[ScaleRange, BeforeValidator(_as_range), AfterValidator(_bounded(-100.0, 100.0))]
+ControlScale = Annotated[ScaleRange, BeforeValidator(_as_range), AfterValidator(_bounded(0.0, 100.0))]
+
+
 class Settings(BaseModel):
     """Everything that decides a result, besides the photo and the bundle."""
 
@@ -39,10 +58,10 @@ class Settings(BaseModel):
 
     steps: int = Field(15, ge=1, le=1000, description="sampling steps")
     sampler: Sampler = Field("edm", description="RestoreEDM or RestoreDPM++2M")
-    cfg_scale: ScaleRange = Field(
+    cfg_scale: CfgScale = Field(
         ScaleRange(2.0, 2.0), description="guidance s; 1 turns it off; the paper's lambda is s - 1"
     )
-    control_scale: ScaleRange = Field(ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling")
+    control_scale: ControlScale = Field(ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling")
     restore_pull: float | None = Field(
         None, gt=0, le=100, description="power of the pull towards the stage-1 image; None is off"
     )
@@ -79,7 +98,7 @@ def validated(values: dict[str, Any]) -> Settings:
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()} (got {_short(item['input'])})"
             for item in error.errors()
         )
-        raise UsageError("impossible settings", found=problems) from error
+        raise UsageError("impossible settings", found=problems, fix="give values within these bounds") from error
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,8 @@ from engine.backends.base import Backend
 from engine.errors import UsageError
 
 BACKENDS = ("onnxruntime",)
+#: More CPU threads than this are a mistake: there is a pool of them for each graph.
+MAX_THREADS = 256
 
 
 def make_backend(name: str, *, threads: int = 0) -> Backend:
@@ -15,8 +17,10 @@ def make_backend(name: str, *, threads: int = 0) -> Backend:
         name: one of `BACKENDS`.
         threads: that one operator may use on a CPU; 0 is one per core.
     Raises:
-        UsageError: there is no such backend.
+        UsageError: there is no such backend, or the number of threads is impossible.
     """
+    if not 0 <= threads <= MAX_THREADS:
+        raise UsageError("impossible number of threads", expected=f"0 to {MAX_THREADS}", found=threads)
     if name != "onnxruntime":
         raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
     from engine.backends.ort import OrtBackend

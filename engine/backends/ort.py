@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,10 +12,12 @@ from pathlib import Path
 import onnxruntime as ort
 
 from engine.backends.base import Array, Runner
+from engine.console import format_bytes
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec
 
-_ERRORS_ONLY = 3
+#: Errors come as exceptions; the log would say them a second time, in colours.
+_FATAL_ONLY = 4
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,15 @@ class OrtBackend:
         _share_arena()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         options.add_session_config_entry("session.use_env_allocators", "1")
         # A pattern is one more block of the size of all activations, beside the arena's chunks.
         options.enable_mem_pattern = False
         # Threads that spin on after their graph has ended take the cores from the next graph.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.threads > (os.cpu_count() or 1):
+            # Threads that wait by spinning keep the others from the cores.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
@@ -88,10 +95,11 @@ def _share_arena() -> None:
 def _translated(error: Exception, graph: str) -> Exception:
     text = str(error)
     if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
+        asked = re.search(r"buffer of size (\d+)", text)
         return BackendError(
             "out of memory",
             where=graph,
-            found=_first_line(error),
+            found=f"{format_bytes(int(asked[1]))} more are not to be had" if asked else _first_line(error),
             fix="restore at a smaller size: a lower --upscale or --min-size",
         )
     if type(error).__module__.startswith("onnxruntime"):

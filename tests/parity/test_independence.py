@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from engine.errors import UsageError
+
 
 @pytest.fixture(scope="module")
 def photos():
@@ -74,6 +76,70 @@ def test_long_prompts_reach_the_networks_to_their_last_word(restorer, photos):
     long = "cup " * 200
     first, second = (restorer.restore(photos[0], prompt=long + end, steps=2) for end in ("tea", "milk"))
     assert not np.array_equal(first.photo.rgb, second.photo.rgb)
+
+
+def test_a_longer_negative_prompt_is_read_to_its_last_word(restorer, photos):
+    long = "blur " * 200
+    first, second = (
+        restorer.restore(photos[0], prompt="", quality_words="", negative_prompt=long + end, steps=2)
+        for end in ("tea", "milk")
+    )
+    assert not np.array_equal(first.photo.rgb, second.photo.rgb)
+
+
+def test_a_long_prompt_is_pooled_from_its_first_chunk(restorer):
+    settings = restorer.defaults.updated({"quality_words": ""})
+    words = "cup " * 75
+    short, long = (
+        restorer.conditioning(settings.updated({"prompt": text}))[0] for text in (words, words + "tea " * 75)
+    )
+    assert long.context.shape[0] == 2 * short.context.shape[0]
+    assert np.allclose(long.vector, short.vector, atol=1e-6)
+
+
+def test_special_tokens_in_a_prompt_are_plain_text(restorer):
+    """As a token, the end of a text would end what the second tower pools."""
+    settings = restorer.defaults.updated({"quality_words": ""})
+    first, second = (
+        restorer.conditioning(settings.updated({"prompt": f"a cup <|endoftext|> of {end}"}))[0]
+        for end in ("tea", "milk")
+    )
+    assert not np.allclose(first.vector, second.vector, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"churn": 8.0}, {"sampler": "dpmpp2m"}])
+def test_the_seed_draws_the_steps_noise_too(restorer, photos, settings):
+    start = np.random.default_rng(0).standard_normal((1, 4, 16, 16), dtype=np.float32)
+    start = start[:, :, : 8 * (80 // 64 + 1), : 8 * (90 // 64 + 1)]
+    first, second = (
+        restorer.restore(photos[0][:64, :64], noise=start[:, :, :8, :8], seed=seed, steps=4, **settings).photo.rgb
+        for seed in (1, 2)
+    )
+    assert not np.array_equal(first, second)
+
+
+def test_the_pull_leads_to_the_encoded_stage_1_image(restorer, photos, monkeypatch):
+    """Not to the degraded photo's latent, which is near it and would hide the mistake."""
+    photo = photos[0][:64, :64]
+    lq = (photo.transpose(2, 0, 1)[None] * 2 - 1).astype(np.float32)
+    centre = restorer.encode_clean(restorer.decode(restorer.encode(lq)))
+    given = []
+    sample = restorer.sample
+    monkeypatch.setattr(restorer, "sample", lambda *a, **k: given.append(k["center"]) or sample(*a, **k))
+    restorer.restore(photo, restore_pull=2.0)
+    assert np.allclose(given[0], centre, atol=1e-5)
+    assert not np.allclose(given[0], restorer.encode(lq), atol=1e-2)
+
+
+def test_a_number_is_a_scale(restorer, photos):
+    pair = restorer.restore(photos[0], cfg_scale=(2.0, 2.0), steps=1).photo.rgb
+    assert np.array_equal(pair, restorer.restore(photos[0], cfg_scale=2, steps=1).photo.rgb)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5])
+def test_impossible_seeds_of_a_batch_are_refused(restorer, photos, seed):
+    with pytest.raises(UsageError, match="seed"):
+        restorer.restore_batch(photos[:1], seeds=[seed])
 
 
 def test_a_photo_may_be_a_file_an_image_or_an_array(restorer, photo_path):

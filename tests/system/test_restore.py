@@ -160,8 +160,71 @@ def test_a_photo_is_never_replaced_by_its_result(restore, photo):
     before = photo.read_bytes()
     status, _, err = restore(photo, "-o", photo, "--overwrite")
     assert status == 1
-    assert "would replace the photo itself" in err
+    assert "would replace a photo" in err
     assert photo.read_bytes() == before
+
+
+def test_a_photo_is_not_replaced_by_another_ones_result(restore, photo):
+    second = shutil.copy(photo, photo.with_name("cup.restored.png.jpg"))
+    second = second.rename(photo.with_name("cup.restored.png"))
+    before = second.read_bytes()
+    status, _, err = restore(photo, second, "--overwrite", "--steps", 1)
+    assert status == 1
+    assert "cup.restored.png: would replace a photo" in err
+    assert second.read_bytes() == before
+
+
+def test_a_folder_is_gone_through_again_without_its_results(restore, photo, tmp_path):
+    (tmp_path / ".hidden.jpg").write_text("no image")
+    for _ in range(2):
+        assert restore(tmp_path, "--steps", 1, "--overwrite")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.jpg", "cup.jpg", "cup.restored.png"]
+
+
+def test_what_has_a_result_can_be_left_out(restore, photo, tmp_path):
+    shutil.copy(photo, tmp_path / "tea.jpg")
+    (tmp_path / "cup.restored.png").write_bytes(b"as it was")
+    status, _, err = restore(tmp_path, "--steps", 1)
+    assert status == 1
+    assert "cup.restored.png: exists already" in err
+    status, out, _ = restore(tmp_path, "--steps", 1, "--skip-existing")
+    assert status == 0
+    assert out.count("seed") == 1
+    assert (tmp_path / "cup.restored.png").read_bytes() == b"as it was"
+    assert read_photo(tmp_path / "tea.restored.png").size == (384, 256)
+
+
+def test_photos_of_one_stem_keep_their_whole_names(restore, photo, tmp_path):
+    Image.open(photo).save(tmp_path / "cup.png")
+    shutil.copy(photo, tmp_path / "tea.jpg")
+    assert restore(tmp_path, "-o", tmp_path / "out", "--steps", 1)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cup.jpg.png", "cup.png.png", "tea.png"]
+
+
+def test_options_that_do_nothing_are_told(restore, photo, tmp_path):
+    _, _, err = restore(photo, "-o", tmp_path / "a.png", "--steps", 1, "--churn", 5, "--sampler", "dpmpp2m")
+    assert "--churn does nothing with --sampler dpmpp2m" in err
+    _, _, err = restore(photo, "-o", tmp_path / "b.png", "--steps", 1, "--eta", 0.5)
+    assert "--eta does nothing with --sampler edm" in err
+
+
+def test_more_threads_than_cores_give_the_same(restore, photo, tmp_path):
+    for threads in (1, 2, 4 * os.cpu_count()):
+        assert restore(photo, "-o", tmp_path / f"{threads}.png", "--steps", 1, "--threads", threads)[0] == 0
+    first, *others = (np.asarray(Image.open(path)).astype(int) for path in sorted(tmp_path.glob("*.png")))
+    for other in others:
+        assert np.abs(first - other).max() <= 1
+
+
+def test_transparency_follows_the_upscale(restore, tmp_path):
+    glass = np.zeros((40, 60, 4), np.uint8)
+    glass[:, 30:, 3] = 255
+    Image.fromarray(glass, "RGBA").save(tmp_path / "in.png")
+    assert restore(tmp_path / "in.png", "-o", tmp_path / "out.png", "--steps", 1, "--upscale", 2)[0] == 0
+    alpha = np.asarray(Image.open(tmp_path / "out.png"))[:, :, 3]
+    assert alpha.shape == (80, 120)
+    assert (alpha[:, :55] == 0).all()
+    assert (alpha[:, 65:] == 255).all()
 
 
 def test_help_names_every_setting(run_restore):

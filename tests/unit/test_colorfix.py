@@ -30,6 +30,13 @@ def test_a_colour_cast_is_undone(fix):
     assert np.allclose(fix(cast, image(0)), image(0), atol=1e-5)
 
 
+def test_adain_of_a_nearly_flat_image_is_held_by_its_epsilon():
+    flat = 0.25 + 1e-3 * image(0)
+    gain = np.std(adain(flat, image(1)), axis=(2, 3)) / np.std(flat, axis=(2, 3))
+    variance = (flat.var(axis=(2, 3), ddof=1), image(1).var(axis=(2, 3), ddof=1))
+    assert np.allclose(gain, np.sqrt((variance[1] + 1e-5) / (variance[0] + 1e-5)), rtol=1e-3)
+
+
 @pytest.mark.parametrize("fix", [wavelet, adain])
 def test_images_of_a_batch_do_not_mix(fix):
     both = fix(image(0), image(1))

@@ -46,6 +46,7 @@ def command(raised):
         (BundleError("no bundle here"), 1),
         (UsageError("no such backend"), 2),
         (MemoryError(), 1),
+        (OSError(errno.ENOSPC, "no space", "out.png"), 1),
         (ZeroDivisionError("a bug"), EXIT_BUG),
         (KeyboardInterrupt(), EXIT_INTERRUPTED),
     ],
@@ -61,7 +62,14 @@ def test_exit_status_and_traceback(raised, status, capsys):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"), (6_938_000_000, "6.94 GB"), (2.4e12, "2400 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (12_345, "12.3 kB"),
+        (999_600, "1 MB"),
+        (6_938_000_000, "6.94 GB"),
+        (2.4e12, "2400 GB"),
+    ],
 )
 def test_sizes_in_words(count, text):
     assert format_bytes(int(count)) == text

@@ -1,0 +1,353 @@
+"""Restore photos.
+
+python -m engine.restore photo.jpg                       writes photo.restored.png beside it
+python -m engine.restore photos/ -o out/ --upscale 2     every image of a folder
+python -m engine.restore photo.jpg --like other.png      with the settings that made other.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine import Restored, Restorer
+from engine.backends import BACKENDS, MAX_THREADS
+from engine.bundle import default_bundle_dir
+from engine.console import peak_memory_bytes
+from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
+from engine.imageio import READ_SUFFIXES, Photo, check_output, list_images, read_history, read_photo, write_photo
+from engine.settings import QUALITY_WORDS, ScaleRange, Settings, parse_scale
+
+#: Marks a result that lies beside its photo.
+_RESULT = ".restored"
+
+#: Options that are settings, by the settings' names.
+_SETTINGS = (
+    "upscale",
+    "min_size",
+    "prompt",
+    "quality_words",
+    "negative_prompt",
+    "steps",
+    "sampler",
+    "cfg_scale",
+    "control_scale",
+    "restore_pull",
+    "churn",
+    "s_noise",
+    "eta",
+    "seed",
+    "color_fix",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photo, and the seeds and files of its results."""
+
+    photo: Path
+    outputs: tuple[tuple[int, Path], ...]
+
+
+def restore(arguments: Sequence[str]) -> int:
+    """Run the command; raises RestoreError where nothing can be done."""
+    options = _parser().parse_args(arguments)
+    changes, made_with = _changes(options)
+    photos = _photos(options.images)
+    _check_folder(options.output)
+    restorer = Restorer.open(options.bundle or default_bundle_dir(), backend=options.backend, threads=options.threads)
+    settings = restorer.defaults.updated(changes)
+    if made_with is not None and made_with != restorer.bundle.digest:
+        _warn(f"{options.like} was made with another bundle: the result will differ")
+    if restorer.bundle.manifest.notice and not options.quiet:
+        print(f"note: {restorer.bundle.manifest.notice}", file=sys.stderr)
+    _warn_of_idle_options(options, settings)
+    jobs = _jobs(photos, options, settings.seed)
+    reports, failures = [], []
+    steps = settings.steps * sum(len(job.outputs) for job in jobs)
+    with tqdm(total=steps, unit="step", disable=options.quiet, file=sys.stderr) as bar:
+        for job in jobs:
+            bar.set_description_str(job.photo.name)
+            try:
+                reports += _run(job, restorer, settings, options, bar)
+            except RestoreError as error:
+                if str(job.photo) not in str(error):
+                    error = error.at(job.photo)
+                if len(jobs) == 1:
+                    bar.leave = False  # half a bar says nothing beside the error
+                    raise error from None
+                failures.append(error)
+                bar.write(f"error: {error}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(reports, indent=1))
+    elif not options.quiet:
+        for report in reports:
+            print(f"{report['output']}  ({report['total_ms'] / 1e3:.1f} s, seed {report['settings']['seed']})")
+    if failures:
+        raise RestoreError(f"{len(failures)} of {len(jobs)} photos could not be restored", fix="see above")
+    return 0
+
+
+def _run(
+    job: Job, restorer: Restorer, settings: Settings, options: argparse.Namespace, bar: Any
+) -> list[dict[str, Any]]:
+    photo = read_photo(job.photo)
+    for remark in photo.remarks:
+        bar.write(f"note: {job.photo}: {remark}", file=sys.stderr)
+    if _is_folder(options.output):
+        _make_folder(options.output)
+    for _, output in job.outputs:
+        check_output(output, photo, overwrite=options.overwrite)
+    reports = []
+    for seed, output in job.outputs:
+        result = restorer.restore(photo, on_step=lambda _: bar.update(), **{**settings.model_dump(), "seed": seed})
+        write_photo(output, result.photo, result.history, overwrite=options.overwrite)
+        reports.append(_report(job.photo, output, photo, result))
+    return reports
+
+
+def _report(source: Path, output: Path, photo: Photo, result: Restored) -> dict[str, Any]:
+    return {
+        "input": str(source),
+        "input_size": photo.size,
+        "output": str(output),
+        "output_size": result.photo.size,
+        **result.history,
+        "graphs_ms": _rounded(result.timings.graphs_ms),
+        "outside_ms": _rounded(result.timings.outside_ms),
+        "total_ms": round(result.timings.total_ms, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _rounded(stages_ms: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value, 1) for stage, value in stages_ms.items()}
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# -- what to do -----------------------------------------------------------------------------------
+
+
+def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+    """Return the settings that differ from the bundle's, and the bundle that `--like` was made with."""
+    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    if options.no_restore_pull:
+        given["restore_pull"] = None
+    if options.like is None:
+        return given, None
+    history = read_history(options.like)
+    settings, bundle = history.get("settings"), history.get("bundle")
+    if not isinstance(settings, dict) or not isinstance(bundle, dict):
+        raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
+    return {**settings, **given}, str(bundle.get("digest"))
+
+
+def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> None:
+    for option, sampler in (("churn", "edm"), ("eta", "dpmpp2m")):
+        if getattr(options, option) is not None and settings.sampler != sampler:
+            _warn(f"--{option} does nothing with --sampler {settings.sampler}")
+
+
+def _photos(names: Sequence[Path]) -> list[Path]:
+    photos: list[Path] = []
+    for name in names:
+        if name.is_dir():
+            # Results of an earlier run lie beside their photos.
+            found = [path for path in list_images(name) if _RESULT not in path.suffixes]
+            if not found:
+                raise ImageError("holds no images", where=name, expected=", ".join(READ_SUFFIXES))
+            photos += found
+        elif name.exists():
+            photos.append(name)
+        else:
+            raise ImageError("no such file", where=name, fix="check the path")
+    return list(dict.fromkeys(photos))
+
+
+def _jobs(photos: Sequence[Path], options: argparse.Namespace, seed: int) -> list[Job]:
+    """Return what to restore into which files, all of them checked before any work.
+
+    Raises:
+        OutputError: a file could not be written, or two results would have one name.
+    """
+    place = _placer(photos, options)
+    folder_to_come = _is_folder(options.output) and not options.output.exists()
+    jobs = []
+    taken: dict[Path, Path] = {}
+    inputs = {photo.resolve(): photo for photo in photos}
+    for photo in photos:
+        outputs = []
+        for index in range(options.samples):
+            output = place(photo)
+            if options.samples > 1:
+                output = output.with_name(f"{output.stem}.{seed + index}{output.suffix}")
+            if output.resolve() in inputs:
+                raise OutputError("would replace a photo", where=output, fix="choose another name with -o")
+            if output in taken:
+                raise OutputError(
+                    "two photos would be restored into one file",
+                    where=output,
+                    found=f"{taken[output]} and {photo}",
+                    fix="restore them into different folders",
+                )
+            taken[output] = photo
+            if options.skip_existing and output.is_file():
+                continue
+            if not folder_to_come:
+                check_output(output, overwrite=options.overwrite)
+            outputs.append((seed + index, output))
+        if outputs:
+            jobs.append(Job(photo, tuple(outputs)))
+    return jobs
+
+
+def _placer(photos: Sequence[Path], options: argparse.Namespace) -> Callable[[Path], Path]:
+    """Return the function from a photo to its result's place."""
+    target: Path | None = options.output
+    if target is not None and not _is_folder(target):
+        if len(photos) > 1:
+            raise UsageError("several photos need a folder", where="-o", found=target)
+        return lambda photo: target
+    # A camera's JPEG beside the PNG made from it: then each keeps its whole name.
+    places = Counter((photo.parent if target is None else target, photo.stem) for photo in photos)
+
+    def place(photo: Path) -> Path:
+        folder = photo.parent if target is None else target
+        stem = photo.stem if places[folder, photo.stem] == 1 else photo.name
+        return folder / (f"{stem}{_RESULT}.png" if target is None else f"{stem}.png")
+
+    return place
+
+
+def _is_folder(target: Path | None) -> bool:
+    """Tell whether `-o` names a folder: one that is there, or a name without an ending."""
+    return target is not None and (target.is_dir() or not target.suffix)
+
+
+def _check_folder(target: Path | None) -> None:
+    """Find out, before the work, whether the folder of `-o` is there or could be made."""
+    if target is None or not _is_folder(target) or target.is_dir():
+        return
+    if os.path.lexists(target):
+        raise OutputError("is no folder", where=target, fix="name a folder, or a file with an ending such as .png")
+    if not target.parent.is_dir():
+        raise OutputError("no such folder", where=target.parent, fix="create it first")
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, target, "create the folder") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = "Defaults are the bundle's. --like takes another result's settings; options override them."
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.restore",
+        allow_abbrev=False,
+        description=__doc__,
+        epilog=defaults,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "images", type=_path, nargs="+", metavar="IMG", help="images, or folders of images (subfolders are left out)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=_path,
+        metavar="FILE|DIR",
+        help="default: IMG.restored.png beside IMG; a name without an ending is a folder, for PNGs",
+    )
+    present = parser.add_mutually_exclusive_group()
+    present.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    present.add_argument("--skip-existing", action="store_true", help="leave out what has a result already")
+    parser.add_argument("--like", type=_path, metavar="RESULT", help="use the settings that RESULT was made with")
+    parser.add_argument(
+        "--samples", type=_between(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--bundle", type=_path, metavar="DIR", help=f"default: {default_bundle_dir()}")
+    engine.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
+    engine.add_argument(
+        "--threads",
+        type=_between(0, MAX_THREADS, " (one per core)"),
+        default=0,
+        metavar="N",
+        help="CPU threads; default: one per core, and more than that only slows it down",
+    )
+    engine.add_argument("--quiet", action="store_true", help="no progress bar, no list of results")
+    engine.add_argument(
+        "--json", action="store_true", help="print settings, seed, milliseconds per stage and peak memory as JSON"
+    )
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_argument_group("size")
+    size.add_argument("--upscale", type=float, metavar="X", help="size of the result over the photo's")
+    size.add_argument(
+        "--min-size", type=int, metavar="PX", help="work at least at this shorter side; the result's size stays"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", metavar="TEXT", help="what the photo shows; of any length")
+    text.add_argument("--quality-words", metavar="TEXT", help=f'appended to the prompt; default: "{QUALITY_WORDS}"')
+    text.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=int, metavar="N")
+    sampling.add_argument("--sampler", choices=("edm", "dpmpp2m"), help="RestoreEDM or RestoreDPM++2M")
+    sampling.add_argument(
+        "--cfg-scale",
+        type=_scale,
+        metavar="S[:END]",
+        help="guidance s, from the first step to the last; 1 turns it off; the paper's lambda is s - 1",
+    )
+    sampling.add_argument(
+        "--control-scale", type=_scale, metavar="S[:END]", help="how strongly the photo steers the sampling"
+    )
+    pull = sampling.add_mutually_exclusive_group()
+    pull.add_argument(
+        "--restore-pull", type=float, metavar="R", help="pull towards the stage-1 image, fading as (sigma/max)^R"
+    )
+    pull.add_argument("--no-restore-pull", action="store_true", help="switch the pull off, if the bundle has it on")
+    sampling.add_argument("--churn", type=float, metavar="C", help="noise added back over the run (edm)")
+    sampling.add_argument("--s-noise", type=float, metavar="S", help="std of the noise added while sampling")
+    sampling.add_argument("--eta", type=float, metavar="E", help="0 is deterministic, 1 the SDE (dpmpp2m)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="of the noise; the same seed gives the same result")
+    sampling.add_argument("--color-fix", choices=("wavelet", "adain", "none"), help="take the colours of stage 1")
+
+
+def _path(text: str) -> Path:
+    if not text:  # which Path would take for the current folder
+        raise argparse.ArgumentTypeError("expected a name, got an empty one")
+    return Path(text)
+
+
+def _scale(text: str) -> ScaleRange:
+    try:
+        return parse_scale(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected S or S:END, such as 2 or 4:1, got {text!r}") from None
+
+
+def _between(low: int, high: int, meaning: str = "") -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected {low}{meaning} to {high}, got {text!r}")
+        return int(text)
+
+    return number
