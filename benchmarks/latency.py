@@ -68,19 +68,14 @@ def _measure(contenders: Sequence[str], size: int, options: argparse.Namespace) 
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, name, bundle, options.threads), daemon=True)
             process.start()
+            there.close()  # so that the end of the process is the end of the pipe
             workers[name] = process, here
-            here.recv()  # ready: one imports its libraries while the other waits
+            _answer(name, process, here)  # ready: one imports its libraries while the other waits
         rounds = options.repeats + 1
         for _ in tqdm(range(rounds), desc=f"{size} px", unit="round", file=sys.stderr, disable=options.quiet):
             for name, (process, connection) in workers.items():
                 connection.send({"size": size, "steps": options.steps})
-                try:
-                    answer = connection.recv()
-                except EOFError:
-                    raise BackendError("the process ended", where=name, found=process.exitcode) from None
-                if "error" in answer:
-                    raise BackendError("the process failed", where=name, found=answer["error"])
-                runs[name].append(answer)
+                runs[name].append(_answer(name, process, connection))
     finally:
         for process, connection in workers.values():
             connection.close()
@@ -89,15 +84,31 @@ def _measure(contenders: Sequence[str], size: int, options: argparse.Namespace) 
     return {"contenders": {name: _summary(found) for name, found in runs.items()}}
 
 
+def _answer(name: str, process: Any, connection: Connection) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = connection.recv()
+    except EOFError:
+        process.join(timeout=5)
+        raise BackendError(
+            "the process ended",
+            where=name,
+            found=f"exit status {process.exitcode}",
+            fix="if that is -9, memory ran out: measure a smaller --size",
+        ) from None
+    if "error" in answer:
+        raise BackendError("the process failed", where=name, found=answer["error"])
+    return answer
+
+
 def _work(connection: Connection, name: str, bundle_path: Path, threads: int) -> None:
     """Be the other process: one restoration per message."""
-    import numpy as np
-
-    from engine import Restorer
-    from engine.backends import make_backend
-    from engine.console import peak_memory_bytes
-
     try:
+        import numpy as np
+
+        from engine import Restorer
+        from engine.backends import make_backend
+        from engine.console import peak_memory_bytes
+
         bundle = open_bundle(bundle_path)
         if name == "torch":
             from benchmarks.torch_backend import TorchBackend
@@ -105,7 +116,7 @@ def _work(connection: Connection, name: str, bundle_path: Path, threads: int) ->
             restorer = Restorer(bundle, TorchBackend(bundle, threads))
         else:
             restorer = Restorer(bundle, make_backend("onnxruntime", threads=threads))
-        connection.send("ready")
+        connection.send({})
         while True:
             task = connection.recv()
             size = task["size"]
@@ -202,13 +213,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--baseline", choices=("torch",), help="the same networks in eager PyTorch, in turns")
-    parser.add_argument("--size", type=int, nargs="+", default=[512], metavar="PX", help="sides (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=7, help="counted restorations (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=_positive, nargs="+", default=[512], metavar="PX", help="sides (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=_positive, default=15, help="default: %(default)s")
+    parser.add_argument("--repeats", type=_positive, default=7, help="counted restorations (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of both; default: one per core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

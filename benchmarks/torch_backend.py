@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from engine.backends.base import Array, Runner
 from engine.bundle import Bundle
+from engine.errors import BackendError
 from engine.graphspec import GraphSpec
 from export.architecture import infer_architecture
 from export.graphs import GraphBuilder, call_arguments, graph_builders
@@ -22,9 +23,18 @@ class TorchBackend:
     Args:
         bundle: whose weights and architecture are used.
         threads: that one operator may use; 0 leaves torch's own choice.
+    Raises:
+        BackendError: the bundle is of another precision.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        if bundle.manifest.precision != "fp32":
+            raise BackendError(
+                "eager PyTorch is compared in float32",
+                where=bundle.path,
+                found=bundle.manifest.precision,
+                fix="measure a bundle built with --precision fp32",
+            )
         if threads:
             torch.set_num_threads(threads)
         self._weights = bundle.file(bundle.manifest.weights)

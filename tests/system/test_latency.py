@@ -31,6 +31,36 @@ def test_engine_and_torch_are_measured_in_turns(bundle_fp32, tmp_path):
     assert report["machine"]["date"]
 
 
+def test_a_contender_that_cannot_start_is_told(bundle_fp16):
+    command = [sys.executable, str(ROOT / "benchmarks" / "latency.py"), "--bundle", str(bundle_fp16), "--quiet"]
+    done = subprocess.run([*command, "--baseline", "torch"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "eager PyTorch is compared in float32" in done.stderr
+
+
+def test_a_contender_that_dies_is_told():
+    import multiprocessing
+
+    from benchmarks.latency import _answer
+    from engine.errors import BackendError
+
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=sys.exit, args=(9,))
+    process.start()
+    there.close()
+    with pytest.raises(BackendError, match="exit status 9"):
+        _answer("engine", process, here)
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--size", "--steps"])
+def test_numbers_must_be_positive(option):
+    command = [sys.executable, str(ROOT / "benchmarks" / "latency.py"), option, "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "at least 1" in done.stderr
+
+
 def test_a_missing_bundle_is_told_once(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "latency.py"), "--bundle", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
