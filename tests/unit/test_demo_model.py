@@ -1,0 +1,142 @@
+"""The demo's networks: where they start, and their files in real layouts."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("scipy", reason="needs the train extra")
+
+from safetensors.torch import load_file
+
+from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
+from export.architecture import infer_architecture
+from export.checkpoint import open_sdxl, open_supir
+from export.demo.data import Pairs, Window
+from export.demo.model import (
+    LATENT_CHANNELS,
+    SDXL_FILE,
+    SUPIR_FILE,
+    DemoModel,
+    demo_architecture,
+    load_checkpoints,
+    patch_code,
+    save_checkpoints,
+)
+from export.demo.patches import pixel_weights
+from export.demo.pictures import make_picture
+from export.demo.words import demo_tokenizer, token_rows
+from export.tokenizer import END_TOKEN
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    tokenizer = demo_tokenizer()
+    made = DemoModel(demo_architecture(tokenizer.get_vocab_size()), tokenizer.token_to_id(END_TOKEN))
+    made.start_autoencoder(0)
+    made.start_denoise_encoder()
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    pictures = np.stack([make_picture("leaves", 9, index, 128).rgb for index in range(2)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def patches(pixels):
+    batch, colours, height, width = pixels.shape
+    split = pixels.reshape(batch, colours, height // 8, 8, width // 8, 8)
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // 8, width // 8, -1).double().numpy()
+
+
+def test_the_encoder_starts_as_the_patches_principal_components(model, pixels):
+    code = patch_code(0)
+    expected = (patches(pixels) - code.mean) @ code.basis * code.gain
+    for encode in (model.encode, model.encode_degraded):
+        found = encode(pixels).permute(0, 2, 3, 1).numpy()
+        assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_the_decoder_starts_with_each_patchs_colour(model, pixels):
+    decoded = patches(model.decode(model.encode(pixels))).reshape(2, 16, 16, 64, 3)
+    means = patches(pixels).reshape(2, 16, 16, 64, 3).mean(axis=3, keepdims=True)
+    assert np.abs(decoded - means).max() < 0.15
+    assert np.abs(decoded - means).mean() < 0.02
+
+
+def test_errors_of_the_latent_are_known_in_pixels(model, pixels):
+    """To what the code leaves out: an error of z costs what it changes in the picture."""
+    code = patch_code(0)
+    z = model.encode(pixels)
+    error = 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    in_pixels = (error.permute(0, 2, 3, 1).double().numpy() / code.gain) @ code.basis.T
+    found = (error.square() * pixel_weights(code)).sum(dim=1).mean()
+    assert float(found) == pytest.approx((in_pixels**2).mean(), rel=1e-4)
+
+
+def test_the_latent_has_about_unit_deviation(model):
+    pictures = np.stack([make_picture("leaves", 0, index, 128).rgb for index in range(100, 124)])
+    z = model.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert z.shape[1] == LATENT_CHANNELS
+    assert 0.7 < float(z.std()) < 1.4
+
+
+def test_without_training_the_prior_predicts_nothing_and_control_changes_nothing(model):
+    z = torch.randn(1, LATENT_CHANNELS, 16, 16)
+    ids = torch.full((1, 77), model.end_id)
+    context, vector = model.read(ids, ids)
+    assert context.shape == (1, 77, 128)
+    time = torch.tensor([500.0])
+    assert float(model.prior(z, time, context, vector).abs().max()) == 0.0
+    assert float(model.steered(z, time, z, context, vector).abs().max()) == 0.0
+
+
+def test_files_are_read_back_as_real_checkpoints(model, tmp_path):
+    save_checkpoints(model, tmp_path)
+    sdxl, supir = open_sdxl(tmp_path / SDXL_FILE), open_supir(tmp_path / SUPIR_FILE)
+    assert not sdxl.ignored
+    assert not supir.ignored
+    shapes = {name: tensor.shape for name, tensor in {**sdxl.tensors, **supir.tensors}.items()}
+    assert infer_architecture(shapes) == model.arch
+    again = DemoModel(model.arch, model.end_id)
+    load_checkpoints(again, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.to(torch.float16).float()), name
+    names = set(load_file(tmp_path / SDXL_FILE))
+    assert "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight" in names
+    # Behind a transformer where there is one, as LDM counts.
+    assert "model.diffusion_model.output_blocks.2.2.conv.weight" in names
+    assert "model.diffusion_model.output_blocks.5.1.conv.weight" in names
+
+
+def test_the_quality_words_fit_into_one_chunk():
+    tokenizer = demo_tokenizer()
+    ids, ids_2 = token_rows(tokenizer, [QUALITY_WORDS, NEGATIVE_WORDS, ""])
+    end = tokenizer.token_to_id(END_TOKEN)
+    assert ids.shape == ids_2.shape == (3, 77)
+    assert (ids[:, -1] == end).all()
+    assert (ids_2[:, -1] == 0).all()
+    assert not torch.equal(ids[0], ids[1])
+    assert tokenizer.get_vocab_size() == end + 1
+
+
+def test_pairs_follow_from_their_number():
+    pairs = Pairs(("leaves",), 0)
+    first, again = pairs[3], pairs[3]
+    assert first.clean.shape == first.degraded.shape == (256, 256, 3)
+    assert np.array_equal(first.degraded, again.degraded)
+    assert not np.array_equal(first.clean, first.degraded)
+
+
+@pytest.mark.parametrize("per_step", [0.25, 1.0, 3.0])
+def test_a_window_is_the_same_after_a_stop(per_step):
+    def stream(start):
+        return iter(range(start, 10_000))
+
+    whole = Window(stream, 16, per_step, 0)
+    drawn = [whole.draw(np.random.default_rng(step), 4) for step in range(30)]
+    resumed = Window(stream, 16, per_step, 12)
+    assert [resumed.draw(np.random.default_rng(step), 4) for step in range(12, 30)] == drawn[12:]
+    assert max(drawn[-1]) <= 16 + 30 * per_step
+    assert min(drawn[-1]) >= 28 * per_step - 1
