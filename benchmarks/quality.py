@@ -1,0 +1,235 @@
+"""How well a bundle restores: Table 1 and Table 2 of the paper, on pictures whose truth is known.
+
+    python benchmarks/quality.py --bundle bundles/ours --bundle bundles/lightning --sheet sheet.png
+
+Each image is degraded as in Table 1, by noise of its own seed, and restored with each bundle's own
+defaults. PSNR and SSIM are scikit-image's, on images in [0, 1], means over the images. Beside them
+stand the degraded image enlarged by bicubic interpolation, a classic (non-local means, told the
+noise's strength), and what the paper publishes for its own images, which are others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import paper
+from benchmarks.images import PHOTOS, Rgb, contact_sheet, load_images
+from benchmarks.machine import describe_machine
+from engine.bundle import default_bundle_dir
+from engine.console import run_command
+from engine.errors import BackendError, UsageError
+from engine.imageio import resize
+from export.demo.degrade import TABLE_1, Degradation, degrade
+
+Judge = Callable[[Rgb, Rgb], dict[str, float | None]]
+_NO_LPIPS = "needs --lpips"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command."""
+    from engine import Restorer
+
+    options = _parser().parse_args(arguments)
+    images = load_images(options.images, options.side)
+    images = dict(list(images.items())[: options.limit])
+    judge = _judge(options.lpips)
+    restorers = [Restorer.open(path) for path in options.bundle or [default_bundle_dir()]]
+    names = _variants(restorers)
+    report: dict[str, Any] = {
+        "machine": describe_machine(),
+        "images": list(images),
+        "side_px": options.side,
+        "seed": options.seed,
+        "bundles": [
+            {"variant": name, "digest": restorer.bundle.digest, "defaults": restorer.defaults.model_dump(mode="json")}
+            for name, restorer in zip(names, restorers, strict=True)
+        ],
+        "rows": [],
+    }
+    rows, labels = [], []
+    with tqdm(total=len(TABLE_1) * len(images), unit="image", file=sys.stderr, disable=options.quiet) as bar:
+        for name, degradation in TABLE_1.items():
+            scores: dict[str, list[dict[str, float | None]]] = {}
+            for index, (image, truth) in enumerate(images.items()):
+                lq = degrade(truth, degradation, np.random.default_rng([options.seed, index]))
+                pictures = _restore_all(lq, degradation, truth, dict(zip(names, restorers, strict=True)))
+                for method, picture in pictures.items():
+                    if method != "truth":
+                        scores.setdefault(method, []).append(judge(truth, picture))
+                kept = ["bicubic", "stage 1", names[0], "truth"]
+                rows.append([pictures[method] for method in kept])
+                labels.append(f"{image}: {name}")
+                bar.update()
+            report["rows"] += [
+                {"degradation": name, "method": method, "per_image": found, **_means(found)}
+                for method, found in scores.items()
+            ]
+    print(to_markdown(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.sheet:
+        contact_sheet(rows, labels, ["degraded", "stage 1", names[0], "truth"]).save(options.sheet)
+    return 0
+
+
+def _variants(restorers: Sequence[Any]) -> list[str]:
+    """Return what to call each bundle: its preset, or its name where two have one preset."""
+    presets = [restorer.bundle.manifest.preset for restorer in restorers]
+    return [
+        preset if presets.count(preset) == 1 else restorer.bundle.manifest.name
+        for preset, restorer in zip(presets, restorers, strict=True)
+    ]
+
+
+def _restore_all(lq: Rgb, degradation: Degradation, truth: Rgb, restorers: dict[str, Any]) -> dict[str, Rgb]:
+    size = (truth.shape[1], truth.shape[0])
+    pictures = {"bicubic": resize(lq, size), "classic": resize(_non_local_means(lq, degradation), size)}
+    for name, restorer in restorers.items():
+        if "stage 1" not in pictures:
+            pictures["stage 1"] = _stage_1(restorer, pictures["bicubic"])
+        pictures[name] = restorer.restore(lq, upscale=float(degradation.factor)).photo.rgb
+    return {**pictures, "truth": truth}
+
+
+def _stage_1(restorer: Any, enlarged: Rgb) -> Rgb:
+    """Return what the denoise encoder and the decoder make of an image, without sampling."""
+    from engine.imageio import photo_from_array
+
+    size = restorer.working_size(photo_from_array(enlarged), restorer.defaults.updated({"upscale": 1.0}))
+    pixels = resize(enlarged, size).transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)
+    decoded = restorer.decode(restorer.encode(np.ascontiguousarray(pixels)))[0].transpose(1, 2, 0)
+    return resize((decoded * 0.5 + 0.5).clip(0, 1).astype(np.float32), (enlarged.shape[1], enlarged.shape[0]))
+
+
+def _non_local_means(lq: Rgb, degradation: Degradation) -> Rgb:
+    from skimage.restoration import denoise_nl_means
+
+    sigma = degradation.noise_sigma / 255
+    if sigma == 0:
+        return lq
+    return np.asarray(
+        denoise_nl_means(
+            lq, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True, channel_axis=2
+        ),
+        dtype=np.float32,
+    )
+
+
+def _judge(lpips: Path | None) -> Judge:
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    distance = _lpips_network(lpips) if lpips else None
+
+    def judge(truth: Rgb, found: Rgb) -> dict[str, float | None]:
+        return {
+            "psnr": float(peak_signal_noise_ratio(truth, found, data_range=1.0)),
+            "ssim": float(structural_similarity(truth, found, data_range=1.0, channel_axis=2)),
+            "lpips": None if distance is None else distance(truth, found),
+        }
+
+    return judge
+
+
+def _lpips_network(file: Path) -> Callable[[Rgb, Rgb], float]:
+    """Return the distance that an LPIPS network in ONNX gives: two inputs f32[1,3,H,W] in [-1, 1]."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        raise BackendError("cannot open the LPIPS network", where=file, found=str(error).split("\n")[0]) from error
+    inputs = [value.name for value in session.get_inputs()]
+    if len(inputs) != 2:
+        raise UsageError("not an LPIPS network", where=file, expected="two inputs", found=inputs)
+
+    def distance(truth: Rgb, found: Rgb) -> float:
+        pair = (image.transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1) for image in (truth, found))
+        (value,) = session.run(None, dict(zip(inputs, pair, strict=True)))
+        return float(np.asarray(value).ravel()[0])
+
+    return distance
+
+
+def _means(found: list[dict[str, float | None]]) -> dict[str, float | None]:
+    return {
+        metric: None if found[0][metric] is None else float(np.mean([scores[metric] for scores in found]))
+        for metric in ("psnr", "ssim", "lpips")
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return Table 1 and Table 2 for a person."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['date']}, {len(report['images'])} images of {report['side_px']} × {report['side_px']} px, "
+        f"seed {report['seed']}; `{machine['command']}`",
+        "",
+        "### Table 1",
+        "",
+        "| degradation | method | PSNR | SSIM | LPIPS | the paper's PSNR | SSIM | LPIPS |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["rows"]:
+        published = paper.TABLE_1[row["degradation"]].get(row["method"])
+        lines.append(f"| {row['degradation']} | {row['method']} | {_cells(row)} | {_published(published)} |")
+    lines += ["", "### Table 2: means over Table 1's degradations", "", "| method | PSNR | SSIM | LPIPS |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for method in dict.fromkeys(row["method"] for row in report["rows"]):
+        own = [row for row in report["rows"] if row["method"] == method]
+        lines.append(f"| {method} | {_cells(_means(own))} |")
+    for method, scores in paper.TABLE_2.items():
+        lines.append(f"| *published, 60 other images:* {method} | {_published(scores)} |")
+    return "\n".join(lines)
+
+
+def _cells(scores: dict[str, Any]) -> str:
+    lpips = _NO_LPIPS if scores["lpips"] is None else f"{scores['lpips']:.4f}"
+    return f"{scores['psnr']:.2f} | {scores['ssim']:.4f} | {lpips}"
+
+
+def _published(scores: paper.Scores | None) -> str:
+    return " |  | " if scores is None else f"{scores.psnr:.2f} | {scores.ssim:.4f} | {scores.lpips:.4f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/quality.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--bundle", type=Path, action="append", metavar="DIR", help=f"repeatable; default: {default_bundle_dir()}"
+    )
+    parser.add_argument(
+        "--images",
+        default=PHOTOS,
+        metavar="SOURCE",
+        help="photos (scikit-image's, the default), leaves, landscape or portrait (made by program), or a folder",
+    )
+    parser.add_argument(
+        "--side", type=int, default=256, metavar="PX", help="of the square in the middle (default: 256)"
+    )
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="use the first N images only")
+    parser.add_argument("--seed", type=int, default=0, help="of the degradations' noise")
+    parser.add_argument(
+        "--lpips", type=Path, metavar="FILE", help="an LPIPS network as ONNX: two images in, a number out"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="write the pictures: degraded, stage 1, restored, truth"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
