@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format benchmark clean
+.PHONY: help demo test slow lint format benchmark quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,12 @@ format: ## Bring the code into style
 
 benchmark: ## Measure the engine against eager PyTorch
 	python benchmarks/latency.py --baseline torch --size 256 512
+
+quality: ## Judge the default bundle on photos, as the paper's Table 1
+	python benchmarks/quality.py --sheet quality.png
+
+train: ## Train the demo's networks (hours on a CPU); goes on where it was stopped
+	python -m export.demo.train
 
 clean: ## Remove what tools left behind; bundles and caches stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
