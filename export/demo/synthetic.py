@@ -20,15 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, trainers
 
 from engine.bundle import APP_NAME
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
-from export.tokenizer import END_TOKEN, FILE, START_TOKEN
+from export.demo.words import WORDS_FILE, demo_tokenizer
+from export.tokenizer import FILE
 
 MANIFEST = Path(__file__).parent / "manifest.json"
-#: CLIP's ids, which the reference outputs use.
-START_ID, END_ID = 49406, 49407
+#: CLIP's, as in the reference outputs; the end token is the next.
+START_ID = 49406
 LORA_RANK = 4
 LORAS = ("landscape", "face")
 #: Worked at by default; small, as the model is.
@@ -133,52 +133,14 @@ def _write_all(folder: Path) -> None:
     for name in LORAS:
         write_lora(folder / f"{name}.safetensors", manifest["files"]["sdxl.safetensors"], name=name)
     (folder / "tokenizer").mkdir()
-    demo_tokenizer().save(str(folder / "tokenizer" / FILE))
-
-
-def demo_tokenizer() -> Tokenizer:
-    """Return a byte-level vocabulary in CLIP's form, with merges learned from our own words.
-
-    Any text has tokens in it; the project's quality words fit into one chunk.
-    """
-    from transformers import CLIPTokenizer
-
-    # Every printable byte symbol, alone and at the end of a word, then what training merges.
-    base = CLIPTokenizer().backend_tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = base.normalizer, base.pre_tokenizer
-    alphabet = sorted(_byte_symbols())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator([QUALITY_WORDS, NEGATIVE_WORDS, MERGE_WORDS], trainer)
-    model = json.loads(learner.to_str())["model"]
-    ordered = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
-    ordered += [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in set(ordered)]
-    vocabulary = {token: index for index, token in enumerate(ordered)}
-    vocabulary |= {START_TOKEN: START_ID, END_TOKEN: END_ID}
-    merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
-
-
-#: Common words of captions, so that they are single tokens.
-MERGE_WORDS = (
-    "a an the of in on at with and by under over near beside photo photograph picture image portrait landscape "
-    "face woman man child people person eyes hair skin smile hand city street house window door building wall "
-    "road car train bridge river lake sea beach mountain hill forest tree leaf flower grass field sky cloud sun "
-    "moon night day morning evening snow rain fog light shadow dog cat bird horse animal food table chair book "
-    "old young red green blue yellow black white grey brown small large wooden stone glass metal water close up"
-)
-
-
-def _byte_symbols() -> set[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return set(ByteLevel.alphabet())
+    demo_tokenizer(start_id=START_ID).save(str(folder / "tokenizer" / FILE))
 
 
 def _cache_dir() -> Path:
     named = os.environ.get("RESTORE_CACHE")
     root = Path(named) if named else user_cache_path(APP_NAME)
-    sources = (MANIFEST.read_bytes(), Path(__file__).read_bytes(), (QUALITY_WORDS + NEGATIVE_WORDS).encode())
+    sources = (
+        *(path.read_bytes() for path in (MANIFEST, Path(__file__), WORDS_FILE)),
+        (QUALITY_WORDS + NEGATIVE_WORDS).encode(),
+    )
     return root / "demo" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from engine.conditioning import TOKENS, TOKENS_INSIDE
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
 from export.tokenizer import END_TOKEN, PAD_ID_2, START_TOKEN
 
-VOCABULARY = 1024
+#: What the vocabulary follows from, for whoever keeps it.
+WORDS_FILE = Path(__file__)
 #: Common words of captions, so that they are single tokens.
 MERGE_WORDS = (
     "a an the of in on at with and by under over near beside photo photograph picture image portrait landscape "
@@ -26,14 +28,13 @@ MERGE_WORDS = (
 _NO_TEXT, _CAPTION, _WORDS = 0.1, 0.3, 0.55  # cumulative shares of what stands beside a clean picture
 
 
-def demo_tokenizer(vocabulary: int = VOCABULARY, start_id: int | None = None) -> Tokenizer:
+def demo_tokenizer(start_id: int | None = None) -> Tokenizer:
     """Return a byte-level vocabulary in CLIP's form, with merges learned from our own words.
 
     Any text has tokens in it; the project's quality words fit into one chunk.
 
     Args:
-        vocabulary: tokens at most, the start and the end token not counted in a larger one.
-        start_id: of the start token, the end token's is one more; None puts them at the end.
+        start_id: of the start token, the end token's is one more; None puts them behind all others.
     """
     from transformers import CLIPTokenizer
 
@@ -51,10 +52,9 @@ def demo_tokenizer(vocabulary: int = VOCABULARY, start_id: int | None = None) ->
     known = set(ordered)
     ordered += [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in known]
     if start_id is None:
-        ordered = ordered[: vocabulary - 2]
         start_id = len(ordered)
     ids = {token: index for index, token in enumerate(ordered)}
-    merges = [tuple(merge) for merge in model["merges"] if "".join(merge) in ids]
+    merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=ids | {START_TOKEN: start_id, END_TOKEN: start_id + 1}, merges=merges).backend_tokenizer
 
 
