@@ -18,7 +18,6 @@ UNET_LEVELS = 3
 RESNETS_PER_LEVEL = 2
 CONTROL_FEATURES = 10
 TOKENS = 77
-SINUSOID_CHANNELS = 256  # of each of the six numbers of micro-conditioning
 MICRO_CONDITIONS = 6
 #: Where, among the twelve connectors, the cross attentions of the two upsampling blocks stand.
 CROSS_CONNECTORS = (3, 7)
@@ -114,6 +113,11 @@ class Architecture:
     vae: VaeArch
     text_encoder: TextArch
     text_encoder_2: TextArch
+
+    @property
+    def sinusoid_channels(self) -> int:
+        """Channels of the sinusoid that embeds each number of micro-conditioning; SDXL's has 256."""
+        return (self.unet.vector_channels - self.text_encoder_2.width) // MICRO_CONDITIONS
 
 
 def infer_architecture(shapes: Shapes) -> Architecture:
@@ -237,7 +241,9 @@ def _check_divides(net: str, what: str, divisor: int, size: int) -> None:
 
 def _check_consistent(arch: Architecture) -> None:
     towers = arch.text_encoder.width + arch.text_encoder_2.width
-    pooled = arch.text_encoder_2.width + MICRO_CONDITIONS * SINUSOID_CHANNELS
+    # Of any even width, as the networks are; what is left over then belongs to another text tower.
+    sinusoid = max(2, arch.sinusoid_channels - arch.sinusoid_channels % 2)
+    pooled = arch.text_encoder_2.width + MICRO_CONDITIONS * sinusoid
     for place, expected, found in (
         ("the UNet's text width against the two text towers'", towers, arch.unet.context_channels),
         ("the UNet's vector width against the pooled text's", pooled, arch.unet.vector_channels),

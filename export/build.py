@@ -33,7 +33,6 @@ from engine.bundle import (
 )
 from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, from_os_error
-from export.architecture import SINUSOID_CHANNELS
 from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
@@ -209,7 +208,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
             pad_id=end_id,
             pad_id_2=PAD_ID_2,
         ),
-        frequencies=Sinusoid(SINUSOID_CHANNELS).as_numbers(),
+        frequencies=Sinusoid(plan.arch.sinusoid_channels).as_numbers(),
         graphs=state.graphs,
         sources=plan.sources(hashes),
         loras=tuple(
