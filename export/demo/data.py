@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 class Pair(NamedTuple):
-    """A clean picture, what became of it at the same size, and its caption.
+    """A clean picture, what became of it at the same size, its caption and family.
 
     Both u8[256, 256, 3].
     """
@@ -36,6 +36,7 @@ class Pair(NamedTuple):
     clean: NDArray[np.uint8]
     degraded: NDArray[np.uint8]
     caption: str
+    family: Family
 
 
 class Pairs(Dataset):  # type: ignore[type-arg]
@@ -53,7 +54,7 @@ class Pairs(Dataset):  # type: ignore[type-arg]
         rng = np.random.default_rng([self._seed, index, 1])
         rgb = picture.rgb.astype(np.float32) / np.float32(255)
         degraded = resize(degrade(rgb, random_degradation(rng), rng), (PICTURE_PX, PICTURE_PX))
-        return Pair(picture.rgb, (degraded * 255 + 0.5).astype(np.uint8), picture.caption)
+        return Pair(picture.rgb, (degraded * 255 + 0.5).astype(np.uint8), picture.caption, family)
 
 
 def pairs_from(families: tuple[Family, ...], seed: int, start: int, workers: int = 1) -> Iterator[Pair]:
@@ -101,9 +102,10 @@ class Window(Generic[Item]):
         self._stream = items(self._entered)
         self._kept = deque((next(self._stream) for _ in range(size)), maxlen=size)
 
-    def draw(self, rng: np.random.Generator, count: int) -> list[Item]:
-        """Return `count` items at random, then let the window slide by a step."""
-        drawn = [self._kept[int(index)] for index in rng.integers(0, len(self._kept), count)]
+    def draw(self, rng: np.random.Generator, count: int, wanted: Callable[[Item], bool] | None = None) -> list[Item]:
+        """Return `count` items at random, of those that are wanted, then let the window slide by a step."""
+        kept = self._kept if wanted is None else [item for item in self._kept if wanted(item)]
+        drawn = [kept[int(index)] for index in rng.integers(0, len(kept), count)]
         self._step += 1
         while self._entered < int(self._step * self._per_step):
             self._kept.append(next(self._stream))

@@ -21,16 +21,9 @@ from torch import Tensor, nn
 
 from engine.conditioning import MICRO_CONDITIONS, sinusoids
 from export import keymap
-from export.architecture import (
-    MICRO_CONDITIONS as NUMBERS,
-)
-from export.architecture import (
-    SINUSOID_CHANNELS,
-    Architecture,
-    TextArch,
-    UNetArch,
-    VaeArch,
-)
+from export.architecture import MICRO_CONDITIONS as NUMBERS
+from export.architecture import Architecture, TextArch, UNetArch, VaeArch
+from export.demo import passthrough
 from export.demo.patches import PatchCode, learn_patch_code, start_decoder, start_encoder, start_quantizers
 from export.demo.pictures import make_picture
 from export.nets.connectors import Connectors, ZeroCrossAttn, ZeroSFT
@@ -39,21 +32,25 @@ from export.nets.text import TextTower
 from export.nets.unet import ControlNet, UNet
 from export.nets.vae import LATENT_SCALE, Encoder, VaeModules
 
-LATENT_CHANNELS = 32
+LATENT_CHANNELS = 24
 TEXT_WIDTH = 64
+#: Of each number of micro-conditioning, which is the same for every picture here; SDXL has 256.
+SINUSOID_CHANNELS = 32
+_VAE_CHANNELS = (96, 32, 32, 96)
 _CODE_PICTURES = 64
 
 
 def demo_architecture(vocabulary: int) -> Architecture:
     """Return the demo's sizes: a few million parameters in the real structure.
 
-    A latent of 32 channels instead of SDXL's 4, because at 256 × 256 pixels that one is what limits
-    the result; transformers where the map is smallest.
+    A latent of 24 channels instead of SDXL's 4, because at 256 × 256 pixels that one is what limits
+    the result. The autoencoder's ends have 96 channels, so that its last norms have groups of three
+    (see `patches`), and the UNet's 64 are pairs (see `passthrough`).
     """
     unet = UNetArch(
         latent_channels=LATENT_CHANNELS,
-        channels=(32, 64, 64),
-        depths=(0, 0, 1),
+        channels=(64, 64, 64),
+        depths=(0, 0, 0),
         middle_depth=1,
         context_channels=2 * TEXT_WIDTH,
         vector_channels=TEXT_WIDTH + NUMBERS * SINUSOID_CHANNELS,
@@ -62,7 +59,7 @@ def demo_architecture(vocabulary: int) -> Architecture:
         TextArch(TEXT_WIDTH, 2, 2 * TEXT_WIDTH, vocabulary, activation, projected)
         for activation, projected in (("quick_gelu", False), ("gelu", True))
     )
-    return Architecture(unet, unet, VaeArch((96, 32, 64, 96), LATENT_CHANNELS), text, text_2)
+    return Architecture(unet, unet, VaeArch(_VAE_CHANNELS, LATENT_CHANNELS), text, text_2)
 
 
 class DemoModel(nn.Module):
@@ -103,8 +100,6 @@ class DemoModel(nn.Module):
                 _zero(module.attn.to_out[0])
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        _zero(self.unet.conv_out)
-        _zero(self.controlnet.conv_hint)
 
     def start_autoencoder(self, seed: int) -> None:
         """Begin the autoencoder as a linear code of the pictures' patches."""
@@ -117,10 +112,19 @@ class DemoModel(nn.Module):
         """Begin the denoise encoder as a copy of the VAE's encoder."""
         self.denoise_encoder.load_state_dict(copy.deepcopy(self.vae.encoder.state_dict()))
 
-    def start_controlnet(self) -> None:
-        """Begin the ControlNet as a copy of the UNet's first half."""
-        state = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
-        self.controlnet.load_state_dict(copy.deepcopy(state), strict=False)
+    def start_unet(self) -> None:
+        """Let the base UNet begin as the identity."""
+        passthrough.start_unet(self.unet)
+
+    def start_control(self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor) -> None:
+        """Begin the ControlNet as a copy, and the connectors as plain skip connections on average.
+
+        Args:
+            x, timestep, context, vector: a batch to average over, as for `prior`.
+        """
+        passthrough.start_controlnet(self.controlnet, self.unet)
+        with torch.no_grad():
+            self.unet(x, timestep, context, vector, (None,) * 10, None, passthrough.NormStart(self.connectors))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return z f[B, C, h, w] for f[B, 3, 8h, 8w] in [-1, 1], as the graph `vae_encoder`."""
@@ -158,7 +162,7 @@ class DemoModel(nn.Module):
 def patch_code(seed: int) -> PatchCode:
     """Return the code of the demo's latent, learned from pictures of the training's seed."""
     pictures = [make_picture("leaves", seed, index, 256).rgb for index in range(_CODE_PICTURES)]
-    return learn_patch_code(np.stack(pictures), LATENT_CHANNELS)
+    return learn_patch_code(np.stack(pictures), LATENT_CHANNELS, _VAE_CHANNELS[1])
 
 
 class _PlainSkips(Sequence):  # type: ignore[type-arg]
@@ -187,14 +191,18 @@ def _zero(layer: nn.Module) -> None:
 # -- files ----------------------------------------------------------------------------------------
 
 SDXL_FILE, SUPIR_FILE = "sdxl.safetensors", "supir.safetensors"
-_SUPIR_PARTS = ("controlnet", "connectors", "denoise_encoder")
 
 
-def save_checkpoints(model: DemoModel, folder: Path) -> None:
-    """Write an SDXL-layout and a SUPIR-layout file, in fp16."""
+def save_checkpoints(state: Mapping[str, Tensor], arch: Architecture, folder: Path) -> None:
+    """Write an SDXL-layout and a SUPIR-layout file, in fp16.
+
+    Args:
+        state: every parameter, by our names.
+        arch: of the networks. folder: that is there.
+    """
     sdxl: dict[str, Tensor] = {}
     supir: dict[str, Tensor] = {}
-    for name, tensor in ldm_tensors(model.state_dict(), model.arch):
+    for name, tensor in ldm_tensors(state, arch):
         is_supir = ".control_model." in name or ".project_modules." in name or ".denoise_encoder." in name
         (supir if is_supir else sdxl)[name] = tensor.to(torch.float16).contiguous().clone()
     save_file(sdxl, folder / SDXL_FILE)

@@ -43,8 +43,9 @@ class PatchCode:
         mean: f64[192].
         gain: f64[C]: brings components closer to each other, and z to unit deviation over all.
         variance: f64[C], of the components with their gain.
-        quarter: f64[48, 48], orthonormal: the principal components of a patch's quarters, each sorted
-            by the place in its own quarters, then by the place in theirs.
+        quarter: f64[48, N], orthonormal: the largest principal components of a patch's quarters, each
+            sorted by the place in its own quarters, then by the place in theirs. The code reads a patch
+            through them, because a level of N channels carries no more of a quarter.
     """
 
     basis: NDArray[np.float64]
@@ -53,8 +54,14 @@ class PatchCode:
     variance: NDArray[np.float64]
     quarter: NDArray[np.float64]
 
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        """Return the code as a convolution of stride 8: its weight f32[C, 3, 8, 8] and its bias f32[C]."""
+        scaled = self.gain[:, None] * self.basis.T
+        weight = scaled.reshape(-1, PATCH_PX, PATCH_PX, 3).transpose(0, 3, 1, 2)
+        return torch.from_numpy(weight.copy()).float(), torch.from_numpy(-scaled @ self.mean).float()
 
-def learn_patch_code(pictures: NDArray[np.uint8], components: int) -> PatchCode:
+
+def learn_patch_code(pictures: NDArray[np.uint8], components: int, quarter_components: int) -> PatchCode:
     """Return the principal components of the pictures' patches.
 
     Each gain is the fourth root of its variance, inverted: half the way from equal errors in pixels
@@ -63,18 +70,22 @@ def learn_patch_code(pictures: NDArray[np.uint8], components: int) -> PatchCode:
     Args:
         pictures: u8[N, H, W, 3].
         components: how many are kept.
+        quarter_components: how many a patch's quarter is read through, 48 at most.
     """
     count, height, width, _ = pictures.shape
     split = pictures.reshape(count, height // PATCH_PX, PATCH_PX, width // PATCH_PX, PATCH_PX, 3)
     patches = split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, PATCH_PX * PATCH_PX * 3).astype(np.float64) / 127.5 - 1.0
     mean = patches.mean(axis=0)
-    basis, variances, _ = np.linalg.svd(np.cov((patches - mean).T))
+    quarters = (patches - mean)[:, _SORTED].reshape(-1, _QUARTER)
+    quarter = np.linalg.svd(quarters.T @ quarters)[0][:, :quarter_components]
+    seen = (quarters @ quarter).reshape(len(patches), -1)
+    basis_seen, variances, _ = np.linalg.svd(np.cov(seen.T))
+    basis = np.empty((mean.size, components))
+    basis[_SORTED] = np.kron(np.eye(4), quarter) @ basis_seen[:, :components]
     kept = variances[:components]
     gain = kept**-0.25
     gain /= np.sqrt((gain**2 * kept).mean())
-    quarters = (patches - mean)[:, _SORTED].reshape(-1, _QUARTER)
-    quarter, _, _ = np.linalg.svd(quarters.T @ quarters)
-    return PatchCode(basis[:, :components], mean, gain, gain**2 * kept, quarter)
+    return PatchCode(basis, mean, gain, gain**2 * kept, quarter)
 
 
 @torch.no_grad()
@@ -89,10 +100,8 @@ def start_encoder(encoder: Encoder, code: PatchCode) -> None:
     levels = encoder.down_blocks
     _pass_on(encoder.conv_in, 3)
     channels = 3
-    # A narrow level carries the largest components of the quarters instead of all their values.
-    narrow = code.quarter[:, : min(_QUARTER, levels[1].downsamplers[0].conv.out_channels)]
-    last = (code.gain[:, None] * code.basis.T)[:, _SORTED].reshape(count, 4, _QUARTER) @ narrow
-    steps = (np.eye(12), narrow.T, last.reshape(count, -1))
+    last = (code.gain[:, None] * code.basis.T)[:, _SORTED].reshape(count, 4, _QUARTER) @ code.quarter
+    steps = (np.eye(12), code.quarter.T, last.reshape(count, -1))
     for level, matrix in zip(levels, steps, strict=False):
         _shortcut(level.resnets[0], channels)
         conv = level.downsamplers[0].conv

@@ -4,7 +4,7 @@
     denoise  the second encoder, on degraded pictures, against the clean ones
     prior    the base UNet with text, on clean latents, without control
     control  ControlNet and connectors, the base frozen
-    landscape, face   a LoRA each on the base UNet, the rest frozen
+    loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen
 
 Sources: SUPIR (arXiv 2401.13627) for the recipe; the paper, Eq. 16, for the LoRAs' regularization.
 """
@@ -17,23 +17,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.schedule import train_sigmas
 from engine.settings import NEGATIVE_WORDS
 from export.demo.data import Pair, Window, pairs_from
 from export.demo.model import DemoModel, patch_code
-from export.demo.patches import POSTERIOR_STD, pixel_weights
+from export.demo.patches import PATCH_PX, POSTERIOR_STD, pixel_weights
 from export.demo.pictures import Family
 from export.demo.words import prompt_for, token_rows
 
 FROBENIUS_WEIGHT = 1e-6
-LORA_RANK = 8
-LORA_ALPHA = 32.0
-#: Share of batches that teach what the negative words mean: the picture as stage 1 gives it.
+LORA_RANK = 4
+LORA_ALPHA = 16.0
+#: The LoRAs by name, and the pictures that each is for.
+LORA_FAMILIES: dict[str, Family] = {"landscape": "landscape", "face": "portrait"}
+#: Share of pictures that teach what the negative words mean.
 NEGATIVE_SHARE = 0.12
+#: How far the way from the clean picture back to stage 1 the negative words lead under control.
+NEGATIVE_WAY = 0.25
+#: Share of pictures under control that are noised from stage 1 instead of from the clean picture.
+#: A run of few steps comes from there: its first estimates are stage 1's, and what they lack is no
+#: part of x. A network that has only seen noised clean pictures takes that lack for information.
+FROM_STAGE_1 = 0.5
+#: What is left to find of a latent at the highest noise: all of it, or what stage 1 lacks.
+PRIOR_VARIANCE, STAGE_1_VARIANCE = 1.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ class Stage:
     """How one stage is trained.
 
     Attributes:
+        needs: the stages that come before it; the others can be trained beside it.
+        keeps: prefixes of the parameters that are its result.
+        trains: prefixes of those that it trains; none for LoRAs, which come on top.
         families: of pictures.
         steps: optimizer steps.
         lr: at its highest; `constant` keeps it there.
@@ -49,6 +63,9 @@ class Stage:
         window, per_step: of the pictures, see `Window`.
     """
 
+    needs: tuple[str, ...]
+    keeps: tuple[str, ...]
+    trains: tuple[str, ...]
     families: tuple[Family, ...]
     steps: int
     lr: float
@@ -59,20 +76,34 @@ class Stage:
     constant: bool = False
 
 
+_BASE = ("unet.", "text_encoder.", "text_encoder_2.")
+_CONTROL = ("controlnet.", "connectors.")
 STAGES = {
-    "vae": Stage(("leaves",), 2000, 1.0e-3, 8, 64, 256, 0.5),
-    "denoise": Stage(("leaves",), 4000, 1.0e-3, 8, 64, 256, 0.5),
-    "prior": Stage(("leaves",), 2000, 1.0e-3, 16, 128, 384, 0.25),
-    "control": Stage(("leaves",), 5000, 1.0e-3, 16, 128, 384, 0.5),
-    "landscape": Stage(("landscape",), 1200, 1e-4, 16, 128, 256, 0.25, constant=True),
-    "face": Stage(("portrait",), 1200, 1e-4, 16, 128, 256, 0.25, constant=True),
+    "vae": Stage((), ("vae.",), ("vae.post_quant_conv.", "vae.decoder."), ("leaves",), 3000, 1e-3, 8, 64, 256, 0.5),
+    "denoise": Stage((), ("denoise_encoder.",), ("denoise_encoder.",), ("leaves",), 11000, 1e-3, 8, 64, 256, 0.5),
+    "prior": Stage((), _BASE, _BASE, ("leaves",), 6000, 1e-3, 16, 128, 384, 0.25),
+    "control": Stage(("denoise", "prior"), _CONTROL, _CONTROL, ("leaves",), 10000, 1e-3, 16, 128, 384, 0.25),
+    "loras": Stage(
+        ("denoise", "prior", "control"),
+        (),
+        (),
+        ("landscape", "portrait"),
+        3000,
+        1e-4,
+        16,
+        128,
+        384,
+        0.25,
+        constant=True,
+    ),
 }
 
 
 @dataclass
 class Batch:
-    """What a step is given besides pictures: its own random numbers and the device."""
+    """What a step is given besides pictures: its number, its own random numbers and the device."""
 
+    step: int
     rng: np.random.Generator
     generator: torch.Generator
     device: torch.device
@@ -82,21 +113,10 @@ class Batch:
 Loss = Callable[[Batch], dict[str, Tensor]]
 
 
-def trainable(model: DemoModel, stage: str) -> list[nn.Parameter]:
+def trainable(model: DemoModel, stage: Stage) -> list[torch.nn.Parameter]:
     """Return the parameters that a stage trains, and freeze all others."""
-    parts: dict[str, tuple[nn.Module, ...]] = {
-        "vae": (model.vae.post_quant_conv, model.vae.decoder),
-        "denoise": (model.denoise_encoder,),
-        "prior": (model.unet, model.text_encoder, model.text_encoder_2),
-        "control": (model.controlnet, model.connectors),
-    }
-    model.requires_grad_(False)
-    if stage in parts:
-        for part in parts[stage]:
-            part.requires_grad_(True)
-    else:
-        for name, parameter in model.unet.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.startswith(stage.trains))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -105,7 +125,7 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
 
     Their sum is minimised; each is logged by its name.
     """
-    stage = STAGES[name]
+    stage, code = STAGES[name], Code(seed, next(model.parameters()).device)
 
     def pairs(start: int) -> Iterator[Pair]:
         return pairs_from(stage.families, seed, start)
@@ -113,11 +133,30 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
     if name in ("vae", "denoise"):
         window = Window(pairs, stage.window, stage.per_step, step)
         if name == "vae":
-            return lambda batch: _vae_loss(model, *_pixel_crops(window, stage, batch))
-        weights = pixel_weights(patch_code(seed)).to(next(model.parameters()).device)
-        return lambda batch: _denoise_loss(model, weights, *_pixel_crops(window, stage, batch))
-    latents = Window(lambda start: _encoded(model, pairs(start)), stage.window, stage.per_step, step)
-    return lambda batch: _noise_loss(model, name, tokenizer, latents, batch)
+            return lambda batch: _vae_loss(model, code, *_pixel_crops(window, stage, batch))
+        return lambda batch: _denoise_loss(model, code, *_pixel_crops(window, stage, batch))
+    encode = code.encode if name == "prior" else model.encode_degraded
+    latents = Window(lambda start: _encoded(code, encode, pairs(start)), stage.window, stage.per_step, step)
+    if name == "prior":
+        return lambda batch: _prior_loss(model, _noised(stage, tokenizer, latents, batch, prior=True))
+    if name == "control":
+        return lambda batch: _control_loss(model, _noised(stage, tokenizer, latents, batch))
+    return lambda batch: _lora_loss(model, stage, tokenizer, latents, batch)
+
+
+class Code:
+    """The autoencoder's latent as one convolution: what its encoder gives, in a hundredth of the time."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        code = patch_code(seed)
+        self._weight, self._bias = (part.to(device) for part in code.kernel())
+        self.pixel_weights = pixel_weights(code).to(device)
+        self.device = device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return z f32[B, C, h, w] for f32[B, 3, 8h, 8w] in [-1, 1]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return F.conv2d(pixels, self._weight, self._bias, stride=PATCH_PX)
 
 
 # -- pixels ---------------------------------------------------------------------------------------
@@ -142,19 +181,16 @@ def _to_network(pictures: list[NDArray[np.uint8]], device: torch.device) -> Tens
     return stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
-def _vae_loss(model: DemoModel, clean: Tensor, _: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad():
-        z = model.encode(clean).float()
+def _vae_loss(model: DemoModel, code: Code, clean: Tensor, _: Tensor) -> dict[str, Tensor]:
+    z = code.encode(clean)
     decoded = model.decode(z + POSTERIOR_STD * torch.randn_like(z)).float()
     return {"distortion": _distortion((decoded - clean).square())}
 
 
-def _denoise_loss(model: DemoModel, weights: Tensor, clean: Tensor, degraded: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad():
-        z = model.encode(clean).float()
-    error = (model.encode_degraded(degraded).float() - z).square()
+def _denoise_loss(model: DemoModel, code: Code, clean: Tensor, degraded: Tensor) -> dict[str, Tensor]:
+    error = (model.encode_degraded(degraded).float() - code.encode(clean)).square()
     # The code is linear, so an error of z is known in pixels without the decoder.
-    return {"distortion": _distortion(error * weights * error.shape[1])}
+    return {"distortion": _distortion(error * code.pixel_weights * error.shape[1])}
 
 
 def _distortion(squared: Tensor) -> Tensor:
@@ -167,56 +203,141 @@ def _distortion(squared: Tensor) -> Tensor:
 
 # -- latents --------------------------------------------------------------------------------------
 
-Latents = tuple[Tensor, Tensor, str]
+
+@dataclass
+class Latents:
+    """A picture's latents f32[C, h, w], clean and degraded, its caption and family."""
+
+    z: Tensor
+    z_lq: Tensor
+    caption: str
+    family: Family
+
+
+@dataclass
+class Noised:
+    """A batch for the networks that predict noise.
+
+    Attributes:
+        z: f32[B, C, h, w], to be found. z_lq: of the degraded pictures.
+        x: f32[B, C, h, w], at `sigma`. sigma: f32[B, 1, 1, 1]. timestep: f32[B].
+        text: token ids for the two towers, i64[B, 77] each.
+        weight: f32[B, 1, 1, 1], of the squared error of the estimate of z.
+    """
+
+    z: Tensor
+    z_lq: Tensor
+    x: Tensor
+    sigma: Tensor
+    timestep: Tensor
+    text: tuple[Tensor, Tensor]
+    weight: Tensor
+
+    @property
+    def scaled(self) -> Tensor:
+        return self.x / torch.sqrt(self.sigma**2 + 1)
+
+    def loss(self, eps: Tensor) -> Tensor:
+        """Return the weighted error of the estimate of z that the predicted noise means."""
+        denoised = self.x - self.sigma * eps.float()
+        return (self.weight * (denoised - self.z).square()).mean()
 
 
 @torch.no_grad()
-def _encoded(model: DemoModel, pairs: Iterator[Pair]) -> Iterator[Latents]:
-    """Yield the clean and the degraded picture's latents, f32[C, h, w] each, and the caption."""
-    device = next(model.parameters()).device
+def _encoded(code: Code, encode: Callable[[Tensor], Tensor], pairs: Iterator[Pair]) -> Iterator[Latents]:
+    """Yield pictures' latents; `encode` is for the degraded ones."""
     for pair in pairs:
-        with torch.autocast(device.type, torch.bfloat16):
-            z = model.encode(_to_network([pair.clean], device))[0]
-            z_lq = model.encode_degraded(_to_network([pair.degraded], device))[0]
-        yield z.float(), z_lq.float(), pair.caption
+        clean, degraded = (_to_network([picture], code.device) for picture in (pair.clean, pair.degraded))
+        with torch.autocast(code.device.type, torch.bfloat16):
+            z_lq = encode(degraded)[0].float()
+        yield Latents(code.encode(clean)[0], z_lq, pair.caption, pair.family)
 
 
-def _noise_loss(
-    model: DemoModel, name: str, tokenizer: Tokenizer, window: Window[Latents], batch: Batch
-) -> dict[str, Tensor]:
-    stage = STAGES[name]
-    cells = stage.crop_px // model.arch.vae.pixels_per_cell
-    count = stage.batch
+def _noised(
+    stage: Stage,
+    tokenizer: Tokenizer,
+    window: Window[Latents],
+    batch: Batch,
+    *,
+    prior: bool = False,
+    family: Family | None = None,
+) -> Noised:
+    """Draw crops, words, noise levels and noise.
+
+    Args:
+        prior: without control: all is noised from its target, and the negative words stand for the
+            degraded picture itself.
+        family: keep to this family's pictures.
+    """
+    cells, count = stage.crop_px // PATCH_PX, stage.batch
     if batch.large:
         cells, count = 2 * cells, max(1, count // 4)
-    targets, steering, texts = [], [], []
-    for z, z_lq, caption in window.draw(batch.rng, count):
-        top, left = (int(place) for place in batch.rng.integers(0, z.shape[1] - cells + 1, 2))
-        z, z_lq = (latent[:, top : top + cells, left : left + cells] for latent in (z, z_lq))
+    rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    texts = []
+    for item in window.draw(batch.rng, count, None if family is None else lambda item: item.family == family):
+        top, left = (int(place) for place in batch.rng.integers(0, item.z.shape[1] - cells + 1, 2))
+        z, z_lq = (latent[:, top : top + cells, left : left + cells] for latent in (item.z, item.z_lq))
         if batch.rng.random() < NEGATIVE_SHARE:
-            # Guidance leads away from this: half the way back to stage 1.
-            targets.append(z_lq if name == "prior" else 0.5 * (z + z_lq))
             texts.append(NEGATIVE_WORDS)
+            z = z_lq if prior else z + NEGATIVE_WAY * (z_lq - z)
         else:
-            targets.append(z)
-            texts.append(prompt_for(caption, batch.rng))
-        steering.append(z_lq)
-    z, z_lq = torch.stack(targets), torch.stack(steering)
+            texts.append(prompt_for(item.caption, batch.rng))
+        at_stage_1 = not prior and batch.rng.random() < FROM_STAGE_1
+        rows.append((z, z_lq, z_lq if at_stage_1 else z, 0.0 if at_stage_1 else 1.0))
+    z, z_lq, center = (torch.stack([row[place] for row in rows]) for place in range(3))
+    own = torch.tensor([row[3] for row in rows]).to(batch.device)[:, None, None, None]
     timestep = _timesteps(batch.rng, count).to(batch.device)
     sigma = torch.from_numpy(train_sigmas().astype(np.float32)).to(batch.device)[timestep][:, None, None, None]
-    noise = torch.randn(z.shape, generator=batch.generator).to(batch.device)
-    x = (z + sigma * noise) / torch.sqrt(sigma**2 + 1)
-    context, vector = model.read(*(rows.to(batch.device) for rows in token_rows(tokenizer, texts)))
-    arguments = (x, timestep.float())
-    if name == "prior":
-        eps = model.prior(*arguments, context, vector)
-    else:
-        eps = model.steered(*arguments, z_lq, context, vector)
-    losses = {"noise": F.mse_loss(eps.float(), noise)}
-    if name not in ("prior", "control"):
-        adapted = [parameter.square().sum() for parameter in model.unet.parameters() if parameter.requires_grad]
-        losses["frobenius"] = FROBENIUS_WEIGHT * torch.stack(adapted).sum()
-    return losses
+    x = center + sigma * torch.randn(z.shape, generator=batch.generator).to(batch.device)
+    # About what is unknown at each level: the noise where it is weak, else what is left to find.
+    weight = own / sigma**2 + 1 / (PRIOR_VARIANCE if prior else STAGE_1_VARIANCE)
+    ids, ids_2 = token_rows(tokenizer, texts)
+    return Noised(z, z_lq, x, sigma, timestep.float(), (ids.to(batch.device), ids_2.to(batch.device)), weight)
+
+
+def sample_noised(tokenizer: Tokenizer, seed: int, device: torch.device) -> Noised:
+    """Return a batch as the stage `prior` has, to average over before control is trained."""
+    stage, code = STAGES["prior"], Code(seed, device)
+    window = Window(
+        lambda start: _encoded(code, code.encode, pairs_from(stage.families, seed, start, workers=0)),
+        stage.batch,
+        0.0,
+        0,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return _noised(stage, tokenizer, window, Batch(0, np.random.default_rng(seed), generator, device, True), prior=True)
+
+
+def _prior_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
+    return {"noise": noised.loss(model.prior(noised.scaled, noised.timestep, *model.read(*noised.text)))}
+
+
+def _control_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
+    text = model.read(*noised.text)
+    return {"noise": noised.loss(model.steered(noised.scaled, noised.timestep, noised.z_lq, *text))}
+
+
+def _lora_loss(
+    model: DemoModel, stage: Stage, tokenizer: Tokenizer, window: Window[Latents], batch: Batch
+) -> dict[str, Tensor]:
+    """Train one LoRA on its family, half of the time with the other one merged beside it.
+
+    So each learns to bear the other's presence, for they are merged together later.
+    """
+    names = list(LORA_FAMILIES)
+    own = names[batch.step % len(names)]
+    active = names if batch.rng.random() < 0.5 else [own]
+    adapted = []
+    for layer in model.unet.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(active)
+            for name in names:
+                for part in (layer.lora_A[name], layer.lora_B[name]):
+                    part.requires_grad_(name == own)
+                    if name == own:
+                        adapted += [parameter.square().sum() for parameter in part.parameters()]
+    losses = _control_loss(model, _noised(stage, tokenizer, window, batch, family=LORA_FAMILIES[own]))
+    return {own: losses["noise"], "frobenius": FROBENIUS_WEIGHT * torch.stack(adapted).sum()}
 
 
 def _timesteps(rng: np.random.Generator, count: int) -> Tensor:

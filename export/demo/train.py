@@ -1,7 +1,8 @@
 r"""Train the demo's networks from nothing, on pictures made by program.
 
-python -m export.demo.train                      all stages into demo-training/; goes on where it was stopped
-python -m export.demo.train --until denoise      the first two
+python -m export.demo.train                  all stages into demo-training/; goes on where it was stopped
+python -m export.demo.train --only denoise   one stage, after those that it needs; vae, denoise and prior
+                                             need none, so they can be trained side by side
 """
 
 from __future__ import annotations
@@ -22,14 +23,23 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from engine.console import run_command
+from engine.errors import UsageError
 from export.demo.curves import draw_losses
 from export.demo.model import DemoModel, demo_architecture, save_checkpoints
-from export.demo.stages import LORA_ALPHA, LORA_RANK, STAGES, Batch, Stage, make_loss, trainable
+from export.demo.stages import (
+    LORA_ALPHA,
+    LORA_FAMILIES,
+    LORA_RANK,
+    STAGES,
+    Batch,
+    Stage,
+    make_loss,
+    sample_noised,
+    trainable,
+)
 from export.demo.words import demo_tokenizer
 from export.tokenizer import END_TOKEN, FILE
 
-LORAS = ("landscape", "face")
-LOSSES = "losses.jsonl"
 _LOG_EVERY, _SAVE_EVERY = 20, 200
 _WARM_UP = 100
 #: Runs are short, so the second moment's average is short too.
@@ -45,67 +55,97 @@ def main(arguments: Sequence[str]) -> int:
     end_id = tokenizer.token_to_id(END_TOKEN)
     assert end_id is not None
     model = DemoModel(demo_architecture(tokenizer.get_vocab_size()), end_id).to(options.device)
-    names = list(STAGES)[: list(STAGES).index(options.until) + 1]
-    for name in names:
-        if name in LORAS:
-            _adapt(model, name, tokenizer, options)
-        else:
+    model.start_autoencoder(options.seed)
+    model.start_denoise_encoder()
+    model.start_unet()
+    for name in STAGES if options.only is None else (*STAGES[options.only].needs, options.only):
+        done = options.output / "stages" / f"{name}.safetensors"
+        if done.is_file():
+            _load(model, name, done)
+        elif options.only in (None, name):
             _advance(model, name, tokenizer, options)
-    save_checkpoints(model, options.output)
-    (options.output / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(str(options.output / "tokenizer" / FILE))
-    draw_losses(options.output / LOSSES, options.output / "losses.png")
+            save_file(_result(model, name), done)
+        else:
+            raise UsageError(f"stage {options.only} needs stage {name}", where=done, fix=f"train it: --only {name}")
+    if options.only is None:
+        _save_all(model, tokenizer, options.output)
+    _draw(options.output)
     return 0
 
 
 def _advance(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """Bring the model to the end of a stage: by what an earlier run saved, or by training."""
-    done = options.output / "stages" / f"{name}.safetensors"
-    if done.is_file():
-        model.load_state_dict(load_file(done))
-        return
-    start = {
-        "vae": lambda: model.start_autoencoder(options.seed),
-        "denoise": model.start_denoise_encoder,
-        "control": model.start_controlnet,
-    }
-    if name in start:
-        start[name]()
+    """Train a stage, from where the stages before it, or an earlier run of its own, have come."""
+    if name == "control":
+        noised = sample_noised(tokenizer, options.seed, torch.device(options.device))
+        with torch.no_grad():
+            model.start_control(noised.scaled, noised.timestep, *model.read(*noised.text))
+    if name == "loras":
+        _add_loras(model)
     _train(model, name, tokenizer, options)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, done)
 
 
-def _adapt(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """Train a LoRA beside the model, which stays as it is, and write its file."""
-    done = options.output / f"{name}.safetensors"
-    if done.is_file():
-        return
-    adapted = DemoModel(model.arch, model.end_id).to(options.device)
-    adapted.load_state_dict(model.state_dict())
+def _add_loras(model: DemoModel) -> None:
     layers = [
         key
-        for key, module in adapted.unet.named_modules()
+        for key, module in model.unet.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "embedding" not in key
     ]
-    # One factor Gaussian, the other zero, as in the paper.
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, init_lora_weights="gaussian")
-    inject_adapter_in_model(config, adapted.unet)
-    _train(adapted, name, tokenizer, options)
-    tensors = {
-        f"unet.{key.replace('.default', '')}": value.to(torch.float16).contiguous()
-        for key, value in adapted.unet.state_dict().items()
-        if ".lora_" in key
+    for name in LORA_FAMILIES:
+        # One factor Gaussian, the other zero, as in the paper.
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, init_lora_weights="gaussian")
+        inject_adapter_in_model(config, model.unet, adapter_name=name)
+
+
+def _result(model: DemoModel, name: str) -> dict[str, torch.Tensor]:
+    keeps = STAGES[name].keeps
+    return {
+        key: value.contiguous()
+        for key, value in model.state_dict().items()
+        if (key.startswith(keeps) if keeps else ".lora_" in key)
     }
-    configured = {"unet.r": LORA_RANK, "unet.lora_alpha": LORA_ALPHA}
-    save_file(tensors, done, metadata={"lora_adapter_metadata": json.dumps(configured)})
+
+
+def _load(model: DemoModel, name: str, file: Path) -> None:
+    if not STAGES[name].keeps:
+        _add_loras(model)
+    missing, unexpected = model.load_state_dict(load_file(file), strict=False)
+    lost = set(missing) & set(_result(model, name))
+    if lost or unexpected:
+        raise UsageError(
+            "a stage's result is of another model",
+            where=file,
+            found=f"{len(lost)} tensors missing, {len(unexpected)} unknown",
+            fix="delete it to train the stage again",
+        )
+
+
+def _save_all(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files that a user of real models has: two checkpoints, LoRAs, the tokenizer."""
+    for name in LORA_FAMILIES:
+        tensors = {
+            key.replace(f".{name}.", "."): value.to(torch.float16).contiguous()
+            for key, value in model.state_dict().items()
+            if ".lora_" in key and f".{name}." in key
+        }
+        configured = {"unet.r": LORA_RANK, "unet.lora_alpha": LORA_ALPHA}
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"lora_adapter_metadata": json.dumps(configured)})
+    plain = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if ".lora_" not in key}
+    save_checkpoints(plain, model.arch, folder)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer" / FILE))
+
+
+def _draw(folder: Path) -> None:
+    logs = [folder / "stages" / f"{name}.jsonl" for name in STAGES]
+    draw_losses([log for log in logs if log.is_file()], folder / "losses.png")
 
 
 def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     stage, device = STAGES[name], torch.device(options.device)
     steps = max(1, int(stage.steps * options.scale))
-    parameters = trainable(model, name)
+    parameters = trainable(model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=_BETAS, weight_decay=1e-4)
-    state_file, log_file = options.output / "stages" / f"{name}.state.pt", options.output / LOSSES
+    state_file, log_file = (options.output / "stages" / f"{name}.{suffix}" for suffix in ("state.pt", "jsonl"))
     first = 0
     if state_file.is_file():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -113,7 +153,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     loss_of = make_loss(model, name, tokenizer, options.seed, first)
-    sums: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
     started = time.monotonic()
     for step in tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=options.quiet, mininterval=5):
         for group in optimizer.param_groups:
@@ -121,6 +161,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
         seeds = np.random.SeedSequence([options.seed, list(STAGES).index(name), step])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         batch = Batch(
+            step,
             np.random.default_rng(seeds),
             torch.Generator().manual_seed(int(seeds.generate_state(2)[1])),
             device,
@@ -136,9 +177,9 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         for key, loss in losses.items():
-            sums[key] = sums.get(key, 0.0) + float(loss.detach())
+            sums.setdefault(key, []).append(float(loss.detach()))
         if (step + 1) % _LOG_EVERY == 0:
-            means = {key: round(value / _LOG_EVERY, 6) for key, value in sums.items()}
+            means = {key: round(sum(values) / len(values), 6) for key, values in sums.items()}
             line = {"stage": name, "step": step + 1, "seconds": round(time.monotonic() - started, 1), **means}
             with log_file.open("a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -166,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m export.demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("demo-training"), metavar="DIR")
-    parser.add_argument("--until", choices=list(STAGES), default=list(STAGES)[-1], help="the last stage to train")
+    parser.add_argument("--only", choices=list(STAGES), help="train this stage alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="times the number of steps")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,12 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("scipy", reason="needs the train extra")
 
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from engine.console import run_command
 from export.demo import stages, train
 from export.demo.data import pairs_from
+from export.demo.model import LATENT_CHANNELS
 from export.plan import make_plan
 from export.request import BuildRequest, LoraRequest
 
@@ -42,39 +45,62 @@ def trained(tmp_path_factory):
 
 
 def test_every_stage_is_logged_and_drawn(trained):
-    lines = [json.loads(line) for line in (trained / "losses.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == [name for name in stages.STAGES for _ in range(3)]
-    assert all(np.isfinite(list(line.values())[2:]).all() for line in lines)
-    assert {"noise", "frobenius"} <= set(lines[-1])
+    for name in stages.STAGES:
+        lines = [json.loads(line) for line in (trained / "stages" / f"{name}.jsonl").read_text().splitlines()]
+        assert [(line["stage"], line["step"]) for line in lines] == [(name, step) for step in (1, 2, 3)]
+        assert all(np.isfinite(list(line.values())[2:]).all() for line in lines)
+    assert [{"landscape", "face"} & set(line) for line in lines] == [{"landscape"}, {"face"}, {"landscape"}]
+    assert all("frobenius" in line for line in lines)
     assert Image.open(trained / "losses.png").width > 1000
 
 
 def test_the_files_are_checkpoints_and_loras_of_one_model(trained, tmp_path):
-    loras = tuple(LoraRequest(name, trained / f"{name}.safetensors") for name in train.LORAS)
+    loras = tuple(LoraRequest(name, trained / f"{name}.safetensors") for name in stages.LORA_FAMILIES)
     request = BuildRequest(
         trained / "sdxl.safetensors", trained / "supir.safetensors", trained / "tokenizer", tmp_path / "b", loras=loras
     )
     plan = make_plan(request)
-    assert plan.arch.vae.latent_channels == 32
+    assert plan.arch.vae.latent_channels == LATENT_CHANNELS
     assert plan.arch.vae.pixels_per_cell == 8
     assert all(lora.ranks == (stages.LORA_RANK,) and lora.alphas == (stages.LORA_ALPHA,) for lora in plan.loras)
     assert len(plan.loras[0].deltas) > 50
 
 
-def test_each_stage_trains_its_own_part(trained):
-    """And leaves all others to the bit: the base stays frozen under ControlNet and LoRAs."""
-    before = load_file(trained / "stages" / "vae.safetensors")
-    parts = {
-        "denoise": ("denoise_encoder.",),
-        "prior": ("unet.", "text_encoder.", "text_encoder_2."),
-        "control": ("controlnet.", "connectors."),
-    }
-    for stage, prefixes in parts.items():
-        after = load_file(trained / "stages" / f"{stage}.safetensors")
-        changed = {name for name in after if not torch.equal(before[name], after[name])}
-        assert changed
-        assert all(name.startswith(prefixes) for name in changed), stage
-        before = after
+def test_each_stage_keeps_its_own_part(trained):
+    """And all of them together are the model: the base stays frozen under ControlNet and LoRAs."""
+    kept = {name: set(load_file(trained / "stages" / f"{name}.safetensors")) for name in stages.STAGES}
+    assert all(".lora_" in name for name in kept.pop("loras"))
+    assert sum(map(len, kept.values())) == len(set().union(*kept.values()))
+    files = [load_file(trained / file) for file in ("sdxl.safetensors", "supir.safetensors")]
+    fused = 2 * 4 * 2  # projections that open_clip fuses: of two layers, two of three, weight and bias
+    assert sum(map(len, kept.values())) - sum(map(len, files)) == fused // 2
+    base = load_file(trained / "stages" / "prior.safetensors")["unet.conv_in.weight"]
+    assert torch.equal(files[0]["model.diffusion_model.input_blocks.0.0.weight"], base.half())
+
+
+def test_a_stage_trains_only_what_it_names(trained, tmp_path):
+    """The encoder is the code: it is kept, not trained."""
+    torch.manual_seed(0)
+    tokenizer = train.demo_tokenizer()
+    model = train.DemoModel(train.demo_architecture(tokenizer.get_vocab_size()), 1)
+    model.start_autoencoder(0)
+    before, after = model.state_dict(), load_file(trained / "stages" / "vae.safetensors")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in changed)
+
+
+def test_a_stage_alone_needs_those_before_it(trained, tmp_path, capsys):
+    arguments = ["--output", str(tmp_path), "--quiet", "--device", "cpu", "--only", "control"]
+    assert run_command(train.main, arguments) == 2
+    assert "stage control needs stage denoise" in capsys.readouterr().err
+    (tmp_path / "stages").mkdir(exist_ok=True)
+    for name in ("denoise", "prior"):
+        shutil.copy(trained / "stages" / f"{name}.safetensors", tmp_path / "stages")
+    assert train.main(arguments) == 0
+    alone, whole = (load_file(folder / "stages" / "control.safetensors") for folder in (tmp_path, trained))
+    assert all(torch.equal(alone[name], tensor) for name, tensor in whole.items())
+    assert not (tmp_path / "sdxl.safetensors").exists()
 
 
 def test_a_stopped_training_goes_on_to_the_same_result(trained, tmp_path, monkeypatch):
@@ -85,20 +111,25 @@ def test_a_stopped_training_goes_on_to_the_same_result(trained, tmp_path, monkey
 
     def stop(file, model, optimizer, step):
         save(file, model, optimizer, step)
-        if file.name.startswith("denoise") and step == 2:
+        if step == 2:
             raise StoppedError
 
-    arguments = ["--output", str(tmp_path), "--quiet", "--device", "cpu", "--until", "prior"]
+    arguments = ["--output", str(tmp_path), "--quiet", "--device", "cpu", "--only", "denoise"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "_save_state", stop)
         with pytest.raises(StoppedError):
             train.main(arguments)
-    monkeypatch.setattr(train.DemoModel, "start_autoencoder", lambda *_: pytest.fail("began again"))
     assert train.main(arguments) == 0
-    for stage in ("denoise", "prior"):
-        whole, resumed = (load_file(folder / "stages" / f"{stage}.safetensors") for folder in (trained, tmp_path))
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, resumed[name]), (stage, name)
+    whole, resumed = (load_file(folder / "stages" / "denoise.safetensors") for folder in (trained, tmp_path))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_result_of_another_model_is_told(trained, tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    save_file({"unet.conv_in.weight": torch.zeros(64, 24, 3, 3)}, tmp_path / "stages" / "prior.safetensors")
+    assert run_command(train.main, ["--output", str(tmp_path), "--quiet", "--only", "prior", "--device", "cpu"]) == 2
+    assert "is of another model" in capsys.readouterr().err
 
 
 def test_a_lora_starts_as_nothing(trained):

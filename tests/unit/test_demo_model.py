@@ -35,6 +35,7 @@ def model():
     made = DemoModel(demo_architecture(tokenizer.get_vocab_size()), tokenizer.token_to_id(END_TOKEN))
     made.start_autoencoder(0)
     made.start_denoise_encoder()
+    made.start_unet()
     return made.requires_grad_(False)
 
 
@@ -65,6 +66,15 @@ def test_the_decoder_starts_with_each_patchs_colour(model, pixels):
     assert np.abs(decoded - means).mean() < 0.02
 
 
+def test_the_code_is_a_convolution(model, pixels):
+    """What training uses in place of the encoder, and what a level of 32 channels lets through."""
+    weight, bias = patch_code(0).kernel()
+    found = torch.nn.functional.conv2d(pixels, weight, bias, stride=8)
+    assert float((found - model.encode(pixels)).norm() / found.norm()) < 0.03
+    basis = patch_code(0).basis
+    assert np.abs(basis.T @ basis - np.eye(LATENT_CHANNELS)).max() < 1e-9
+
+
 def test_errors_of_the_latent_are_known_in_pixels(model, pixels):
     """To what the code leaves out: an error of z costs what it changes in the picture."""
     code = patch_code(0)
@@ -82,18 +92,38 @@ def test_the_latent_has_about_unit_deviation(model):
     assert 0.7 < float(z.std()) < 1.4
 
 
-def test_without_training_the_prior_predicts_nothing_and_control_changes_nothing(model):
-    z = torch.randn(1, LATENT_CHANNELS, 16, 16)
-    ids = torch.full((1, 77), model.end_id)
+def test_without_training_noise_passes_through_and_control_changes_nothing(model):
+    """At each noise level, up to the scale of each channel, which the last norm takes away."""
+    x = torch.randn(2, LATENT_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(1))
+    ids = torch.full((2, 77), model.end_id)
     context, vector = model.read(ids, ids)
-    assert context.shape == (1, 77, 128)
-    time = torch.tensor([500.0])
-    assert float(model.prior(z, time, context, vector).abs().max()) == 0.0
-    assert float(model.steered(z, time, z, context, vector).abs().max()) == 0.0
+    assert context.shape == (2, 77, 128)
+    time = torch.tensor([900.0, 10.0])
+    found = model.prior(x, time, context, vector)
+    assert torch.allclose(found, x / x.square().mean(dim=(2, 3), keepdim=True).sqrt(), atol=1e-3)
+    assert float((found - x).norm() / x.norm()) < 0.05
+    model.start_control(x, time, context, vector)
+    steered = model.steered(x, time, torch.randn_like(x), context, vector)
+    assert float((steered - found).norm() / found.norm()) < 0.01
+
+
+def test_a_linear_layer_tells_the_degraded_latent_from_the_noisy_one(model):
+    """Of the ControlNet's first feature: each pair's sum is the degraded photo's latent."""
+    model.start_control(*_any_input(model))
+    x, lq = torch.randn(2, 1, LATENT_CHANNELS, 8, 8).unbind(0)
+    first = model.controlnet.conv_in(x) + model.controlnet.conv_hint(lq)
+    pairs = first[:, : 2 * LATENT_CHANNELS].unflatten(1, (-1, 2))
+    assert torch.allclose(pairs.sum(dim=2), lq, atol=1e-5)
+    assert torch.allclose(pairs[:, :, 0], x, atol=1e-5)
+
+
+def _any_input(model):
+    ids = torch.full((1, 77), model.end_id)
+    return torch.randn(1, LATENT_CHANNELS, 16, 16), torch.tensor([500.0]), *model.read(ids, ids)
 
 
 def test_files_are_read_back_as_real_checkpoints(model, tmp_path):
-    save_checkpoints(model, tmp_path)
+    save_checkpoints(model.state_dict(), model.arch, tmp_path)
     sdxl, supir = open_sdxl(tmp_path / SDXL_FILE), open_supir(tmp_path / SUPIR_FILE)
     assert not sdxl.ignored
     assert not supir.ignored
@@ -105,9 +135,8 @@ def test_files_are_read_back_as_real_checkpoints(model, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor.to(torch.float16).float()), name
     names = set(load_file(tmp_path / SDXL_FILE))
     assert "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight" in names
-    # Behind a transformer where there is one, as LDM counts.
-    assert "model.diffusion_model.output_blocks.2.2.conv.weight" in names
-    assert "model.diffusion_model.output_blocks.5.1.conv.weight" in names
+    # Right behind the block, as LDM counts where there is no transformer.
+    assert "model.diffusion_model.output_blocks.2.1.conv.weight" in names
 
 
 def test_the_quality_words_fit_into_one_chunk():
