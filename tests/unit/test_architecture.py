@@ -28,7 +28,7 @@ def our_shapes(manifest):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return our_shapes(ROOT / "export" / "demo" / "manifest.json")
+    return our_shapes(DATA / "reference" / "tiny_manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,25 @@ def test_other_widths_depths_and_vaes_are_read_too(tiny):
     assert arch.vae == VaeArch((32, 64, 128), 8)
     assert arch.vae.pixels_per_cell == 4
     assert (arch.unet.latent_channels, arch.unet.middle_depth) == (8, 1)
+
+
+@pytest.mark.parametrize(("left", "channels"), [(6 * 256, 256), (6 * 32, 32), (12, 2)])
+def test_the_width_of_the_sinusoids_is_read_too(tiny, left, channels):
+    pooled = tiny["text_encoder_2.text_projection.weight"][0]
+    vector = {
+        f"{net}.add_embedding.linear_1.weight": (tiny[f"{net}.add_embedding.linear_1.weight"][0], pooled + left)
+        for net in ("unet", "controlnet")
+    }
+    assert infer_architecture({**tiny, **vector}).sinusoid_channels == channels
+
+
+@pytest.mark.parametrize("left", [0, 6, 6 * 256 + 1, 5 * 256])
+def test_a_vector_that_sinusoids_do_not_fill_is_told(tiny, left):
+    """5 × 256 is SDXL's refiner, whose micro-conditioning is another."""
+    pooled = tiny["text_encoder_2.text_projection.weight"][0]
+    name = "unet.add_embedding.linear_1.weight"
+    with pytest.raises(CheckpointError, match="(?s)vector width.*do not belong together"):
+        infer_architecture({**tiny, name: (tiny[name][0], pooled + left)})
 
 
 @pytest.mark.parametrize(
