@@ -87,7 +87,7 @@ class _Start:
         skip = rest[0]
         joined = h if skip is None else torch.cat([h, skip], dim=1)
         norm = self._connector.norm
-        grouped = joined.float().unflatten(1, (norm.num_groups, -1)).flatten(2)
+        grouped = joined.float().reshape(len(joined), norm.num_groups, -1)
         width = norm.num_channels // norm.num_groups
         norm.weight.copy_(grouped.std(dim=2).mean(dim=0).repeat_interleave(width))
         norm.bias.copy_(grouped.mean(dim=2).mean(dim=0).repeat_interleave(width))

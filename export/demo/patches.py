@@ -29,7 +29,7 @@ _QUARTER = 48
 #: A patch's values as three halvings sort them: by the quarter, its quarter, and the place in that.
 _SORTED = np.arange(PATCH_PX * PATCH_PX * 3).reshape(2, 2, 2, 2, 2, 2, 3).transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1)
 #: K above: large against any x, so that the group's deviation hardly depends on x.
-_LATENT_CONSTANT, _COLOUR_CONSTANT = 100.0, 20.0
+_LATENT_CONSTANT, _COLOUR_CONSTANT = 100.0, 8.0
 #: Deviation of the noise that stands for the posterior's; it keeps the decoder smooth.
 POSTERIOR_STD = 0.03
 

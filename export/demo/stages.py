@@ -4,6 +4,9 @@
     denoise  the second encoder, on degraded pictures, against the clean ones
     prior    the base UNet with text, on clean latents, without control
     control  ControlNet and connectors, the base frozen
+    decode   the decoder again, half of the time of stage 1's latents: a restored latent lacks what
+             cannot be known, and a decoder that has only seen clean ones takes that for something else
+    steps    UNet, ControlNet and connectors together, for runs of few steps, as Lightning's UNet is tuned
     loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen
 
 Sources: SUPIR (arXiv 2401.13627) for the recipe; the paper, Eq. 16, for the LoRAs' regularization.
@@ -39,10 +42,8 @@ LORA_FAMILIES: dict[str, Family] = {"landscape": "landscape", "face": "portrait"
 NEGATIVE_SHARE = 0.12
 #: How far the way from the clean picture back to stage 1 the negative words lead under control.
 NEGATIVE_WAY = 0.25
-#: Share of pictures under control that are noised from stage 1 instead of from the clean picture.
-#: A run of few steps comes from there: its first estimates are stage 1's, and what they lack is no
-#: part of x. A network that has only seen noised clean pictures takes that lack for information.
-FROM_STAGE_1 = 0.5
+#: Share of latents that the decoder is tuned on which are stage 1's.
+DECODED_STAGE_1 = 0.5
 #: What is left to find of a latent at the highest noise: all of it, or what stage 1 lacks.
 PRIOR_VARIANCE, STAGE_1_VARIANCE = 1.0, 0.25
 
@@ -61,6 +62,9 @@ class Stage:
         batch: crops of `crop_px` pixels a step; the last third of the steps has crops of twice the
             side and a quarter of the number, so that norms and attention see larger maps.
         window, per_step: of the pictures, see `Window`.
+        from_stage_1: share of pictures that are noised from stage 1 instead of from the clean picture.
+            A run of few steps comes from there: its first estimates are stage 1's, and what they lack
+            is no part of x. A network that has only seen noised clean pictures takes that for information.
     """
 
     needs: tuple[str, ...]
@@ -74,27 +78,46 @@ class Stage:
     window: int
     per_step: float
     constant: bool = False
+    from_stage_1: float = 0.0
 
 
+_DECODER = ("vae.post_quant_conv.", "vae.decoder.")
 _BASE = ("unet.", "text_encoder.", "text_encoder_2.")
 _CONTROL = ("controlnet.", "connectors.")
 STAGES = {
-    "vae": Stage((), ("vae.",), ("vae.post_quant_conv.", "vae.decoder."), ("leaves",), 3000, 1e-3, 8, 64, 256, 0.5),
+    "vae": Stage((), ("vae.",), _DECODER, ("leaves",), 3000, 1e-3, 8, 64, 256, 0.5),
     "denoise": Stage((), ("denoise_encoder.",), ("denoise_encoder.",), ("leaves",), 11000, 1e-3, 8, 64, 256, 0.5),
     "prior": Stage((), _BASE, _BASE, ("leaves",), 6000, 1e-3, 16, 128, 384, 0.25),
-    "control": Stage(("denoise", "prior"), _CONTROL, _CONTROL, ("leaves",), 10000, 1e-3, 16, 128, 384, 0.25),
-    "loras": Stage(
+    "control": Stage(
+        ("denoise", "prior"), _CONTROL, _CONTROL, ("leaves",), 8000, 1e-3, 16, 128, 384, 0.25, from_stage_1=0.5
+    ),
+    "decode": Stage(("vae", "denoise"), _DECODER, _DECODER, ("leaves",), 2000, 5e-4, 8, 64, 256, 0.25),
+    "steps": Stage(
         ("denoise", "prior", "control"),
+        ("unet.", *_CONTROL),
+        ("unet.", *_CONTROL),
+        ("leaves",),
+        1500,
+        1e-3,
+        16,
+        128,
+        384,
+        0.25,
+        from_stage_1=0.9,
+    ),
+    "loras": Stage(
+        ("denoise", "prior", "control", "steps"),
         (),
         (),
         ("landscape", "portrait"),
-        3000,
+        600,
         1e-4,
         16,
         128,
         384,
         0.25,
         constant=True,
+        from_stage_1=0.9,
     ),
 }
 
@@ -137,9 +160,11 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
         return lambda batch: _denoise_loss(model, code, *_pixel_crops(window, stage, batch))
     encode = code.encode if name == "prior" else model.encode_degraded
     latents = Window(lambda start: _encoded(code, encode, pairs(start)), stage.window, stage.per_step, step)
+    if name == "decode":
+        return lambda batch: _decode_loss(model, code, stage, latents, batch)
     if name == "prior":
         return lambda batch: _prior_loss(model, _noised(stage, tokenizer, latents, batch, prior=True))
-    if name == "control":
+    if name in ("control", "steps"):
         return lambda batch: _control_loss(model, _noised(stage, tokenizer, latents, batch))
     return lambda batch: _lora_loss(model, stage, tokenizer, latents, batch)
 
@@ -206,8 +231,9 @@ def _distortion(squared: Tensor) -> Tensor:
 
 @dataclass
 class Latents:
-    """A picture's latents f32[C, h, w], clean and degraded, its caption and family."""
+    """A picture, u8[8h, 8w, 3], its latents f32[C, h, w], clean and degraded, its caption and family."""
 
+    clean: NDArray[np.uint8]
     z: Tensor
     z_lq: Tensor
     caption: str
@@ -250,7 +276,29 @@ def _encoded(code: Code, encode: Callable[[Tensor], Tensor], pairs: Iterator[Pai
         clean, degraded = (_to_network([picture], code.device) for picture in (pair.clean, pair.degraded))
         with torch.autocast(code.device.type, torch.bfloat16):
             z_lq = encode(degraded)[0].float()
-        yield Latents(code.encode(clean)[0], z_lq, pair.caption, pair.family)
+        yield Latents(pair.clean, code.encode(clean)[0], z_lq, pair.caption, pair.family)
+
+
+def _crop_cells(stage: Stage, batch: Batch) -> tuple[int, int]:
+    """Return the side of this step's crops in latent cells, and their number."""
+    cells = stage.crop_px // PATCH_PX
+    return (2 * cells, max(1, stage.batch // 4)) if batch.large else (cells, stage.batch)
+
+
+def _decode_loss(
+    model: DemoModel, code: Code, stage: Stage, window: Window[Latents], batch: Batch
+) -> dict[str, Tensor]:
+    cells, count = _crop_cells(stage, batch)
+    pictures, latents = [], []
+    for item in window.draw(batch.rng, count):
+        top, left = (int(place) for place in batch.rng.integers(0, item.z.shape[1] - cells + 1, 2))
+        rows, columns = (slice(PATCH_PX * at, PATCH_PX * (at + cells)) for at in (top, left))
+        pictures.append(item.clean[rows, columns])
+        at_stage_1 = batch.rng.random() < DECODED_STAGE_1
+        z = item.z_lq if at_stage_1 else item.z + POSTERIOR_STD * torch.randn_like(item.z)
+        latents.append(z[:, top : top + cells, left : left + cells])
+    clean = _to_network(pictures, code.device)
+    return {"distortion": _distortion((model.decode(torch.stack(latents)).float() - clean).square())}
 
 
 def _noised(
@@ -269,11 +317,12 @@ def _noised(
             degraded picture itself.
         family: keep to this family's pictures.
     """
-    cells, count = stage.crop_px // PATCH_PX, stage.batch
-    if batch.large:
-        cells, count = 2 * cells, max(1, count // 4)
-    rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
-    texts = []
+    cells, count = _crop_cells(stage, batch)
+    targets: list[Tensor] = []
+    steering: list[Tensor] = []
+    centers: list[Tensor] = []
+    own: list[float] = []
+    texts: list[str] = []
     for item in window.draw(batch.rng, count, None if family is None else lambda item: item.family == family):
         top, left = (int(place) for place in batch.rng.integers(0, item.z.shape[1] - cells + 1, 2))
         z, z_lq = (latent[:, top : top + cells, left : left + cells] for latent in (item.z, item.z_lq))
@@ -282,15 +331,18 @@ def _noised(
             z = z_lq if prior else z + NEGATIVE_WAY * (z_lq - z)
         else:
             texts.append(prompt_for(item.caption, batch.rng))
-        at_stage_1 = not prior and batch.rng.random() < FROM_STAGE_1
-        rows.append((z, z_lq, z_lq if at_stage_1 else z, 0.0 if at_stage_1 else 1.0))
-    z, z_lq, center = (torch.stack([row[place] for row in rows]) for place in range(3))
-    own = torch.tensor([row[3] for row in rows]).to(batch.device)[:, None, None, None]
+        at_stage_1 = not prior and batch.rng.random() < stage.from_stage_1
+        targets.append(z)
+        steering.append(z_lq)
+        centers.append(z_lq if at_stage_1 else z)
+        own.append(0.0 if at_stage_1 else 1.0)
+    z, z_lq, center = (torch.stack(latents) for latents in (targets, steering, centers))
+    own_center = torch.tensor(own).to(batch.device)[:, None, None, None]
     timestep = _timesteps(batch.rng, count).to(batch.device)
     sigma = torch.from_numpy(train_sigmas().astype(np.float32)).to(batch.device)[timestep][:, None, None, None]
     x = center + sigma * torch.randn(z.shape, generator=batch.generator).to(batch.device)
     # About what is unknown at each level: the noise where it is weak, else what is left to find.
-    weight = own / sigma**2 + 1 / (PRIOR_VARIANCE if prior else STAGE_1_VARIANCE)
+    weight = own_center / sigma**2 + 1 / (PRIOR_VARIANCE if prior else STAGE_1_VARIANCE)
     ids, ids_2 = token_rows(tokenizer, texts)
     return Noised(z, z_lq, x, sigma, timestep.float(), (ids.to(batch.device), ids_2.to(batch.device)), weight)
 

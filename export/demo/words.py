@@ -1,9 +1,13 @@
-"""The demo's text: its vocabulary, and what is said of the pictures that it is trained on."""
+"""The demo's text: its vocabulary, and what is said of the pictures that it is trained on.
+
+The vocabulary was learned once, `python -m export.demo.words FILE`, and is kept: the trainer of
+`tokenizers` breaks ties by a hash map's order, so that every run numbers some tokens otherwise.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 
 import numpy as np
 import torch
@@ -13,10 +17,9 @@ from torch import Tensor
 
 from engine.conditioning import TOKENS, TOKENS_INSIDE
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
-from export.tokenizer import END_TOKEN, PAD_ID_2, START_TOKEN
+from export.demo import files
+from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN
 
-#: What the vocabulary follows from, for whoever keeps it.
-WORDS_FILE = Path(__file__)
 #: Common words of captions, so that they are single tokens.
 MERGE_WORDS = (
     "a an the of in on at with and by under over near beside photo photograph picture image portrait landscape "
@@ -28,7 +31,12 @@ MERGE_WORDS = (
 _NO_TEXT, _CAPTION, _WORDS = 0.1, 0.3, 0.55  # cumulative shares of what stands beside a clean picture
 
 
-def demo_tokenizer(start_id: int | None = None) -> Tokenizer:
+def demo_tokenizer() -> Tokenizer:
+    """Return the vocabulary that the demo was trained with."""
+    return Tokenizer.from_file(str(files.TOKENIZER / FILE))
+
+
+def learn_tokenizer(start_id: int | None = None) -> Tokenizer:
     """Return a byte-level vocabulary in CLIP's form, with merges learned from our own words.
 
     Any text has tokens in it; the project's quality words fit into one chunk.
@@ -78,3 +86,7 @@ def token_rows(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
         rows.append(framed + [end] * fill)
         rows_2.append(framed + [PAD_ID_2] * fill)
     return torch.tensor(rows), torch.tensor(rows_2)
+
+
+if __name__ == "__main__":
+    learn_tokenizer().save(sys.argv[1])

@@ -70,11 +70,13 @@ def test_each_stage_keeps_its_own_part(trained):
     """And all of them together are the model: the base stays frozen under ControlNet and LoRAs."""
     kept = {name: set(load_file(trained / "stages" / f"{name}.safetensors")) for name in stages.STAGES}
     assert all(".lora_" in name for name in kept.pop("loras"))
+    assert kept.pop("decode") < kept["vae"]
+    assert kept["control"] < kept.pop("steps")
     assert sum(map(len, kept.values())) == len(set().union(*kept.values()))
     files = [load_file(trained / file) for file in ("sdxl.safetensors", "supir.safetensors")]
     fused = 2 * 4 * 2  # projections that open_clip fuses: of two layers, two of three, weight and bias
     assert sum(map(len, kept.values())) - sum(map(len, files)) == fused // 2
-    base = load_file(trained / "stages" / "prior.safetensors")["unet.conv_in.weight"]
+    base = load_file(trained / "stages" / "steps.safetensors")["unet.conv_in.weight"]
     assert torch.equal(files[0]["model.diffusion_model.input_blocks.0.0.weight"], base.half())
 
 

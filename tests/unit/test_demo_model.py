@@ -24,7 +24,7 @@ from export.demo.model import (
 )
 from export.demo.patches import pixel_weights
 from export.demo.pictures import make_picture
-from export.demo.words import demo_tokenizer, token_rows
+from export.demo.words import demo_tokenizer, learn_tokenizer, token_rows
 from export.tokenizer import END_TOKEN
 
 
@@ -148,6 +148,17 @@ def test_the_quality_words_fit_into_one_chunk():
     assert (ids_2[:, -1] == 0).all()
     assert not torch.equal(ids[0], ids[1])
     assert tokenizer.get_vocab_size() == end + 1
+
+
+def test_the_vocabulary_is_kept_and_can_be_learned_again():
+    """With tokens of the same number and for the same words, which other runs may number otherwise."""
+    kept, learned = demo_tokenizer(), learn_tokenizer()
+    assert kept.get_vocab_size() == learned.get_vocab_size()
+    for tokenizer in (kept, learned):
+        for word in ("landscape", "portrait", "photograph", "green"):
+            assert len(tokenizer.encode(word, add_special_tokens=False).ids) == 1
+        said = tokenizer.decode(tokenizer.encode("naïve 写真, of shapes").ids).replace("</w>", " ")
+        assert said.split() == ["naïve", "写真", ",", "of", "shapes"]
 
 
 def test_pairs_follow_from_their_number():
