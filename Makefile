@@ -6,7 +6,7 @@ help: ## Show this list
 
 demo: ## Build the demo bundle and restore the sample photo
 	python export/build_engines.py
-	python -m engine.restore tests/data/coffee.jpg -o restored.png --overwrite
+	python -m engine.restore tests/data/coffee-damaged.jpg -o restored.png --overwrite
 
 test: ## Run the tests (about 5 minutes on 2 cores)
 	python -m pytest

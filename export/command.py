@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="build_engines.py",
         allow_abbrev=False,
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="With no checkpoint named, the demo model is built into the place where engine.restore looks.",
+        epilog="With no checkpoint named, the demo is built into the place where engine.restore looks, "
+        "with the LoRAs that --lora names, or else with its own where the preset merges some.",
     )
     files = parser.add_argument_group("checkpoints")
     files.add_argument(
@@ -125,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--preset", choices=PRESETS, default="ours", help="sampling defaults (default: %(default)s)")
     how.add_argument(
         "--precision", choices=PRECISION_DTYPES, default="fp32", help="of the networks (default: %(default)s)"
+    )
+    how.add_argument(
+        "--min-size",
+        type=int,
+        metavar="PX",
+        help="shorter side that is worked at, at least (default: 256 for the demo, else 1024)",
     )
     how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="(default: %(default)s)")
     where = parser.add_argument_group("where and what")
@@ -152,16 +159,17 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "preset": options.preset,
         "precision": options.precision,
         "backend": options.backend,
+        "settings": {} if options.min_size is None else {"min_size": options.min_size},
     }
     named = [name for name in ("sdxl", "unet", "supir", "tokenizer") if getattr(options, name) is not None]
-    if not named and not options.lora:
-        return _demo_request(common)
+    if not named:
+        return _demo_request(common, tuple(options.lora))
     for name in ("sdxl", "supir"):
         if name not in named:
             raise UsageError(
                 f"--{name} is missing",
-                expected="--sdxl and --supir together, or neither for the demo model",
-                found=", ".join([f"--{name}" for name in named] or ["--lora"]),
+                expected="--sdxl and --supir together, or neither for the demo",
+                found=", ".join(f"--{name}" for name in named),
             )
     tokenizer = options.tokenizer
     if tokenizer is None:
@@ -182,18 +190,24 @@ def _request(options: argparse.Namespace) -> BuildRequest:
     )
 
 
-def _demo_request(common: dict[str, Any]) -> BuildRequest:
-    from export.demo.synthetic import MIN_SIZE_PX, NOTICE, demo_files
+def _demo_request(common: dict[str, Any], loras: tuple[LoraRequest, ...]) -> BuildRequest:
+    from export.demo import files
 
-    files = demo_files()
-    merges = PRESETS[common["preset"]].loras == "needed"
+    if not files.SDXL.is_file():
+        raise CheckpointError(
+            "the demo's weights are not here",
+            where=files.WEIGHTS,
+            fix="build in a whole checkout of the project, or name your own --sdxl and --supir",
+        )
+    if not loras and PRESETS[common["preset"]].loras == "needed":
+        loras = tuple(LoraRequest(name, path) for name, path in files.LORAS.items())
+    common["settings"] = {**files.SETTINGS, **common["settings"]}
     return BuildRequest(
-        sdxl=files.sdxl,
-        supir=files.supir,
-        tokenizer=files.tokenizer,
-        loras=tuple(LoraRequest(name, path) for name, path in files.loras.items()) if merges else (),
-        settings={"min_size": MIN_SIZE_PX},
-        notice=NOTICE,
+        sdxl=files.SDXL,
+        supir=files.SUPIR,
+        tokenizer=files.TOKENIZER,
+        loras=loras,
+        notice=files.NOTICE,
         **common,
     )
 

@@ -1,4 +1,4 @@
-"""What tests share: the reference outputs, the demo's checkpoints, and bundles built from them.
+"""What tests share: the reference outputs, the checkpoints that they are of, and bundles built from them.
 
 Bundles are built once a session and never changed; traces come from the same cache as the user's,
 so a test run after a build traces nothing anew.
@@ -17,7 +17,7 @@ import pytest
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # for `golden`
+sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `synthetic`
 
 
 def pytest_addoption(parser):
@@ -48,26 +48,26 @@ def photo_path():
 
 
 @pytest.fixture(scope="session")
-def demo():
-    """The demo's checkpoints, as files."""
+def tiny():
+    """Synthetic checkpoints, as files; the networks that `reference` is of."""
     pytest.importorskip("torch", reason="needs the export extra")
-    from export.demo.synthetic import demo_files
+    from synthetic import tiny_files
 
-    return demo_files()
+    return tiny_files()
 
 
 @pytest.fixture(scope="session")
-def build_bundle(demo):
-    """Build a bundle of the demo's checkpoints in-process; returns its folder."""
+def build_bundle(tiny):
+    """Build a bundle of the synthetic checkpoints in-process; returns its folder."""
     from export.build import build
     from export.plan import make_plan
     from export.request import BuildRequest
 
     def run(output: Path, **changes) -> Path:
         request = {
-            "sdxl": demo.sdxl,
-            "supir": demo.supir,
-            "tokenizer": demo.tokenizer,
+            "sdxl": tiny.sdxl,
+            "supir": tiny.supir,
+            "tokenizer": tiny.tokenizer,
             "preset": "lightning",
             "settings": {"min_size": 64, "steps": 3},
             **changes,
@@ -86,6 +86,17 @@ def bundle_fp32(build_bundle, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle_fp16(build_bundle, tmp_path_factory):
     return build_bundle(tmp_path_factory.mktemp("bundles") / "fp16", precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory):
+    """The demo as it is built by default: trained weights, both LoRAs."""
+    pytest.importorskip("torch", reason="needs the export extra")
+    from export.build_engines import main
+
+    folder = tmp_path_factory.mktemp("bundles") / "demo"
+    assert main(["--output", str(folder), "--quiet"]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""The demo model for now: synthetic weights in the real layouts, for which reference outputs exist.
+"""Synthetic checkpoints in the real layouts, a tenth of the width, for which reference outputs exist.
 
-Every value follows from its tensor's name, shape and a seed, so nothing is downloaded and nothing
-large is kept in git. The networks are random: what they restore is no picture. A trained model of
-the same layouts takes their place later.
+Every value follows from its tensor's name, shape and a seed, so nothing large is kept in git. The
+networks are random: what they restore is no picture.
 """
 
 from __future__ import annotations
@@ -23,28 +22,21 @@ from safetensors.numpy import save_file
 
 from engine.bundle import APP_NAME
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
-from export.demo.words import WORDS_FILE, demo_tokenizer
+from export.demo import words
+from export.demo.words import learn_tokenizer
 from export.tokenizer import FILE
 
-MANIFEST = Path(__file__).parent / "manifest.json"
+MANIFEST = Path(__file__).parent / "data" / "reference" / "tiny_manifest.json"
 #: CLIP's, as in the reference outputs; the end token is the next.
 START_ID = 49406
 LORA_RANK = 4
 LORAS = ("landscape", "face")
-#: Worked at by default; small, as the model is.
-MIN_SIZE_PX = 256
-
-NOTICE = (
-    "this is the demo model, whose weights are random numbers: it shows that everything runs, "
-    "and its results are noise, not restored photos"
-)
-
 _SQRT_12 = np.float32(12.0**0.5)
 
 
 @dataclass(frozen=True)
-class DemoFiles:
-    """The demo's checkpoints, as a user would name them on the command line."""
+class TinyFiles:
+    """The checkpoints, as a user would name them on the command line."""
 
     sdxl: Path
     supir: Path
@@ -52,14 +44,10 @@ class DemoFiles:
     tokenizer: Path
 
 
-def demo_files(folder: Path | None = None) -> DemoFiles:
-    """Write the demo's checkpoints, unless they are there.
-
-    Args:
-        folder: where; None means the user's cache folder.
-    """
-    folder = folder if folder is not None else _cache_dir()
-    files = DemoFiles(
+def tiny_files() -> TinyFiles:
+    """Write the checkpoints into the user's cache folder, unless they are there."""
+    folder = _cache_dir()
+    files = TinyFiles(
         sdxl=folder / "sdxl.safetensors",
         supir=folder / "supir.safetensors",
         loras={name: folder / f"{name}.safetensors" for name in LORAS},
@@ -68,7 +56,7 @@ def demo_files(folder: Path | None = None) -> DemoFiles:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / "demo"
+            made = Path(temporary) / "tiny"
             made.mkdir()
             _write_all(made)
             made.rename(folder)
@@ -133,14 +121,14 @@ def _write_all(folder: Path) -> None:
     for name in LORAS:
         write_lora(folder / f"{name}.safetensors", manifest["files"]["sdxl.safetensors"], name=name)
     (folder / "tokenizer").mkdir()
-    demo_tokenizer(start_id=START_ID).save(str(folder / "tokenizer" / FILE))
+    learn_tokenizer(start_id=START_ID).save(str(folder / "tokenizer" / FILE))
 
 
 def _cache_dir() -> Path:
     named = os.environ.get("RESTORE_CACHE")
     root = Path(named) if named else user_cache_path(APP_NAME)
     sources = (
-        *(path.read_bytes() for path in (MANIFEST, Path(__file__), WORDS_FILE)),
+        *(path.read_bytes() for path in (MANIFEST, Path(__file__), Path(words.__file__))),
         (QUALITY_WORDS + NEGATIVE_WORDS).encode(),
     )
-    return root / "demo" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    return root / "tests" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]

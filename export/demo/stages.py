@@ -114,7 +114,7 @@ STAGES = {
         1e-4,
         16,
         128,
-        384,
+        192,
         0.25,
         constant=True,
         from_stage_1=0.9,

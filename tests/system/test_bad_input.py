@@ -218,7 +218,7 @@ def test_a_bundle_changed_under_us_is_refused(bundle_fp32, photo_path, tmp_path,
 
 
 @pytest.fixture
-def build_main(demo):
+def build_main(tiny):
     from export.build_engines import main
 
     return main
@@ -227,7 +227,7 @@ def build_main(demo):
 BUILD = [
     (["--sdxl", "{sdxl}"], 2, "--supir is missing"),
     (["--supir", "{supir}"], 2, "--sdxl is missing"),
-    (["--lora", "face={face}"], 2, "--sdxl is missing"),
+    (["--lora", "face={face}"], 1, "LoRA face"),  # of another model than the demo
     (["--sdxl", "{sdxl}", "--supir", "{supir}"], 1, "a single file holds no tokenizer"),
     (["--sdxl", "nothing.safetensors", "--supir", "{supir}", "--tokenizer", "{tokenizer}"], 1, "no such file"),
     (["--sdxl", "{supir}", "--supir", "{supir}", "--tokenizer", "{tokenizer}"], 1, "another model than --sdxl needs"),
@@ -257,11 +257,11 @@ BUILD = [
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BUILD, ids=[" ".join(row[0]) for row in BUILD])
-def test_build(place, demo, build_main, monkeypatch, capsys, arguments, status, message):
+def test_build(place, tiny, build_main, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(place)
     (place / "folder2").mkdir()
     before = snapshot(place)
-    names = {"sdxl": demo.sdxl, "supir": demo.supir, "tokenizer": demo.tokenizer, **demo.loras}
+    names = {"sdxl": tiny.sdxl, "supir": tiny.supir, "tokenizer": tiny.tokenizer, **tiny.loras}
     filled = [argument.format(**names) for argument in arguments]
     for option, value in (("--output", "bundle"), ("--preset", "lightning-8")):
         if option not in filled:
@@ -300,7 +300,7 @@ def test_build_usage(build_main, capsys, arguments, message):
         ("a=b=c.safetensors:2", ("a", "b=c.safetensors", 2.0)),
     ],
 )
-def test_lora_option(demo, text, expected):
+def test_lora_option(tiny, text, expected):
     from export.command import _lora
 
     lora = _lora(text)

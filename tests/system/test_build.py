@@ -31,12 +31,12 @@ from export.weights import write_weights
 
 
 @pytest.fixture
-def request_of(demo, tmp_path):
+def request_of(tiny, tmp_path):
     def make(**changes):
         fields = {
-            "sdxl": demo.sdxl,
-            "supir": demo.supir,
-            "tokenizer": demo.tokenizer,
+            "sdxl": tiny.sdxl,
+            "supir": tiny.supir,
+            "tokenizer": tiny.tokenizer,
             "output": tmp_path / "bundle",
             "preset": "lightning",
             "settings": {"min_size": 64, "steps": 3},
@@ -64,24 +64,24 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
     done = run_build(**place)
     assert done.returncode == 0, done.stderr
-    assert "merged LoRA landscape × 1: rank 4, alpha 2, 136 layers" in done.stdout
+    assert "merged LoRA landscape × 1: rank 4, alpha 16, " in done.stdout
     assert done.stdout.count("agrees with torch") == 7
     assert "100 %" in done.stderr
     assert "left" in done.stderr
     restored = run_restore(photo_path, "-o", tmp_path / "out.png", "--steps", 1, **place)
     assert restored.returncode == 0, restored.stderr
-    assert "the demo model, whose weights are random" in restored.stderr
+    assert "this is the demo, a small model" in restored.stderr
     assert (tmp_path / "out.png").is_file()
 
 
-def test_a_finished_bundle_is_left_alone_unless_something_changed(request_of, built, demo, tmp_path):
+def test_a_finished_bundle_is_left_alone_unless_something_changed(request_of, built, tiny, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bundle").iterdir()}
     second = run(request_of())
     assert (second.status, second.changes) == ("unchanged", ())
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bundle").iterdir()} == before
 
     said = []
-    face = LoraRequest("face", demo.loras["face"], 0.5)
+    face = LoraRequest("face", tiny.loras["face"], 0.5)
     third = run(request_of(preset="lightning-lora", loras=(face,)), said.append)
     assert third.status == "built"
     assert len(said) == 2
@@ -94,18 +94,18 @@ def test_a_finished_bundle_is_left_alone_unless_something_changed(request_of, bu
     assert hidden(tmp_path) == []
 
 
-def test_a_changed_checkpoint_is_noticed(request_of, built, demo, tmp_path):
+def test_a_changed_checkpoint_is_noticed(request_of, built, tiny, tmp_path):
     name = "model.diffusion_model.out.2.bias"
-    changed = load_file(demo.sdxl)[name] + 1
-    sdxl = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: changed})
+    changed = load_file(tiny.sdxl)[name] + 1
+    sdxl = layouts.edit(tiny.sdxl, tmp_path / "sdxl.safetensors", add={name: changed})
     assert [line.split(":")[0] for line in run(request_of(sdxl=sdxl)).changes] == ["sources.sdxl sdxl.safetensors"]
 
 
-def test_a_changed_unet_in_a_folder_is_noticed(demo, tmp_path):
+def test_a_changed_unet_in_a_folder_is_noticed(tiny, tmp_path):
     """diffusers gives the UNet's and the VAE's file one name."""
-    folder = layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m")
+    folder = layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m")
     request = BuildRequest(
-        sdxl=folder, supir=demo.supir, tokenizer=demo.tokenizer, output=tmp_path / "b", preset="lightning"
+        sdxl=folder, supir=tiny.supir, tokenizer=tiny.tokenizer, output=tmp_path / "b", preset="lightning"
     )
 
     def key():
@@ -152,10 +152,10 @@ def test_a_damaged_bundle_is_built_again(request_of, built, tmp_path):
     open_bundle(tmp_path / "bundle")
 
 
-def test_merged_weights_are_in_the_bundle(request_of, demo, tmp_path):
-    run(request_of(preset="ours", loras=(LoraRequest("face", demo.loras["face"], 0.5),)))
+def test_merged_weights_are_in_the_bundle(request_of, tiny, tmp_path):
+    run(request_of(preset="ours", loras=(LoraRequest("face", tiny.loras["face"], 0.5),)))
     merged = load_file(tmp_path / "bundle" / "weights.safetensors")
-    base, lora = load_file(demo.sdxl), load_file(demo.loras["face"])
+    base, lora = load_file(tiny.sdxl), load_file(tiny.loras["face"])
     ldm = "input_blocks.5.1.transformer_blocks.0.attn2.to_v"
     flat = "lora_unet_" + ldm.replace(".", "_")
     delta = lora[f"{flat}.lora_up.weight"].double() @ lora[f"{flat}.lora_down.weight"].double()
@@ -163,11 +163,11 @@ def test_merged_weights_are_in_the_bundle(request_of, demo, tmp_path):
     ours = merged["unet.down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.weight"]
     assert torch.allclose(ours.double(), expected, atol=1e-6)
     untouched = "controlnet.down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.weight"
-    assert torch.equal(merged[untouched], load_file(demo.supir)[f"model.control_model.{ldm}.weight"])
+    assert torch.equal(merged[untouched], load_file(tiny.supir)[f"model.control_model.{ldm}.weight"])
 
 
-def test_scale_zero_merges_to_the_base_to_the_bit(request_of, demo, bundle_fp32, tmp_path):
-    plan = make_plan(request_of(preset="ours", loras=(LoraRequest("face", demo.loras["face"], 0.0),)))
+def test_scale_zero_merges_to_the_base_to_the_bit(request_of, tiny, bundle_fp32, tmp_path):
+    plan = make_plan(request_of(preset="ours", loras=(LoraRequest("face", tiny.loras["face"], 0.0),)))
     digest = write_weights(tmp_path / "w.safetensors", plan.layout, plan.tensors, plan.loras)
     assert digest == open_bundle(bundle_fp32).manifest.weights.sha256
 
@@ -247,11 +247,11 @@ def test_a_failed_build_leaves_what_was_there(request_of, bundle_fp32, tmp_path,
     assert hidden(tmp_path) == []
 
 
-def test_a_weight_that_is_nan_fails_the_build_by_name(request_of, demo, tmp_path):
+def test_a_weight_that_is_nan_fails_the_build_by_name(request_of, tiny, tmp_path):
     name = "model.diffusion_model.middle_block.1.proj_in.weight"
-    broken = load_file(demo.sdxl)[name]
+    broken = load_file(tiny.sdxl)[name]
     broken[3, 4] = float("nan")
-    sdxl = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: broken})
+    sdxl = layouts.edit(tiny.sdxl, tmp_path / "sdxl.safetensors", add={name: broken})
     with pytest.raises(Exception, match=rf"sdxl\.safetensors: {name}: a tensor holds values that are not finite"):
         run(request_of(sdxl=sdxl))
     assert not (tmp_path / "bundle").exists()
@@ -292,8 +292,14 @@ def test_two_builders_do_not_meet(request_of, tmp_path):
         run(request_of())
 
 
-def test_a_dry_run_reads_headers_and_writes_nothing(demo, tmp_path, capsys):
-    arguments = ["--dry-run", "--output", str(tmp_path / "bundle")]
+def named(tiny):
+    files = {"sdxl": tiny.sdxl, "supir": tiny.supir, "tokenizer": tiny.tokenizer}
+    arguments = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    return arguments + [text for name, path in tiny.loras.items() for text in ("--lora", f"{name}={path}")]
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(tiny, tmp_path, capsys):
+    arguments = ["--dry-run", "--output", str(tmp_path / "bundle"), *named(tiny)]
     assert run_command(main, arguments) == 0
     text = capsys.readouterr().out
     for part in ("read   sdxl", "96.7 MB", "merge  face × 1: rank 4, alpha 2, 136 layers", "34,686,995 parameters"):
@@ -303,7 +309,30 @@ def test_a_dry_run_reads_headers_and_writes_nothing(demo, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_reports_the_whole_manifest(demo, tmp_path, capsys):
+@pytest.mark.parametrize(("option", "expected"), [([], 1024), (["--min-size", "512"], 512)])
+def test_a_bundle_says_the_size_that_it_works_at(tiny, tmp_path, option, expected):
+    from export.command import _parser, _request
+
+    request = _request(_parser().parse_args([*named(tiny), *option, "--output", str(tmp_path / "bundle")]))
+    assert make_plan(request).defaults.min_size == expected
+
+
+def test_a_size_that_is_impossible_is_told(tiny, tmp_path, capsys):
+    arguments = [*named(tiny), "--min-size", "5", "--output", str(tmp_path / "bundle")]
+    assert run_command(main, arguments) == 2
+    assert "min_size" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_without_its_weights_is_told(monkeypatch, tmp_path, capsys):
+    from export.demo import files
+
+    monkeypatch.setattr(files, "SDXL", tmp_path / "sdxl.safetensors")
+    assert run_command(main, ["--output", str(tmp_path / "bundle")]) == 1
+    assert "the demo's weights are not here" in capsys.readouterr().err
+
+
+def test_json_reports_the_whole_manifest(tiny, tmp_path, capsys):
     assert run_command(main, ["--preset", "lightning-8", "--output", str(tmp_path / "x"), "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["status"] == "built"
@@ -311,25 +340,25 @@ def test_json_reports_the_whole_manifest(demo, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "sharded", "unet", "ckpt"])
-def test_every_layout_builds_the_same_weights(request_of, demo, bundle_fp32, tmp_path, layout):
+def test_every_layout_builds_the_same_weights(request_of, tiny, bundle_fp32, tmp_path, layout):
     changes = {
-        "diffusers": lambda: {"sdxl": layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m")},
-        "sharded": lambda: {"sdxl": layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m", shards=3)},
-        "unet": lambda: {"unet": layouts.write_diffusers_unet(demo.sdxl, tmp_path / "unet.safetensors")},
-        "ckpt": lambda: {"supir": layouts.edit(demo.supir, tmp_path / "supir.ckpt")},
+        "diffusers": lambda: {"sdxl": layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m")},
+        "sharded": lambda: {"sdxl": layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m", shards=3)},
+        "unet": lambda: {"unet": layouts.write_diffusers_unet(tiny.sdxl, tmp_path / "unet.safetensors")},
+        "ckpt": lambda: {"supir": layouts.edit(tiny.supir, tmp_path / "supir.ckpt")},
     }[layout]()
     plan = make_plan(request_of(**changes))
     digest = write_weights(tmp_path / "w.safetensors", plan.layout, plan.tensors, plan.loras)
     assert digest == open_bundle(bundle_fp32).manifest.weights.sha256
 
 
-def test_a_clip_folder_of_vocabulary_and_merges(request_of, demo, tmp_path):
+def test_a_clip_folder_of_vocabulary_and_merges(request_of, tiny, tmp_path):
     """CLIP's own files, vocab.json and merges.txt, become one tokenizer.json."""
     from tokenizers import Tokenizer
 
     from export.tokenizer import load_tokenizer
 
-    original = Tokenizer.from_file(str(demo.tokenizer / "tokenizer.json"))
+    original = Tokenizer.from_file(str(tiny.tokenizer / "tokenizer.json"))
     model = json.loads(original.to_str())["model"]
     folder = tmp_path / "tokenizer"
     folder.mkdir()

@@ -21,37 +21,37 @@ def same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def sdxl(demo):
-    return open_sdxl(demo.sdxl)
+def sdxl(tiny):
+    return open_sdxl(tiny.sdxl)
 
 
 @pytest.fixture(scope="module")
-def supir(demo):
-    return open_supir(demo.supir)
+def supir(tiny):
+    return open_supir(tiny.supir)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 @pytest.mark.parametrize(("shards", "variant"), [(1, ""), (3, ""), (1, "fp16"), (2, "fp16")])
-def test_diffusers_folders(demo, sdxl, tmp_path, shards, variant, prefix):
-    folder = layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m", shards=shards, variant=variant, prefix=prefix)
+def test_diffusers_folders(tiny, sdxl, tmp_path, shards, variant, prefix):
+    folder = layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m", shards=shards, variant=variant, prefix=prefix)
     found = open_sdxl(folder)
     assert same(found, sdxl)
     assert len(found.files) == 4 * shards
 
 
-def test_unet_alone_in_every_layout(demo, sdxl, tmp_path):
-    alone = open_unet(layouts.write_diffusers_unet(demo.sdxl, tmp_path / "unet.safetensors"))
+def test_unet_alone_in_every_layout(tiny, sdxl, tmp_path):
+    alone = open_unet(layouts.write_diffusers_unet(tiny.sdxl, tmp_path / "unet.safetensors"))
     assert set(alone.tensors) == {name for name in sdxl.tensors if name.startswith("unet.")}
-    layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m")
-    for path in (demo.sdxl, tmp_path / "m", tmp_path / "m" / "unet"):
+    layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m")
+    for path in (tiny.sdxl, tmp_path / "m", tmp_path / "m" / "unet"):
         assert same(open_unet(path), alone)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("prefixed", [True, False])
-def test_supir_files(demo, supir, tmp_path, suffix, prefixed):
+def test_supir_files(tiny, supir, tmp_path, suffix, prefixed):
     file = layouts.edit(
-        demo.supir,
+        tiny.supir,
         tmp_path / f"supir{suffix}",
         add={"model.control_model.mask_LQ": torch.zeros(1)} if prefixed else {"control_model.mask_LQ": torch.zeros(1)},
         rename=(lambda name: name) if prefixed else (lambda name: name.removeprefix("model.")),
@@ -59,35 +59,35 @@ def test_supir_files(demo, supir, tmp_path, suffix, prefixed):
     assert same(open_supir(file), supir)
 
 
-def test_pickles_with_a_state_dict_inside(demo, supir, tmp_path):
-    torch.save({"state_dict": load_file(demo.supir)}, tmp_path / "supir.ckpt")
+def test_pickles_with_a_state_dict_inside(tiny, supir, tmp_path):
+    torch.save({"state_dict": load_file(tiny.supir)}, tmp_path / "supir.ckpt")
     assert same(open_supir(tmp_path / "supir.ckpt"), supir)
 
 
-def test_half_precision_is_read_as_it_is(demo, tmp_path):
-    file = layouts.edit(demo.supir, tmp_path / "supir.safetensors", dtype=torch.float16)
+def test_half_precision_is_read_as_it_is(tiny, tmp_path):
+    file = layouts.edit(tiny.supir, tmp_path / "supir.safetensors", dtype=torch.float16)
     assert {tensor.read().dtype for tensor in open_supir(file).tensors.values()} == {torch.float16}
 
 
-def test_what_belongs_to_no_network_is_ignored_and_listed(demo, sdxl, tmp_path):
+def test_what_belongs_to_no_network_is_ignored_and_listed(tiny, sdxl, tmp_path):
     extra = {"model_ema.decay": torch.zeros(1), "denoiser.sigmas": torch.zeros(10)}
-    found = open_sdxl(layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add=extra))
+    found = open_sdxl(layouts.edit(tiny.sdxl, tmp_path / "sdxl.safetensors", add=extra))
     assert same(found, sdxl)
     assert sorted(found.ignored) == sorted(extra)
 
 
-def test_files_of_a_folder_are_told_apart(demo, tmp_path):
+def test_files_of_a_folder_are_told_apart(tiny, tmp_path):
     """diffusers gives the UNet's and the VAE's file one name."""
-    found = open_sdxl(layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m"))
+    found = open_sdxl(layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m"))
     names = [found.file_name(file) for file in found.files]
     assert len(set(names)) == len(names) == 4
     assert "unet/diffusion_pytorch_model.safetensors" in names
 
 
-def test_opening_reads_headers_only(demo):
-    tensor = open_sdxl(demo.sdxl).tensors["unet.conv_in.weight"]
+def test_opening_reads_headers_only(tiny):
+    tensor = open_sdxl(tiny.sdxl).tensors["unet.conv_in.weight"]
     assert tensor.name == "model.diffusion_model.input_blocks.0.0.weight"
-    assert tensor.file == demo.sdxl
+    assert tensor.file == tiny.sdxl
 
 
 def test_diffusers_names_are_those_of_diffusers(sdxl):
@@ -132,32 +132,32 @@ def write_pickle(path, content):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path, demo: None, "no such file"),
-        (lambda path, demo: path.write_bytes(b""), "not a checkpoint"),
-        (lambda path, demo: path.write_text("<html>404</html>"), "not a checkpoint"),
-        (lambda path, demo: path.write_bytes(b"\x80\x02}q\x00"), "not a whole checkpoint"),
-        (lambda path, demo: torch.save({"a": torch.zeros(1, dtype=torch.int8)}, path), "plain floating-point type"),
-        (lambda path, demo: path.write_bytes(b"PK\x03\x04 not a zip"), "not a whole checkpoint"),
-        (lambda path, demo: torch.save({"a": Evil()}, path), "holds more than tensors"),
-        (lambda path, demo: write_pickle(path, {"a": Evil()}), "holds more than tensors"),
-        (lambda path, demo: torch.save({"a": torch.zeros(1), "b": 3}, path), "holds more than tensors"),
-        (lambda path, demo: torch.save([torch.zeros(1)], path), "not a dictionary of tensors"),
+        (lambda path, tiny: None, "no such file"),
+        (lambda path, tiny: path.write_bytes(b""), "not a checkpoint"),
+        (lambda path, tiny: path.write_text("<html>404</html>"), "not a checkpoint"),
+        (lambda path, tiny: path.write_bytes(b"\x80\x02}q\x00"), "not a whole checkpoint"),
+        (lambda path, tiny: torch.save({"a": torch.zeros(1, dtype=torch.int8)}, path), "plain floating-point type"),
+        (lambda path, tiny: path.write_bytes(b"PK\x03\x04 not a zip"), "not a whole checkpoint"),
+        (lambda path, tiny: torch.save({"a": Evil()}, path), "holds more than tensors"),
+        (lambda path, tiny: write_pickle(path, {"a": Evil()}), "holds more than tensors"),
+        (lambda path, tiny: torch.save({"a": torch.zeros(1), "b": 3}, path), "holds more than tensors"),
+        (lambda path, tiny: torch.save([torch.zeros(1)], path), "not a dictionary of tensors"),
     ],
 )
-def test_pickles_that_are_not_plain_tensors(tmp_path, demo, make, message, capsys):
+def test_pickles_that_are_not_plain_tensors(tmp_path, tiny, make, message, capsys):
     path = tmp_path / "model.ckpt"
-    make(path, demo)
+    make(path, tiny)
     with pytest.raises(CheckpointError, match=message):
         open_file(path)
     assert "this ran" not in capsys.readouterr().out
 
 
-def test_truncated_files_are_told(tmp_path, demo):
+def test_truncated_files_are_told(tmp_path, tiny):
     file = tmp_path / "sdxl.safetensors"
-    file.write_bytes(demo.sdxl.read_bytes()[:-1000])
+    file.write_bytes(tiny.sdxl.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="(?s)not a whole safetensors file.*download it again"):
         open_sdxl(file)
-    pickled = layouts.edit(demo.supir, tmp_path / "supir.ckpt")
+    pickled = layouts.edit(tiny.supir, tmp_path / "supir.ckpt")
     pickled.write_bytes(pickled.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         open_supir(pickled)
@@ -197,18 +197,18 @@ def test_models_are_told_by_their_names(names, kind):
 @pytest.mark.parametrize(
     ("opener", "make", "message"),
     [
-        (open_sdxl, lambda demo, path: demo.supir, "(?s)another model than --sdxl needs.*SUPIR.*give it with --supir"),
-        (open_sdxl, lambda demo, path: demo.loras["face"], "(?s)found: +LoRA.*--lora NAME=FILE"),
-        (open_supir, lambda demo, path: demo.sdxl, "(?s)another model than --supir needs.*give it with --sdxl"),
-        (open_unet, lambda demo, path: demo.supir, "another model than --unet needs"),
-        (open_sdxl, lambda demo, path: layouts.write_diffusers_unet(demo.sdxl, path), "(?s)give it with --unet"),
-        (open_supir, lambda demo, path: path.parent, "is a folder"),
-        (open_sdxl, lambda demo, path: path.parent, "(?s)no such folder.*a diffusers folder"),
+        (open_sdxl, lambda tiny, path: tiny.supir, "(?s)another model than --sdxl needs.*SUPIR.*give it with --supir"),
+        (open_sdxl, lambda tiny, path: tiny.loras["face"], "(?s)found: +LoRA.*--lora NAME=FILE"),
+        (open_supir, lambda tiny, path: tiny.sdxl, "(?s)another model than --supir needs.*give it with --sdxl"),
+        (open_unet, lambda tiny, path: tiny.supir, "another model than --unet needs"),
+        (open_sdxl, lambda tiny, path: layouts.write_diffusers_unet(tiny.sdxl, path), "(?s)give it with --unet"),
+        (open_supir, lambda tiny, path: path.parent, "is a folder"),
+        (open_sdxl, lambda tiny, path: path.parent, "(?s)no such folder.*a diffusers folder"),
     ],
 )
-def test_a_model_in_the_wrong_role_is_told(demo, tmp_path, opener, make, message):
+def test_a_model_in_the_wrong_role_is_told(tiny, tmp_path, opener, make, message):
     with pytest.raises(CheckpointError, match=message):
-        opener(make(demo, tmp_path / "file.safetensors"))
+        opener(make(tiny, tmp_path / "file.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -222,15 +222,15 @@ def test_a_model_in_the_wrong_role_is_told(demo, tmp_path, opener, make, message
         ("supir", "model.diffusion_model.project_modules.x.weight", "has no place"),
     ],
 )
-def test_unknown_tensors_of_a_known_prefix_are_named(demo, tmp_path, role, name, place):
-    source = getattr(demo, role)
+def test_unknown_tensors_of_a_known_prefix_are_named(tiny, tmp_path, role, name, place):
+    source = getattr(tiny, role)
     file = layouts.edit(source, tmp_path / "file.safetensors", add={name: torch.zeros(3)})
     with pytest.raises(CheckpointError, match=f"{name}: a tensor {place}"):
         (open_sdxl if role == "sdxl" else open_supir)(file)
 
 
-def test_a_shard_that_lacks_a_tensor_is_told(demo, tmp_path):
-    folder = layouts.write_diffusers_folder(demo.sdxl, tmp_path / "m", shards=2)
+def test_a_shard_that_lacks_a_tensor_is_told(tiny, tmp_path):
+    folder = layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m", shards=2)
     shard = folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors"
     tensors = load_file(shard)
     name = next(iter(tensors))

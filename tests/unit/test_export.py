@@ -27,9 +27,9 @@ END = 49407
 
 
 @pytest.fixture(scope="module")
-def plan(demo, tmp_path_factory):
+def plan(tiny, tmp_path_factory):
     return make_plan(
-        BuildRequest(demo.sdxl, demo.supir, demo.tokenizer, tmp_path_factory.mktemp("out") / "b", preset="lightning")
+        BuildRequest(tiny.sdxl, tiny.supir, tiny.tokenizer, tmp_path_factory.mktemp("out") / "b", preset="lightning")
     )
 
 
@@ -194,12 +194,12 @@ def test_relative_l2_is_strict_about_nan_and_zero():
 # -- plans ----------------------------------------------------------------------------------------
 
 
-def request(demo, tmp_path, **changes):
+def request(tiny, tmp_path, **changes):
     return BuildRequest(
         **{
-            "sdxl": demo.sdxl,
-            "supir": demo.supir,
-            "tokenizer": demo.tokenizer,
+            "sdxl": tiny.sdxl,
+            "supir": tiny.supir,
+            "tokenizer": tiny.tokenizer,
             "output": tmp_path / "b",
             "preset": "lightning-8",
             **changes,
@@ -207,12 +207,12 @@ def request(demo, tmp_path, **changes):
     )
 
 
-def test_a_plan_says_what_it_reads_merges_and_writes(demo, tmp_path):
-    loras = tuple(LoraRequest(name, path, 0.5) for name, path in demo.loras.items())
-    plan = make_plan(request(demo, tmp_path, loras=loras, precision="fp16"))
+def test_a_plan_says_what_it_reads_merges_and_writes(tiny, tmp_path):
+    loras = tuple(LoraRequest(name, path, 0.5) for name, path in tiny.loras.items())
+    plan = make_plan(request(tiny, tmp_path, loras=loras, precision="fp16"))
     described = plan.describe()
     assert [source["role"] for source in described["read"]] == ["sdxl", "supir"]
-    assert [source["bytes"] for source in described["read"]] == [demo.sdxl.stat().st_size, demo.supir.stat().st_size]
+    assert [source["bytes"] for source in described["read"]] == [tiny.sdxl.stat().st_size, tiny.supir.stat().st_size]
     assert [(lora["name"], lora["scale"], lora["layers"]) for lora in described["merge"]] == [
         ("landscape", 0.5, 136),
         ("face", 0.5, 136),
@@ -224,46 +224,46 @@ def test_a_plan_says_what_it_reads_merges_and_writes(demo, tmp_path):
     assert (plan.defaults.steps, plan.defaults.sampler, plan.defaults.cfg_scale) == (8, "dpmpp2m", (2.0, 1.5))
 
 
-def test_the_unet_of_another_file_replaces_the_bases(demo, tmp_path):
+def test_the_unet_of_another_file_replaces_the_bases(tiny, tmp_path):
     import layouts
 
-    unet = layouts.write_diffusers_unet(demo.sdxl, tmp_path / "unet.safetensors")
-    plan = make_plan(request(demo, tmp_path, unet=unet))
+    unet = layouts.write_diffusers_unet(tiny.sdxl, tmp_path / "unet.safetensors")
+    plan = make_plan(request(tiny, tmp_path, unet=unet))
     assert plan.tensors["unet.conv_in.weight"].file == unet
-    assert plan.tensors["vae.quant_conv.bias"].file == demo.sdxl
+    assert plan.tensors["vae.quant_conv.bias"].file == tiny.sdxl
 
 
 @pytest.mark.parametrize("drop", ["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.weight"])
-def test_a_missing_tensor_is_named_as_the_file_names_it(demo, tmp_path, drop):
+def test_a_missing_tensor_is_named_as_the_file_names_it(tiny, tmp_path, drop):
     import layouts
 
-    broken = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", drop=[drop])
+    broken = layouts.edit(tiny.sdxl, tmp_path / "sdxl.safetensors", drop=[drop])
     with pytest.raises(CheckpointError, match=f"(?s){drop}: a tensor is missing.*--sdxl"):
-        make_plan(request(demo, tmp_path, sdxl=broken))
+        make_plan(request(tiny, tmp_path, sdxl=broken))
 
 
-def test_a_misshapen_tensor_is_named(demo, tmp_path):
+def test_a_misshapen_tensor_is_named(tiny, tmp_path):
     import layouts
 
     name = "first_stage_model.denoise_encoder.mid.attn_1.q.bias"
-    broken = layouts.edit(demo.supir, tmp_path / "supir.safetensors", add={name: torch.zeros(64)})
+    broken = layouts.edit(tiny.supir, tmp_path / "supir.safetensors", add={name: torch.zeros(64)})
     with pytest.raises(CheckpointError, match=rf"(?s){name}: a tensor has the wrong shape.*\[128\].*\[64\]"):
-        make_plan(request(demo, tmp_path, supir=broken))
+        make_plan(request(tiny, tmp_path, supir=broken))
 
 
-def test_a_tensor_of_no_layer_is_named(demo, tmp_path):
+def test_a_tensor_of_no_layer_is_named(tiny, tmp_path):
     import layouts
 
     name = "model.diffusion_model.input_blocks.1.1.norm.weight"
-    broken = layouts.edit(demo.sdxl, tmp_path / "sdxl.safetensors", add={name: torch.zeros(32)})
+    broken = layouts.edit(tiny.sdxl, tmp_path / "sdxl.safetensors", add={name: torch.zeros(32)})
     with pytest.raises(CheckpointError, match=f"{name}: a tensor has no place"):
-        make_plan(request(demo, tmp_path, sdxl=broken))
+        make_plan(request(tiny, tmp_path, sdxl=broken))
 
 
-def test_two_loras_of_one_name_are_refused(demo, tmp_path):
-    face = LoraRequest("face", demo.loras["face"])
+def test_two_loras_of_one_name_are_refused(tiny, tmp_path):
+    face = LoraRequest("face", tiny.loras["face"])
     with pytest.raises(UsageError, match="two LoRAs have one name"):
-        make_plan(request(demo, tmp_path, loras=(face, face)))
+        make_plan(request(tiny, tmp_path, loras=(face, face)))
 
 
 def test_presets_are_specs_table():
@@ -291,7 +291,7 @@ def test_presets_check_their_loras(preset, count, right):
             PRESETS[preset].check_loras(count)
 
 
-def test_a_vocabulary_larger_than_the_towers_is_refused(demo, tmp_path):
+def test_a_vocabulary_larger_than_the_towers_is_refused(tiny, tmp_path):
     from export.plan import _check_vocabulary
 
     small = TextArch(64, 2, 256, 1000, "gelu", projected=False)
@@ -300,17 +300,17 @@ def test_a_vocabulary_larger_than_the_towers_is_refused(demo, tmp_path):
         text_encoder = text_encoder_2 = small
 
     with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 1000"):
-        _check_vocabulary(demo.tokenizer, END, Arch)
+        _check_vocabulary(tiny.tokenizer, END, Arch)
 
 
-def test_every_token_must_be_in_the_towers(demo, tmp_path):
+def test_every_token_must_be_in_the_towers(tiny, tmp_path):
     """The end token may be in, and others behind it not."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    vocabulary = json.loads((demo.tokenizer / "tokenizer.json").read_text())
+    vocabulary = json.loads((tiny.tokenizer / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["one-more</w>"] = END + 1
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
-    request = BuildRequest(demo.sdxl, demo.supir, folder, tmp_path / "b", preset="lightning")
+    request = BuildRequest(tiny.sdxl, tiny.supir, folder, tmp_path / "b", preset="lightning")
     with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 49408.*up to 49408"):
         make_plan(request)
 

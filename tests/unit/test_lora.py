@@ -27,8 +27,8 @@ rng = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def base(demo):
-    return open_sdxl(demo.sdxl).tensors
+def base(tiny):
+    return open_sdxl(tiny.sdxl).tensors
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +223,8 @@ def test_weights_that_no_lora_names_are_left_alone(base):
     assert merge_into(weight, CONV1, [LoadedLora("empty", None, 1.0)]) is weight
 
 
-def test_the_demos_loras_hit_every_attention(demo, shapes):
-    lora = open_lora("face", demo.loras["face"], 1.0, shapes)
+def test_the_demos_loras_hit_every_attention(tiny, shapes):
+    lora = open_lora("face", tiny.loras["face"], 1.0, shapes)
     attention = [name for name in shapes if name.startswith("unet.") and ".attn" in name and name.endswith("weight")]
     assert sorted(lora.deltas) == sorted(attention)
 
@@ -295,9 +295,9 @@ def test_what_cannot_be_merged_is_told(shapes, tmp_path, values, message):
     assert "LoRA face" in str(caught.value)
 
 
-def test_a_base_given_as_a_lora_is_told(demo, shapes):
+def test_a_base_given_as_a_lora_is_told(tiny, shapes):
     with pytest.raises(LoraError, match=r"(?s)no part of a LoRA.*looks like: SUPIR"):
-        open_lora("face", demo.supir, 1.0, shapes)
+        open_lora("face", tiny.supir, 1.0, shapes)
 
 
 @pytest.mark.parametrize("make", [lambda file: None, lambda file: file.write_bytes(b"12345678")])
@@ -344,6 +344,6 @@ def test_a_whole_alpha_is_a_number(base, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_scales_are_numbers(demo, shapes, scale):
+def test_scales_are_numbers(tiny, shapes, scale):
     with pytest.raises(LoraError, match="scale is not a number"):
-        open_lora("face", demo.loras["face"], scale, shapes)
+        open_lora("face", tiny.loras["face"], scale, shapes)
