@@ -189,7 +189,8 @@ class Code:
 
 def _pixel_crops(window: Window[Pair], stage: Stage, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return clean and degraded crops, f32[B, 3, S, S] in [-1, 1], flipped and turned at random."""
-    side, count = (2 * stage.crop_px, max(1, stage.batch // 4)) if batch.large else (stage.crop_px, stage.batch)
+    cells, count = _crop_cells(stage, batch)
+    side = PATCH_PX * cells
     clean: list[NDArray[np.uint8]] = []
     degraded: list[NDArray[np.uint8]] = []
     for pair in window.draw(batch.rng, count):
