@@ -41,7 +41,12 @@ class TorchBackend:
         with safe_open(self._weights, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         end_id = bundle.manifest.tokenizer.end_id
-        self._builders = graph_builders(infer_architecture(shapes), bundle.manifest.precision, end_id)
+        self._builders = graph_builders(
+            infer_architecture(shapes),
+            bundle.manifest.precision,
+            end_id,
+            vae_precision=bundle.spec("vae_decoder").precision,
+        )
 
     def open(self, file: Path, spec: GraphSpec) -> Runner:
         """Return the module that the graph in `file` was exported from."""

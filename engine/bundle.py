@@ -8,7 +8,9 @@ else, and it trusts no file whose hash is not the manifest's.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from engine.errors import BundleError
 from engine.graphspec import GraphSpec, Precision, parse_axis
+from engine.profiles import Profile
 from engine.settings import Settings
 
 APP_NAME = "restoration-engine"
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPHS = (
     "text_encoder",
@@ -71,12 +74,51 @@ class Verification(_Model):
     bound: float
 
 
+class Audit(_Model):
+    """What share of a plan's heavy work is in which type, counted at one size.
+
+    Attributes:
+        flops: multiplications and additions of convolutions and matrix products, by type.
+        share_16_bit: of them that are in float16 or bfloat16.
+        symbols: the size they were counted at.
+    """
+
+    flops: dict[str, int]
+    share_16_bit: float
+    symbols: dict[str, int]
+
+
+class Plan(_Model):
+    """A graph compiled for GPUs.
+
+    Attributes:
+        library: that compiled it and alone can run it, with its version.
+        targets: compute capabilities that it is for, such as "8.9".
+        device: the one kind of GPU that it is for; None where all of a capability can run it.
+        profiles: sizes that it takes; the first that holds an input is used.
+        weightless: whether weights are filled in when it is opened, from the bundle's weights file.
+        flags: that it was compiled with.
+        key: of all that it depends on, see `plan_key`.
+    """
+
+    file: File
+    library: str
+    targets: tuple[str, ...]
+    device: str | None
+    profiles: tuple[Profile, ...]
+    weightless: bool
+    flags: tuple[str, ...]
+    audit: Audit
+    key: str
+
+
 class Graph(_Model):
-    """One ONNX graph; its weights lie in the bundle's weights file."""
+    """One ONNX graph, and the plans it was compiled to; its weights lie in the bundle's weights file."""
 
     spec: GraphSpec
     file: File
     verification: Verification
+    plans: tuple[Plan, ...] = ()
 
 
 class Tokenizer(_Model):
@@ -181,7 +223,8 @@ class Bundle:
     def files(self) -> tuple[File, ...]:
         manifest = self.manifest
         graphs = (graph.file for graph in manifest.graphs.values())
-        return (*graphs, manifest.weights, manifest.tokenizer.file)
+        plans = (plan.file for graph in manifest.graphs.values() for plan in graph.plans)
+        return (*graphs, *plans, manifest.weights, manifest.tokenizer.file)
 
 
 def default_bundle_dir() -> Path:
@@ -249,6 +292,37 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def plan_key(
+    graph: File,
+    weights: File | None,
+    *,
+    library: str,
+    targets: Sequence[str],
+    device: str | None,
+    profiles: Sequence[Profile],
+    flags: Sequence[str],
+    precision: Precision,
+) -> str:
+    """Return the SHA-256 of all that a plan depends on; another key means another plan.
+
+    Args:
+        graph: the ONNX file. weights: that are compiled in; None for a weightless plan.
+        library, targets, device, profiles, flags: as in `Plan`.
+        precision: of the graph.
+    """
+    parts = {
+        "graph": graph.sha256,
+        "weights": None if weights is None else weights.sha256,
+        "library": library,
+        "targets": list(targets),
+        "device": device,
+        "profiles": [profile.model_dump(mode="json") for profile in profiles],
+        "flags": list(flags),
+        "precision": precision,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def describe_file(path: Path) -> File:

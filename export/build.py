@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from engine.bundle import (
     Graph,
     Lora,
     Manifest,
+    Plan,
     Tokenizer,
     describe_file,
     open_bundle,
@@ -36,6 +37,7 @@ from engine.errors import BuildError, BundleError, OutputError, from_os_error
 from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
+from export.plans import compile_plans
 from export.to_onnx import is_cached, trace
 from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
 from export.verify import verify
@@ -47,6 +49,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxru
 _SECONDS_PER_GB = 4.0
 _SECONDS_PER_PARAMETER = 0.03
 _SECONDS_PER_PACK = 0.5
+_SECONDS_PER_PROFILE = 4.0
 
 
 class Progress(Protocol):
@@ -91,7 +94,8 @@ def estimate(plan: BuildPlan) -> dict[str, float]:
     stages = {"hash": plan.read_bytes / 1e9, WEIGHTS: plan.write_bytes / 1e9 * _SECONDS_PER_GB}
     for name, builder in plan.builders.items():
         tracing = 0.0 if is_cached(builder) else len(builder.parameters) * _SECONDS_PER_PARAMETER
-        stages[name] = _SECONDS_PER_PACK + tracing
+        compiling = 0.0 if plan.compiling is None else len(plan.compiling.profiles[name]) * _SECONDS_PER_PROFILE
+        stages[name] = _SECONDS_PER_PACK + tracing + compiling
     return stages
 
 
@@ -138,7 +142,7 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     if resumed:
         say(f"goes on behind: {', '.join(resumed)}")
     try:
-        _run_stages(plan, partial, state, progress, work)
+        _run_stages(plan, partial, state, progress, work, present)
         manifest = _finish(plan, partial, state, hashes)
         progress.stage("moving into place")
         _swap(partial, output)
@@ -155,7 +159,14 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     return BuildResult("built", manifest, changes, resumed)
 
 
-def _run_stages(plan: BuildPlan, partial: Path, state: _State, progress: Progress, work: Mapping[str, float]) -> None:
+def _run_stages(
+    plan: BuildPlan,
+    partial: Path,
+    state: _State,
+    progress: Progress,
+    work: Mapping[str, float],
+    present: Manifest | None,
+) -> None:
     if state.weights is None:
         progress.stage("merging weights")
         per_byte = work[WEIGHTS] / max(1, plan.layout.bytes)
@@ -178,9 +189,33 @@ def _run_stages(plan: BuildPlan, partial: Path, state: _State, progress: Progres
             onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
             progress.stage(f"verifying {name}")
             verification = verify(builder, file)
-            state.graphs[name] = Graph(spec=builder.spec, file=describe_file(file), verification=verification)
+            graph = Graph(spec=builder.spec, file=describe_file(file), verification=verification)
+            if plan.compiling is not None:
+                old = present.graphs[name].plans if present else ()
+                plans = _reused(old, plan, graph, state.weights, partial)
+                if not plans:
+                    progress.stage(f"compiling {name}")
+                    plans = compile_plans(graph, partial, state.weights, plan.compiling)
+                graph = graph.model_copy(update={"plans": plans})
+            state.graphs[name] = graph
             _save(partial, state)
         progress.advance(work[name])
+
+
+def _reused(
+    old: Sequence[Plan], plan: BuildPlan, graph: Graph, weights: File, partial: Path
+) -> tuple[Plan, ...]:
+    """Take over the plans of the bundle that is replaced, if they are the ones that are wanted.
+
+    So another LoRA costs a weightless bundle no compiling: its plans do not depend on the weights.
+    """
+    assert plan.compiling is not None
+    wanted = [plan.compiling.key(graph, weights, targets) for targets in plan.compiling.variants]
+    if [found.key for found in old] != wanted:
+        return ()
+    for found in old:
+        shutil.copyfile(plan.request.output / found.file.name, partial / found.file.name)
+    return tuple(old)
 
 
 def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path, str]) -> Manifest:
@@ -319,6 +354,7 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
 def _drop_unfinished(partial: Path, state: _State) -> None:
     """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
     finished = {_STATE, *(graph.file.name for graph in state.graphs.values())}
+    finished.update(plan.file.name for graph in state.graphs.values() for plan in graph.plans)
     if state.weights is not None:
         finished.add(state.weights.name)
     for path in partial.iterdir():

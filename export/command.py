@@ -19,10 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.backends import BACKENDS
-from engine.bundle import default_bundle_dir
+from engine.bundle import Graph, default_bundle_dir
 from engine.console import format_bytes
 from engine.errors import BuildError, CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES
+from export.plans import DEFAULT_TARGETS
 from export.presets import PRESETS
 from export.request import BuildRequest, LoraRequest
 
@@ -91,8 +92,17 @@ def _run(options: argparse.Namespace) -> int:
             )
         for name, graph in manifest.graphs.items():
             worst = max(graph.verification.relative_l2.values())
-            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}")
+            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}{_plans_text(graph)}")
     return 0
+
+
+def _plans_text(graph: Graph) -> str:
+    if not graph.plans:
+        return ""
+    size = format_bytes(sum(plan.file.bytes for plan in graph.plans))
+    targets = ", ".join(target for plan in graph.plans for target in plan.targets)
+    share = graph.plans[0].audit.share_16_bit
+    return f"; compiled for {targets} ({size}), {share:.1%} of its work in 16 bits"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=PRESETS, default="ours", help="sampling defaults (default: %(default)s)")
     how.add_argument(
-        "--precision", choices=PRECISION_DTYPES, default="fp32", help="of the networks (default: %(default)s)"
+        "--precision", choices=PRECISION_DTYPES, help="of the networks (default: fp16 for plans, else fp32)"
     )
     how.add_argument(
         "--min-size",
@@ -133,7 +143,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PX",
         help="shorter side that is worked at, at least (default: 256 for the demo, else 1024)",
     )
-    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="(default: %(default)s)")
+    how.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="that the bundle is for (default: %(default)s); the others compile plans for NVIDIA's GPUs, "
+        "tensorrt-rtx on any computer, tensorrt for the GPU at hand",
+    )
+    plans = parser.add_argument_group("plans")
+    plans.add_argument(
+        "--compute-capability",
+        metavar="LIST",
+        default="",
+        help=f"GPUs to compile for (tensorrt-rtx; default: {','.join(DEFAULT_TARGETS)})",
+    )
+    plans.add_argument(
+        "--shapes",
+        metavar="LIST",
+        default="",
+        help="working sizes in pixels: 1024 or 1024x768 is fixed and fastest, 512-2048 takes any side between; "
+        "default: the smallest that is worked at, and a range up to twice as much",
+    )
+    plans.add_argument("--batch", type=int, default=1, metavar="N", help="photos restored together (default: 1)")
+    plans.add_argument(
+        "--weightless",
+        action="store_true",
+        help="plans without weights: small, and another LoRA or checkpoint needs no compiling",
+    )
     where = parser.add_argument_group("where and what")
     where.add_argument("--output", type=Path, metavar="DIR", help=f"of the bundle (default: {default_bundle_dir()})")
     where.add_argument("--dry-run", action="store_true", help="say what would be read, merged and written")
@@ -157,8 +193,12 @@ def _request(options: argparse.Namespace) -> BuildRequest:
     common = {
         "output": options.output or default_bundle_dir(),
         "preset": options.preset,
-        "precision": options.precision,
+        "precision": options.precision or ("fp32" if options.backend == BACKENDS[0] else "fp16"),
         "backend": options.backend,
+        "targets": tuple(part.strip() for part in options.compute_capability.split(",") if part.strip()),
+        "shapes": options.shapes,
+        "batch": options.batch,
+        "weightless": options.weightless,
         "settings": {} if options.min_size is None else {"min_size": options.min_size},
     }
     named = [name for name in ("sdxl", "unet", "supir", "tokenizer") if getattr(options, name) is not None]
@@ -257,6 +297,9 @@ def _plan_text(plan: dict[str, Any]) -> str:
     lines.append(f"  write  weights: {write['parameters']:,} parameters, {format_bytes(write['weights_bytes'])}")
     for graph in write["graphs"]:
         lines.append(f"  write  {graph['name']:<16} {graph['precision']}, trace {graph['trace']}")
+        lines += [f"         plan for {profile}" for profile in graph["profiles"]]
+    if write["targets"]:
+        lines.append(f"  write  plans for compute capability {', '.join(write['targets'])}")
     return "\n".join(lines)
 
 

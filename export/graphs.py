@@ -35,8 +35,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 #: Latent sides must be multiples of this: two halvings in the UNet, and SPEC's rule.
 CELL_MULTIPLE = 8
-#: SDXL's VAE overflows in fp16 (SPEC, "VAE").
-_VAE_PRECISION: dict[Precision, Precision] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16"}
 _VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
 _LATENT_SYMBOLS = {"h": CELL_MULTIPLE, "w": CELL_MULTIPLE}
 
@@ -68,22 +66,25 @@ class GraphBuilder:
         return {name: tuple(parameter.shape) for name, parameter in self.module().named_parameters()}
 
 
-def graph_builders(arch: Architecture, precision: Precision, end_id: int) -> dict[str, GraphBuilder]:
+def graph_builders(
+    arch: Architecture, precision: Precision, end_id: int, *, vae_precision: Precision | None = None
+) -> dict[str, GraphBuilder]:
     """Return a builder for each of the seven graphs.
 
     Args:
         arch: sizes of the networks.
-        precision: of the networks; the VAE takes the nearest one that it does not overflow in.
+        precision: of the networks.
         end_id: the vocabulary's end token.
+        vae_precision: of the VAE's graphs; None is the networks', but fp32 for fp16, in which SDXL's
+            VAE overflows (SPEC, "VAE").
     """
-    vae_precision = _VAE_PRECISION[precision]
-    vae_dtype = TORCH_DTYPES[PRECISION_DTYPES[vae_precision]]
+    vae_precision = vae_precision or ("fp32" if precision == "fp16" else precision)
     modules: dict[str, Callable[[], nn.Module]] = {
         "text_encoder": lambda: TextEncoderGraph(arch.text_encoder),
         "text_encoder_2": lambda: TextEncoder2Graph(arch.text_encoder_2, end_id),
-        "denoise_encoder": lambda: DenoiseEncoderGraph(arch.vae, vae_dtype),
-        "vae_encoder": lambda: VaeEncoderGraph(arch.vae, vae_dtype),
-        "vae_decoder": lambda: VaeDecoderGraph(arch.vae, vae_dtype),
+        "denoise_encoder": lambda: DenoiseEncoderGraph(arch.vae),
+        "vae_encoder": lambda: VaeEncoderGraph(arch.vae),
+        "vae_decoder": lambda: VaeDecoderGraph(arch.vae),
         "controlnet": lambda: ControlNetGraph(arch.controlnet),
         "unet": lambda: UNetGraph(arch.unet),
     }

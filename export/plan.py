@@ -10,22 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle import FORMAT, Source, hash_file
 from engine.errors import CheckpointError, UsageError
-from engine.graphspec import PRECISION_DTYPES
+from engine.graphspec import PRECISION_DTYPES, Precision
 from engine.settings import Settings, validated
 from export.architecture import Architecture, Shapes, infer_architecture, missing_tensor
 from export.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
 from export.graphs import GraphBuilder, graph_builders
 from export.lora import LoadedLora, open_lora
+from export.plans import DEFAULT_TARGETS, WITHOUT_BF16, PlanOptions, check_targets
 from export.presets import PRESETS
 from export.request import BuildRequest
+from export.shapes import MAX_BATCH, default_shapes, describe, parse_shapes, profiles_for
 from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
 from export.weights import Layout, Weight, plan_layout
 
 #: A graph's structure and manifest entry are a few hundred kB; this is room for the largest.
 _ROOM_PER_GRAPH_BYTES = 8 << 20
+#: And for a graph's kernels, for a target and a profile.
+_ROOM_PER_KERNELS_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class BuildPlan:
         tensors: of the networks, by our names; complete and of the right shapes.
         layout: of the weights file.
         builders: of the graphs.
+        compiling: how they are compiled; None where the backend runs them as they are.
     """
 
     request: BuildRequest
@@ -47,6 +53,7 @@ class BuildPlan:
     builders: dict[str, GraphBuilder]
     layout: Layout
     defaults: Settings
+    compiling: PlanOptions | None
 
     @property
     def read_bytes(self) -> int:
@@ -54,7 +61,15 @@ class BuildPlan:
 
     @property
     def write_bytes(self) -> int:
-        return self.layout.bytes + _ROOM_PER_GRAPH_BYTES * len(self.builders)
+        plain = self.layout.bytes + _ROOM_PER_GRAPH_BYTES * len(self.builders)
+        if self.compiling is None:
+            return plain
+        # A plan is a graph's weights, if it has them, and kernels for each target and profile.
+        kernels = sum(
+            _ROOM_PER_KERNELS_BYTES * len(self.compiling.targets or ("",)) * len(profiles)
+            for profiles in self.compiling.profiles.values()
+        )
+        return plain + kernels + (0 if self.compiling.weightless else self.layout.bytes)
 
     @property
     def input_files(self) -> tuple[Path, ...]:
@@ -100,6 +115,16 @@ class BuildPlan:
             "tokenizer": {path.name: hash_file(path) for path in vocabulary},
             "graphs": {name: trace_key(builder) for name, builder in self.builders.items()},
             "onnxruntime": importlib.metadata.version("onnxruntime"),
+            "plans": None if self.compiling is None else self._compiling_key(self.compiling),
+        }
+
+    def _compiling_key(self, options: PlanOptions) -> dict[str, Any]:
+        return {
+            "library": options.library.label,
+            "targets": ", ".join(options.targets),
+            "device": options.device,
+            "profiles": {name: "; ".join(profiles) for name, profiles in describe(options.profiles).items()},
+            "weightless": options.weightless,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -139,9 +164,11 @@ class BuildPlan:
                         "name": name,
                         "precision": builder.spec.precision,
                         "trace": "cached" if is_cached(builder) else "needed",
+                        "profiles": [] if self.compiling is None else list(map(str, self.compiling.profiles[name])),
                     }
                     for name, builder in self.builders.items()
                 ],
+                "targets": [] if self.compiling is None else list(self.compiling.targets),
             },
         }
 
@@ -173,10 +200,11 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     end_id = tokenizer.token_to_id(END_TOKEN)
     assert end_id is not None  # load_tokenizer has seen to it
     _check_vocabulary(request.tokenizer, max(tokenizer.get_vocab().values()), arch)
-    builders = graph_builders(arch, request.precision, end_id)
+    builders = graph_builders(arch, request.precision, end_id, vae_precision=_vae_precision(request))
     wanted = _wanted_weights(builders)
     _check_tensors(tensors, {weight.name: weight.shape for weight in wanted})
     loras = tuple(open_lora(lora.name, lora.path, lora.scale, shapes) for lora in request.loras)
+    defaults = validated({**preset.settings, **request.settings})
     return BuildPlan(
         request=request,
         checkpoints=tuple(checkpoints),
@@ -185,8 +213,52 @@ def make_plan(request: BuildRequest) -> BuildPlan:
         tensors=tensors,
         builders=builders,
         layout=plan_layout(wanted),
-        defaults=validated({**preset.settings, **request.settings}),
+        defaults=defaults,
+        compiling=_plan_options(request, builders, defaults.min_size, arch.vae.pixels_per_cell),
     )
+
+
+def _vae_precision(request: BuildRequest) -> Precision | None:
+    """Return bf16 for the VAE of an fp16 bundle where the GPUs it is for compute in it, else None."""
+    for_plans = request.precision == "fp16" and request.backend in PLAN_BACKENDS
+    return "bf16" if for_plans and WITHOUT_BF16 not in request.targets else None
+
+
+def _plan_options(
+    request: BuildRequest, builders: Mapping[str, GraphBuilder], min_size: int, pixels_per_cell: int
+) -> PlanOptions | None:
+    if request.backend not in PLAN_BACKENDS:
+        for option, given in (
+            ("--compute-capability", request.targets),
+            ("--shapes", request.shapes),
+            ("--weightless", request.weightless),
+            ("--batch", request.batch != 1),
+        ):
+            if given:
+                raise UsageError(f"{option} is about plans", fix=f"add --backend {' or '.join(PLAN_BACKENDS)}")
+        return None
+    if not 1 <= request.batch <= MAX_BATCH:
+        raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
+    library = open_library(request.backend)
+    device = None
+    if library.is_rtx:
+        targets = check_targets(library, request.targets or DEFAULT_TARGETS)
+    else:
+        if request.targets:
+            raise UsageError(
+                "TensorRT compiles for the GPU at hand",
+                where="--compute-capability",
+                fix="leave it out, or use --backend tensorrt-rtx",
+            )
+        from engine.cuda import device_info
+
+        info = device_info(0)
+        targets, device = (info.compute_capability,), info.name
+    shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
+    profiles = {
+        name: profiles_for(builder.spec, shapes, request.batch, pixels_per_cell) for name, builder in builders.items()
+    }
+    return PlanOptions(library, targets, device, profiles, request.weightless)
 
 
 def _wanted_weights(builders: Mapping[str, GraphBuilder]) -> list[Weight]:

@@ -31,6 +31,11 @@ class BuildRequest:
         unet: replaces the base's UNet.
         loras: merged in this order.
         settings: what the bundle's defaults have beside the preset's.
+        backend: that the bundle is for; the others can run it where they know its precision.
+        targets: compute capabilities to compile for; none means the backend's own choice.
+        shapes: sizes to compile for, as `export.shapes.parse_shapes` reads them; "" means by `min_size`.
+        batch: photos that plans can restore together.
+        weightless: plans without weights, which any weights of the bundle's shapes fit.
         notice: what everybody who uses the bundle should know.
     """
 
@@ -43,5 +48,9 @@ class BuildRequest:
     preset: str = "ours"
     precision: Precision = "fp32"
     backend: str = "onnxruntime"
+    targets: tuple[str, ...] = ()
+    shapes: str = ""
+    batch: int = 1
+    weightless: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     notice: str = ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from engine.backends.base import Backend
+from engine.backends.trt_library import PLAN_BACKENDS
 from engine.errors import UsageError
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", *PLAN_BACKENDS)
 #: More CPU threads than this are a mistake: there is a pool of them for each graph.
 MAX_THREADS = 256
 

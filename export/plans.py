@@ -1,0 +1,263 @@
+"""From an ONNX graph to plans: TensorRT's or TensorRT-RTX's compiled form of it.
+
+Both libraries have one API; `engine.backends.trt_library` chooses. TensorRT-RTX compiles without a
+GPU, for the compute capabilities that it is told; TensorRT compiles for the GPU at hand. Precision is
+what the graph's casts say: networks are strongly typed, and no builder flag touches it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.backends.trt_library import TrtLibrary
+from engine.bundle import File, Graph, Plan, describe_file, plan_key
+from engine.errors import BuildError, UsageError
+from engine.graphspec import DType, GraphSpec, parse_axis, resolve
+from engine.profiles import Profile
+from export.audit import audit_network
+
+#: What TensorRT-RTX compiles for if nothing else is asked: its portable plan.
+DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
+#: The one generation that TensorRT-RTX knows and that has no bfloat16.
+WITHOUT_BF16 = "7.5"
+_WEIGHTLESS_FLAGS = ("REFIT", "STRIP_PLAN")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How graphs are compiled.
+
+    Attributes:
+        library: that compiles.
+        targets: compute capabilities.
+        device: the kind of GPU, where the library compiles for one alone.
+        profiles: by graph.
+        weightless: leave the weights out; they are filled in when the plan is opened.
+    """
+
+    library: TrtLibrary
+    targets: tuple[str, ...]
+    device: str | None
+    profiles: dict[str, tuple[Profile, ...]]
+    weightless: bool
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return _WEIGHTLESS_FLAGS if self.weightless else ()
+
+    @property
+    def variants(self) -> tuple[tuple[str, ...], ...]:
+        """The targets of each plan: all in one, but a refittable plan can have one only."""
+        return tuple((target,) for target in self.targets) if self.weightless else (self.targets,)
+
+    def key(self, graph: Graph, weights: File, targets: Sequence[str]) -> str:
+        """Return the key of a graph's plan for some of the targets."""
+        return plan_key(
+            graph.file,
+            None if self.weightless else weights,
+            library=self.library.label,
+            targets=targets,
+            device=self.device,
+            profiles=self.profiles[graph.spec.name],
+            flags=self.flags,
+            precision=graph.spec.precision,
+        )
+
+
+def check_targets(library: TrtLibrary, targets: Sequence[str]) -> tuple[str, ...]:
+    """Return compute capabilities such as "8.9" in order, none twice.
+
+    Raises:
+        UsageError: the library compiles for no such GPU.
+    """
+    known = known_targets(library)
+    for target in targets:
+        if target not in known:
+            raise UsageError(
+                "no such target", where="--compute-capability", expected=", ".join(known), found=target or "nothing"
+            )
+    return tuple(sorted(set(targets), key=known.index))
+
+
+def known_targets(library: TrtLibrary) -> list[str]:
+    """Return the compute capabilities that TensorRT-RTX can compile for, oldest first."""
+    names = [name for name in dir(library.api.ComputeCapability) if name.startswith("SM")]
+    return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda target: float(target))
+
+
+def compile_plans(graph: Graph, folder: Path, weights: File, options: PlanOptions) -> tuple[Plan, ...]:
+    """Compile a graph; one plan for all targets, or one for each if they are weightless.
+
+    Args:
+        graph: of the bundle in `folder`.
+        folder: where the graph and the weights lie and the plans go.
+        weights: the bundle's weights file.
+        options: what to compile for.
+    Raises:
+        BuildError: the library refuses the graph or fails, the graph is not as its spec says, or it
+            is not in the precision that was asked for.
+    """
+    audit = audit_network(options.library.api, _Compiler(options.library, graph.spec, folder).network, graph.spec)
+    plans = []
+    for targets in options.variants:
+        name = f"{graph.spec.name}.plan" if len(options.variants) == 1 else f"{graph.spec.name}.sm{targets[0]}.plan"
+        compiler = _Compiler(options.library, graph.spec, folder)
+        with (folder / name).open("wb") as file:
+            file.write(compiler.compile(targets, options))
+        plans.append(
+            Plan(
+                file=describe_file(folder / name),
+                library=options.library.label,
+                targets=targets,
+                device=options.device,
+                profiles=options.profiles[graph.spec.name],
+                weightless=options.weightless,
+                flags=options.flags,
+                audit=audit,
+                key=options.key(graph, weights, targets),
+            )
+        )
+    return tuple(plans)
+
+
+class _Compiler:
+    """A graph as the library has parsed it."""
+
+    def __init__(self, library: TrtLibrary, spec: GraphSpec, folder: Path) -> None:
+        self._api, self._spec = library.api, spec
+        self._library = library
+        self._log = _make_log(self._api)
+        self._builder = self._api.Builder(self._log)
+        strongly_typed = 1 << int(self._api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network = self._builder.create_network(strongly_typed)
+        self._parser = self._api.OnnxParser(self.network, self._log)  # owns what the network points to
+        if not self._parser.parse_from_file(str(folder / f"{spec.name}.onnx")):
+            raise self._refused(self._parser.get_error(0) if self._parser.num_errors else None)
+        _check_network(self._api, self.network, spec)
+
+    def compile(self, targets: Sequence[str], options: PlanOptions) -> Any:
+        """Return the plan, as a buffer.
+
+        Raises:
+            BuildError: the library fails.
+        """
+        config = self._builder.create_builder_config()
+        if self._library.is_rtx:
+            config.num_compute_capabilities = len(targets)
+            for index, target in enumerate(targets):
+                capability = getattr(self._api.ComputeCapability, f"SM{target.replace('.', '')}")
+                config.set_compute_capability(capability, index)
+        config.profiling_verbosity = self._api.ProfilingVerbosity.DETAILED  # layers keep the graph's names
+        config.clear_flag(self._api.BuilderFlag.TF32)  # float32 means float32
+        for flag in options.flags:
+            config.set_flag(getattr(self._api.BuilderFlag, flag))
+        for profile in options.profiles[self._spec.name]:
+            config.add_optimization_profile(self._profile(profile))
+        plan = self._interruptible(config)
+        if plan is None:
+            raise BuildError(
+                f"{self._library.label} could not compile the graph",
+                where=self._spec.name,
+                found=self._log.last or "no reason given",
+                fix="see whether the disk and memory are full; otherwise please report it, with the library's version",
+            )
+        return plan
+
+    def _profile(self, profile: Profile) -> Any:
+        shapes = self._builder.create_optimization_profile()
+        for tensor in self._spec.inputs:
+            bounds = (resolve(tensor.shape, profile.at(place)) for place in ("least", "best", "most"))
+            shapes.set_shape(tensor.name, *bounds)
+        return shapes
+
+    def _interruptible(self, config: Any) -> Any:
+        """Compile in a thread, so that Ctrl-C is heard here and ends it at its next step."""
+        stop = threading.Event()
+        config.progress_monitor = _make_monitor(self._api, stop)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(self._builder.build_serialized_network, self.network, config)
+            try:
+                return future.result()
+            finally:
+                stop.set()
+
+    def _refused(self, error: Any) -> BuildError:
+        if error is None:
+            return BuildError("the library cannot read the graph", where=self._spec.name, found=self._log.last)
+        place = error.node_name() or error.node_operator() or "the graph itself"
+        return BuildError(
+            f"{self._library.label} refuses a node of the graph",
+            where=f"{self._spec.name}: {place}",
+            found=" ".join(error.desc().split()) or self._log.last,
+            fix="build the bundle again from its checkpoints; if that does not help, please report it",
+        )
+
+
+def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
+    """Compare what was parsed with the spec: names, types, and the axes that are fixed."""
+    sides = (
+        ("input", spec.inputs, [network.get_input(index) for index in range(network.num_inputs)]),
+        ("output", spec.outputs, [network.get_output(index) for index in range(network.num_outputs)]),
+    )
+    for side, tensors, found in sides:
+        names, wanted = [tensor.name for tensor in found], [tensor.name for tensor in tensors]
+        if sorted(names) != sorted(wanted):
+            raise BuildError(f"wrong {side}s in the graph", where=spec.name, expected=wanted, found=names)
+        for parsed in found:
+            tensor = spec.tensor(parsed.name)
+            where = f"{spec.name}.{tensor.name}"
+            if parsed.dtype != _dtype(api, tensor.dtype):
+                raise BuildError(f"wrong dtype of an {side}", where=where, expected=tensor.dtype, found=parsed.dtype)
+            fixed = [int(parse_axis(axis)[1]) if parse_axis(axis)[0] is None else -1 for axis in tensor.shape]
+            shape = list(parsed.shape)
+            # An output's dynamic axes may be known to the parser where a check only knows a symbol.
+            fits = len(shape) == len(fixed) and all(
+                want in (have, -1) or (side == "output" and have == -1)
+                for want, have in zip(fixed, shape, strict=True)
+            )
+            if not fits:
+                raise BuildError(f"wrong shape of an {side}", where=where, expected=list(tensor.shape), found=shape)
+
+
+def _dtype(api: Any, dtype: DType) -> Any:
+    names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+    return getattr(api.DataType, names[dtype])
+
+
+def _make_log(api: Any) -> Any:
+    """Return a logger that keeps the last error, for ours to tell it."""
+
+    class Log(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+                self.last = " ".join(message.split())[:500]
+
+    return Log()
+
+
+def _make_monitor(api: Any, stop: threading.Event) -> Any:
+    """Return a progress monitor whose only task is to end a build that nobody waits for."""
+
+    class Monitor(api.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+            pass
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not stop.is_set()
+
+    return Monitor()
