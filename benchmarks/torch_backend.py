@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from engine.backends.base import Array, Runner
+from engine.backends.base import Runner
 from engine.bundle import Bundle
+from engine.device import Array
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec
 from export.architecture import infer_architecture
 from export.graphs import GraphBuilder, call_arguments, graph_builders
 from export.verify import load_module
@@ -48,9 +48,12 @@ class TorchBackend:
             vae_precision=bundle.spec("vae_decoder").precision,
         )
 
-    def open(self, file: Path, spec: GraphSpec) -> Runner:
-        """Return the module that the graph in `file` was exported from."""
-        return _TorchRunner(self._builders[spec.name], self._weights)
+    def open(self, bundle: Bundle, graph: str) -> Runner:
+        """Return the module that a graph was exported from; `bundle` is the one it was made with."""
+        return _TorchRunner(self._builders[graph], self._weights)
+
+    def close(self) -> None:
+        """Modules share nothing."""
 
 
 class _TorchRunner(Runner):

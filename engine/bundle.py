@@ -113,12 +113,19 @@ class Plan(_Model):
 
 
 class Graph(_Model):
-    """One ONNX graph, and the plans it was compiled to; its weights lie in the bundle's weights file."""
+    """One ONNX graph, and the plans it was compiled to; its weights lie in the bundle's weights file.
+
+    Attributes:
+        weights_bytes: of its parameters, some of which other graphs may share.
+        probe: inputs, and what the torch module makes of them: a weightless plan is checked by it.
+    """
 
     spec: GraphSpec
     file: File
     verification: Verification
+    weights_bytes: int
     plans: tuple[Plan, ...] = ()
+    probe: File | None = None
 
 
 class Tokenizer(_Model):
@@ -224,7 +231,8 @@ class Bundle:
         manifest = self.manifest
         graphs = (graph.file for graph in manifest.graphs.values())
         plans = (plan.file for graph in manifest.graphs.values() for plan in graph.plans)
-        return (*graphs, *plans, manifest.weights, manifest.tokenizer.file)
+        probes = (graph.probe for graph in manifest.graphs.values() if graph.probe is not None)
+        return (*graphs, *plans, *probes, manifest.weights, manifest.tokenizer.file)
 
 
 def default_bundle_dir() -> Path:

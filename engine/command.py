@@ -64,7 +64,13 @@ def restore(arguments: Sequence[str]) -> int:
     changes, made_with = _changes(options)
     photos = _photos(options.images)
     _check_folder(options.output)
-    restorer = Restorer.open(options.bundle or default_bundle_dir(), backend=options.backend, threads=options.threads)
+    restorer = Restorer.open(
+        options.bundle or default_bundle_dir(),
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        vram_budget_gib=options.vram_budget,
+    )
     settings = restorer.defaults.updated(changes)
     if made_with is not None and made_with != restorer.bundle.digest:
         _warn(f"{options.like} was made with another bundle: the result will differ")
@@ -124,6 +130,7 @@ def _report(source: Path, output: Path, photo: Photo, result: Restored) -> dict[
         **result.history,
         "graphs_ms": _rounded(result.timings.graphs_ms),
         "outside_ms": _rounded(result.timings.outside_ms),
+        "device_ms": _rounded(result.timings.device_ms),
         "total_ms": round(result.timings.total_ms, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -281,7 +288,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--bundle", type=_path, metavar="DIR", help=f"default: {default_bundle_dir()}")
-    engine.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
+    engine.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
+    engine.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; default: the CPU for onnxruntime, else the first GPU",
+    )
+    engine.add_argument(
+        "--vram-budget",
+        type=_gibibytes,
+        metavar="GIB",
+        help="of GPU memory for weights; what does not fit is loaded and released by stage, which is slower",
+    )
     engine.add_argument(
         "--threads",
         type=_between(0, MAX_THREADS, " (one per core)"),
@@ -342,6 +361,16 @@ def _scale(text: str) -> ScaleRange:
         return parse_scale(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected S or S:END, such as 2 or 4:1, got {text!r}") from None
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10_000:
+        raise argparse.ArgumentTypeError(f"expected gibibytes such as 8 or 7.5, got {text!r}")
+    return value
 
 
 def _between(low: int, high: int, meaning: str = "") -> Callable[[str], int]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import BackendError
 
-DType = Literal["float32", "float16", "bfloat16", "int64"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "uint32"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Axis = int | str
 
@@ -78,6 +78,17 @@ class GraphSpec(BaseModel):
             if dtype != spec.dtype:
                 raise BackendError("wrong dtype", where=f"{self.name}.{spec.name}", expected=spec.dtype, found=dtype)
             self._bind_shape(spec, shape, symbols)
+        return symbols
+
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return what the symbols of some inputs stand for, by their names and shapes.
+
+        Raises:
+            BackendError: a rank or axis is wrong.
+        """
+        symbols: dict[str, int] = {}
+        for name, shape in shapes.items():
+            self._bind_shape(self.tensor(name), shape, symbols)
         return symbols
 
     def _bind_shape(self, spec: TensorSpec, shape: Sequence[int], symbols: dict[str, int]) -> None:

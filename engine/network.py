@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, as_dtype
+from engine.backends.base import as_dtype
 from engine.conditioning import Conditioning
+from engine.device import Array
 from engine.graphspec import GraphSpec
 from engine.sampler import Latent, Step
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,16 @@ from PIL.Image import Image
 
 from engine import __version__, colorfix
 from engine.backends import make_backend
-from engine.backends.base import Array, Backend, Runner
+from engine.backends.base import Backend, Runner
+from engine.backends.buffers import BufferRunner
 from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
 from engine.console import total_memory_bytes
+from engine.device import Array
+from engine.device_session import DeviceBackend, DeviceSession, Job
 from engine.errors import ImageError, RestoreError, UsageError
 from engine.geometry import Size, result_size, working_size
+from engine.graphspec import resolve
 from engine.guidance import Ramp, RestorationPull, is_unguided
 from engine.imageio import Photo, photo_from_array, photo_from_image, read_photo, resize
 from engine.network import GuidedNetwork
@@ -67,9 +71,11 @@ class Restorer:
     Graphs are opened when they are first needed and stay open until `close`.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
         self.bundle = bundle
         self._backend = backend
+        self._vram_budget_bytes = vram_budget_bytes
+        self._session: DeviceSession | None = None
         self._runners: dict[str, Runner] = {}
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
         ids = bundle.manifest.tokenizer
@@ -78,20 +84,32 @@ class Restorer:
 
     @classmethod
     def open(
-        cls, bundle: str | PathLike[str] | None = None, *, backend: str = "onnxruntime", threads: int = 0
+        cls,
+        bundle: str | PathLike[str] | None = None,
+        *,
+        backend: str | None = None,
+        device: str = "auto",
+        threads: int = 0,
+        vram_budget_gib: float | None = None,
     ) -> Restorer:
         """Open a bundle.
 
         Args:
             bundle: its folder; None means where `build_engines.py` builds by default.
-            backend: one of `engine.backends.BACKENDS`.
+            backend: one of `engine.backends.BACKENDS`; None means the one that the bundle is for.
+            device: "cpu", "cuda", "cuda:1", …; "auto" is the CPU for ONNX Runtime, else the first GPU.
             threads: that one operator may use on a CPU; 0 is one per core.
+            vram_budget_gib: of GPU memory for weights; graphs come and go by stage if they need more.
         Raises:
             BundleError: there is no bundle, or it is not as it was built.
-            UsageError: there is no such backend.
+            UsageError: there is no such backend or device.
+            BackendError: a library, the driver or the GPU is missing.
         """
         path = Path(bundle) if bundle is not None else default_bundle_dir()
-        return cls(open_bundle(path), make_backend(backend, threads=threads))
+        opened = open_bundle(path)
+        made = make_backend(backend or opened.manifest.backend, device=device, threads=threads)
+        budget = None if vram_budget_gib is None else int(vram_budget_gib * 2**30)
+        return cls(opened, made, vram_budget_bytes=budget)
 
     def __enter__(self) -> Restorer:
         return self
@@ -100,10 +118,18 @@ class Restorer:
         self.close()
 
     def close(self) -> None:
-        """Give all graphs' memory back; they are opened again when they are needed."""
-        for runner in self._runners.values():
-            runner.close()
-        self._runners.clear()
+        """Give all graphs' memory back, and what the backend shares between them."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._close_runners(list(self._runners))
+        self._backend.close()
+
+    def _close_runners(self, graphs: Sequence[str]) -> None:
+        for graph in graphs:
+            runner = self._runners.pop(graph, None)
+            if runner is not None:
+                runner.close()
 
     def forget_texts(self) -> None:
         """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
@@ -214,17 +240,9 @@ class Restorer:
         with times.outside("everything else"):
             with times.outside("resize in"):
                 lq = np.stack([_to_network(resize(source.rgb, size)) for source in sources])
-            texts = self.conditioning(settings, times=times)
-            z_lq = self.encode(lq, times=times)
-            needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
-            stage1 = self.decode(z_lq, stage="stage 1", times=times) if needs_stage1 else None
-            center = None
-            if settings.restore_pull is not None and stage1 is not None:
-                center = self.encode_clean(stage1, times=times)
-            z = self.sample(
-                z_lq, texts, settings, seeds=seeds, noise=noise, center=center, on_step=on_step, times=times
-            )
-            restored = self.decode(z, times=times)
+            on_device = isinstance(self._backend, DeviceBackend)
+            run = self._run_on_device if on_device else self._run_on_host
+            restored, stage1 = run(lq, settings, seeds, noise, on_step, times)
             with times.outside("color fix"):
                 if settings.color_fix != "none" and stage1 is not None:
                     restored = _COLOR_FIXES[settings.color_fix](restored, stage1)
@@ -238,6 +256,60 @@ class Restorer:
             used = settings.updated({"seed": seed})
             results.append(Restored(photo, used, times, self._history(used)))
         return results
+
+    def _run_on_host(
+        self,
+        lq: Pixels,
+        settings: Settings,
+        seeds: list[int],
+        noise: Latent | None,
+        on_step: OnStep | None,
+        times: Timings,
+    ) -> tuple[Pixels, Pixels | None]:
+        """Return the restored pixels and stage 1, where the colour fix or the pull needs it."""
+        texts = self.conditioning(settings, times=times)
+        z_lq = self.encode(lq, times=times)
+        needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
+        stage1 = self.decode(z_lq, stage="stage 1", times=times) if needs_stage1 else None
+        center = None
+        if settings.restore_pull is not None and stage1 is not None:
+            center = self.encode_clean(stage1, times=times)
+        z = self.sample(z_lq, texts, settings, seeds=seeds, noise=noise, center=center, on_step=on_step, times=times)
+        return self.decode(z, times=times), stage1
+
+    def _run_on_device(
+        self,
+        lq: Pixels,
+        settings: Settings,
+        seeds: list[int],
+        noise: Latent | None,
+        on_step: OnStep | None,
+        times: Timings,
+    ) -> tuple[Pixels, Pixels | None]:
+        """Do the same with everything between photo and result on the device."""
+        assert isinstance(self._backend, DeviceBackend)
+        if self._session is None:
+            self._session = DeviceSession(
+                self._backend,
+                lambda graph: cast(BufferRunner, self._runner(graph, None)),
+                self._close_runners,
+                self.bundle,
+                self._vram_budget_bytes,
+            )
+        shape = resolve(self.bundle.spec("denoise_encoder").tensor("z").shape, self._sizes(lq))
+        job = Job(
+            lq,
+            lambda: self.conditioning(settings, times=times),
+            self.table(settings),
+            _noise_source(seeds, shape[1:], noise),
+            settings.color_fix != "none",
+            on_step or (lambda _: None),
+        )
+        with times.graph("gpu"):
+            return self._session.restore(job, times)
+
+    def _sizes(self, lq: Pixels) -> dict[str, int]:
+        return self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
 
     def _history(self, settings: Settings) -> dict[str, Any]:
         return {
@@ -326,13 +398,7 @@ class Restorer:
         """
         times = times or Timings()
         seeds = [settings.seed] * len(z_lq) if seeds is None else seeds
-
-        def draw(number: int) -> Latent:
-            if number == 0 and noise is not None:
-                return noise
-            if number > 0 and step_noise is not None:
-                return step_noise[number - 1]
-            return batch_noise(seeds, number, z_lq.shape[1:])
+        draw = _noise_source(seeds, z_lq.shape[1:], noise, step_noise)
 
         def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
             return self._run(graph, inputs, graph, times)
@@ -362,13 +428,34 @@ class Restorer:
         return found
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
-        runner = self._runners.get(graph)
-        if runner is None:
-            entry = self.bundle.manifest.graphs[graph]
-            with (times or Timings()).graph(f"load {graph}"):
-                runner = self._runners[graph] = self._backend.open(self.bundle.file(entry.file), entry.spec)
+        runner = self._runner(graph, times)
         with (times or Timings()).graph(stage):
             return runner.infer(inputs)
+
+    def _runner(self, graph: str, times: Timings | None) -> Runner:
+        runner = self._runners.get(graph)
+        if runner is None:
+            with (times or Timings()).graph(f"load {graph}"):
+                runner = self._runners[graph] = self._backend.open(self.bundle, graph)
+        return runner
+
+
+def _noise_source(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    noise: Latent | None,
+    step_noise: NDArray[np.float32] | None = None,
+) -> Callable[[int], Latent]:
+    """Return the function from a draw to its field f32[B,C,h,w]: given noise, or else the seeds'."""
+
+    def draw(number: int) -> Latent:
+        if number == 0 and noise is not None:
+            return noise
+        if number > 0 and step_noise is not None:
+            return step_noise[number - 1]
+        return batch_noise(seeds, number, shape)
+
+    return draw
 
 
 def _cfg(settings: Settings) -> Callable[[float], float]:

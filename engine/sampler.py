@@ -122,10 +122,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop reports after each step; `x` and `denoised` are f32[B,C,h,w]."""
+    """What the loop reports after each step.
+
+    Attributes:
+        step: that is done.
+        x: f32[B,C,h,w]; None where the latent is on a device.
+        denoised: f32[B,C,h,w], where the next step needs it.
+    """
 
     step: Step
-    x: Latent
+    x: Latent | None
     denoised: Latent | None
 
 

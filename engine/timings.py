@@ -15,10 +15,13 @@ class Timings:
     Attributes:
         graphs_ms: time inside the backend, by stage.
         outside_ms: all other time, by stage.
+        device_ms: by stage, what a device's own clock says. Stages on two streams overlap, so these
+            stand beside the others, and do not add up to them.
     """
 
     graphs_ms: dict[str, float] = field(default_factory=dict)
     outside_ms: dict[str, float] = field(default_factory=dict)
+    device_ms: dict[str, float] = field(default_factory=dict)
     _inner_ms: float = 0.0
 
     @property

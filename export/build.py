@@ -188,8 +188,16 @@ def _run_stages(
             file = partial / f"{name}.onnx"
             onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
             progress.stage(f"verifying {name}")
-            verification = verify(builder, file)
-            graph = Graph(spec=builder.spec, file=describe_file(file), verification=verification)
+            weightless = plan.compiling is not None and plan.compiling.weightless
+            probe = partial / f"{name}.probe.npz" if weightless else None
+            verification = verify(builder, file, probe)
+            graph = Graph(
+                spec=builder.spec,
+                file=describe_file(file),
+                verification=verification,
+                weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in builder.parameters),
+                probe=None if probe is None else describe_file(probe),
+            )
             if plan.compiling is not None:
                 old = present.graphs[name].plans if present else ()
                 plans = _reused(old, plan, graph, state.weights, partial)
@@ -202,9 +210,7 @@ def _run_stages(
         progress.advance(work[name])
 
 
-def _reused(
-    old: Sequence[Plan], plan: BuildPlan, graph: Graph, weights: File, partial: Path
-) -> tuple[Plan, ...]:
+def _reused(old: Sequence[Plan], plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> tuple[Plan, ...]:
     """Take over the plans of the bundle that is replaced, if they are the ones that are wanted.
 
     So another LoRA costs a weightless bundle no compiling: its plans do not depend on the weights.
@@ -355,6 +361,7 @@ def _drop_unfinished(partial: Path, state: _State) -> None:
     """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
     finished = {_STATE, *(graph.file.name for graph in state.graphs.values())}
     finished.update(plan.file.name for graph in state.graphs.values() for plan in graph.plans)
+    finished.update(graph.probe.name for graph in state.graphs.values() if graph.probe is not None)
     if state.weights is not None:
         finished.add(state.weights.name)
     for path in partial.iterdir():

@@ -14,6 +14,7 @@ from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle import FORMAT, Source, hash_file
 from engine.errors import CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES, Precision
+from engine.profiles import Profile
 from engine.settings import Settings, validated
 from export.architecture import Architecture, Shapes, infer_architecture, missing_tensor
 from export.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
@@ -25,6 +26,7 @@ from export.request import BuildRequest
 from export.shapes import MAX_BATCH, default_shapes, describe, parse_shapes, profiles_for
 from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
+from export.verify import VERIFY_SYMBOLS
 from export.weights import Layout, Weight, plan_layout
 
 #: A graph's structure and manifest entry are a few hundred kB; this is room for the largest.
@@ -237,6 +239,10 @@ def _plan_options(
             if given:
                 raise UsageError(f"{option} is about plans", fix=f"add --backend {' or '.join(PLAN_BACKENDS)}")
         return None
+    if request.precision == "bf16":
+        raise UsageError(
+            "no backend runs networks in bf16", where="--precision", fix="use fp16: the VAE is in bf16 then"
+        )
     if not 1 <= request.batch <= MAX_BATCH:
         raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
     library = open_library(request.backend)
@@ -258,7 +264,22 @@ def _plan_options(
     profiles = {
         name: profiles_for(builder.spec, shapes, request.batch, pixels_per_cell) for name, builder in builders.items()
     }
+    if request.weightless:
+        _check_probe_fits(builders, profiles)
     return PlanOptions(library, targets, device, profiles, request.weightless)
+
+
+def _check_probe_fits(builders: Mapping[str, GraphBuilder], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
+    """Refuse weightless plans that could not be checked once they have weights."""
+    for name, builder in builders.items():
+        symbols = {symbol: VERIFY_SYMBOLS[symbol] for symbol in builder.spec.symbols}
+        if not any(profile.holds(symbols) for profile in profiles[name]):
+            raise UsageError(
+                "weightless plans are checked at a small size",
+                where="--shapes",
+                expected="a range from 64, such as 64-1024",
+                found="; ".join(map(str, profiles[name])),
+            )
 
 
 def _wanted_weights(builders: Mapping[str, GraphBuilder]) -> list[Weight]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.backends.trt_library import TrtLibrary
+from engine.backends.trt_library import TrtLibrary, make_log
 from engine.bundle import File, Graph, Plan, describe_file, plan_key
 from engine.errors import BuildError, UsageError
 from engine.graphspec import DType, GraphSpec, parse_axis, resolve
@@ -131,7 +131,7 @@ class _Compiler:
     def __init__(self, library: TrtLibrary, spec: GraphSpec, folder: Path) -> None:
         self._api, self._spec = library.api, spec
         self._library = library
-        self._log = _make_log(self._api)
+        self._log = make_log(self._api)
         self._builder = self._api.Builder(self._log)
         strongly_typed = 1 << int(self._api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network = self._builder.create_network(strongly_typed)
@@ -217,8 +217,7 @@ def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
             shape = list(parsed.shape)
             # An output's dynamic axes may be known to the parser where a check only knows a symbol.
             fits = len(shape) == len(fixed) and all(
-                want in (have, -1) or (side == "output" and have == -1)
-                for want, have in zip(fixed, shape, strict=True)
+                want in (have, -1) or (side == "output" and have == -1) for want, have in zip(fixed, shape, strict=True)
             )
             if not fits:
                 raise BuildError(f"wrong shape of an {side}", where=where, expected=list(tensor.shape), found=shape)
@@ -227,21 +226,6 @@ def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
 def _dtype(api: Any, dtype: DType) -> Any:
     names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
     return getattr(api.DataType, names[dtype])
-
-
-def _make_log(api: Any) -> Any:
-    """Return a logger that keeps the last error, for ours to tell it."""
-
-    class Log(api.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
-                self.last = " ".join(message.split())[:500]
-
-    return Log()
 
 
 def _make_monitor(api: Any, stop: threading.Event) -> Any:

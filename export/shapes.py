@@ -16,6 +16,8 @@ _GUIDED_GRAPHS = ("controlnet", "unet")
 MAX_CHUNKS = 8
 MAX_BATCH = 64
 _MAX_SIDE_PX = 8192
+#: Of the range that is compiled for if no other is asked: what verification works at fits.
+_LEAST_SIDE_PX = 64
 _SHAPE = re.compile(r"(?P<width>\d+)(?:x(?P<height>\d+))?|(?P<low>\d+)-(?P<high>\d+)")
 
 
@@ -56,7 +58,8 @@ def parse_shapes(text: str) -> tuple[WorkShape, ...]:
 
 def default_shapes(min_size: int) -> tuple[WorkShape, ...]:
     """Return the square that a bundle mostly works at, and a range around it for all others."""
-    return (WorkShape((min_size,) * 2, (min_size,) * 2), WorkShape((min_size, 2 * min_size), (min_size, 2 * min_size)))
+    sides = (_LEAST_SIDE_PX, 2 * min_size)
+    return (WorkShape((min_size, min_size), (min_size, min_size)), WorkShape(sides, sides))
 
 
 def profiles_for(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,12 +37,13 @@ _METHODS: dict[Precision, str] = {
 }
 
 
-def verify(builder: GraphBuilder, file: Path) -> Verification:
+def verify(builder: GraphBuilder, file: Path, probe: Path | None = None) -> Verification:
     """Compare a packed graph with its module.
 
     Args:
         builder: of the graph.
         file: the ONNX file; the weights file lies beside it.
+        probe: where inputs and torch's outputs are kept, for plans that get their weights later.
     Raises:
         BuildError: an output disagrees; the graph and the output are named.
     """
@@ -60,6 +62,10 @@ def verify(builder: GraphBuilder, file: Path) -> Verification:
                 found=f"{error:.3g}",
                 fix="this is a bug, or an unsupported version of torch or onnxruntime: please report it",
             )
+    if probe is not None:
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
+        arrays |= {f"expected {name}": value for name, value in expected.items()}
+        np.savez(probe, **arrays)
     symbols = {symbol: VERIFY_SYMBOLS[symbol] for symbol in spec.symbols}
     return Verification(method=_METHODS[spec.precision], symbols=symbols, relative_l2=errors, bound=bound)
 
@@ -96,12 +102,12 @@ def _run_torch(builder: GraphBuilder, inputs: dict[str, torch.Tensor], weights: 
 
 def _run_onnx(spec: GraphSpec, file: Path, inputs: dict[str, torch.Tensor]) -> dict[str, NDArray[np.floating]]:
     if spec.precision != "bf16":
-        runner = OrtBackend().open(file, spec)
+        runner = OrtBackend().open_file(file, spec)
         return runner.infer({name: value.numpy() for name, value in inputs.items()})
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         widened = Path(folder) / file.name
         onnx.save(widen(onnx.load(file)), widened, save_as_external_data=True, location="widened.data")
-        runner = OrtBackend().open(widened, _widened_spec(spec))
+        runner = OrtBackend().open_file(widened, _widened_spec(spec))
         wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         return runner.infer({name: value.numpy() for name, value in wide.items()})
 

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import re
+
 from engine.backends.base import Backend
-from engine.backends.trt_library import PLAN_BACKENDS
+from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.errors import UsageError
 
 BACKENDS = ("onnxruntime", *PLAN_BACKENDS)
 #: More CPU threads than this are a mistake: there is a pool of them for each graph.
 MAX_THREADS = 256
+_DEVICE = re.compile(r"auto|cpu|cuda(?::(?P<index>\d{1,3}))?")
 
 
-def make_backend(name: str, *, threads: int = 0) -> Backend:
+def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backend:
     """Return the backend called `name`.
 
     Args:
         name: one of `BACKENDS`.
+        device: "cpu", "cuda", "cuda:1", …; "auto" is the CPU for ONNX Runtime, else the first GPU.
         threads: that one operator may use on a CPU; 0 is one per core.
     Raises:
-        UsageError: there is no such backend, or the number of threads is impossible.
+        UsageError: there is no such backend or device, or the number of threads is impossible.
+        BackendError: a library, the driver or the GPU is missing.
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError("impossible number of threads", expected=f"0 to {MAX_THREADS}", found=threads)
-    if name != "onnxruntime":
+    if name not in BACKENDS:
         raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
-    from engine.backends.ort import OrtBackend
+    place = _DEVICE.fullmatch(device)
+    if place is None:
+        raise UsageError("no such device", expected="auto, cpu, cuda or cuda:N", found=device)
+    on_cpu = device == "cpu" or (device == "auto" and name == "onnxruntime")
+    if on_cpu and name in PLAN_BACKENDS:
+        raise UsageError(f"--backend {name} runs on GPUs", expected="cuda or cuda:N", found=device)
+    if on_cpu:
+        from engine.backends.ort import OrtBackend
 
-    return OrtBackend(threads)
+        return OrtBackend(threads)
+    index = int(place["index"] or 0)
+    if name == "onnxruntime":
+        from engine.backends.ort_cuda import OrtCudaBackend, check_provider
+
+        check_provider()  # before the GPU is asked for: what is missing here is missing anyway
+        from engine.cuda import CudaDevice
+
+        return OrtCudaBackend(CudaDevice(index), index)
+    from engine.backends.trt import TrtBackend
+
+    library = open_library(name)
+    from engine.cuda import CudaDevice
+
+    return TrtBackend(library, CudaDevice(index))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.bundle import Bundle
+from engine.device import Array
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec, resolve
-
-Array = NDArray[Any]
 
 
 class Runner(ABC):
@@ -59,14 +57,19 @@ class Runner(ABC):
 
 
 class Backend(Protocol):
-    """Opens graphs."""
+    """Opens the graphs of bundles."""
 
-    def open(self, file: Path, spec: GraphSpec) -> Runner:
-        """Return a runner for the graph in `file`.
+    def open(self, bundle: Bundle, graph: str) -> Runner:
+        """Return a runner for one of a bundle's graphs, by its name.
 
         Raises:
+            BundleError: the bundle lacks what this backend runs.
             BackendError: the backend cannot run it.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what its runners share; they are of no use afterwards."""
         ...
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
-from engine.backends.base import Array, Runner
+from engine.backends.base import Runner
+from engine.bundle import Bundle
 from engine.console import format_bytes
+from engine.device import Array
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec
 
@@ -30,7 +33,15 @@ class OrtBackend:
 
     threads: int = 0
 
-    def open(self, file: Path, spec: GraphSpec) -> Runner:
+    def open(self, bundle: Bundle, graph: str) -> Runner:
+        """Open a bundle's graph; see `Backend`."""
+        entry = bundle.manifest.graphs[graph]
+        return self.open_file(bundle.file(entry.file), entry.spec)
+
+    def close(self) -> None:
+        """Sessions share an arena that is the process's; there is nothing to give back."""
+
+    def open_file(self, file: Path, spec: GraphSpec) -> Runner:
         """Open a graph; weights are mapped from the file beside it.
 
         Raises:
@@ -45,7 +56,6 @@ class OrtBackend:
         _share_arena()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = _FATAL_ONLY
         options.add_session_config_entry("session.use_env_allocators", "1")
         # A pattern is one more block of the size of all activations, beside the arena's chunks.
         options.enable_mem_pattern = False
@@ -54,11 +64,7 @@ class OrtBackend:
         if self.threads > (os.cpu_count() or 1):
             # Threads that wait by spinning keep the others from the cores.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's own exceptions share no other base
-            raise BackendError("ONNX Runtime cannot open the graph", where=file, found=_first_line(error)) from error
-        return OrtRunner(session, spec)
+        return OrtRunner(open_session(file, ["CPUExecutionProvider"], options), spec)
 
 
 class OrtRunner(Runner):
@@ -74,11 +80,31 @@ class OrtRunner(Runner):
         try:
             results = self._session.run(self._outputs, dict(inputs))
         except Exception as error:
-            raise _translated(error, self.spec.name) from error
+            raise translated(error, self.spec.name) from error
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
         self._session = None
+
+
+def open_session(
+    file: Path, providers: Sequence[Any], options: ort.SessionOptions | None = None
+) -> ort.InferenceSession:
+    """Return a session for a graph.
+
+    Args:
+        file: the ONNX file, its weights beside it.
+        providers: as ONNX Runtime takes them.
+        options: of the session; the log level is set here.
+    Raises:
+        BackendError: it is not a graph that the providers can run.
+    """
+    options = options or ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    try:
+        return ort.InferenceSession(str(file), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        raise BackendError("ONNX Runtime cannot open the graph", where=file, found=_first_line(error)) from error
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +118,8 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": as_requested}))
 
 
-def _translated(error: Exception, graph: str) -> Exception:
+def translated(error: Exception, graph: str) -> Exception:
+    """Return an error of ONNX Runtime in our words; others as they are."""
     text = str(error)
     if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
         asked = re.search(r"buffer of size (\d+)", text)

@@ -60,3 +60,18 @@ def open_library(backend: str) -> TrtLibrary:
     if not hasattr(api, "Builder"):  # the stub that pip finds on the public index
         raise BackendError(f"{module} is a stub without a library", found=getattr(api, "__file__", module), fix=fix)
     return TrtLibrary(backend, api, str(api.__version__))
+
+
+def make_log(api: Any) -> Any:
+    """Return a logger that keeps the last error, for ours to tell it."""
+
+    class Log(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+                self.last = " ".join(message.split())[:500]
+
+    return Log()

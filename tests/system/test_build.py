@@ -399,7 +399,7 @@ def test_bf16_is_built_and_refused_by_the_cpu_with_the_reason(request_of, tmp_pa
     from engine.errors import BackendError
 
     with pytest.raises(BackendError, match="(?s)no bf16 operators.*--precision fp32"):
-        OrtBackend().open(tmp_path / "text_encoder.onnx", spec)
+        OrtBackend().open_file(tmp_path / "text_encoder.onnx", spec)
 
 
 def test_a_bundle_of_each_kind_restores(bundle_fp32, bundle_fp16, photo_path):

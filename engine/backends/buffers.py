@@ -1,0 +1,70 @@
+"""Runners that work on a device's buffers, on one of its streams."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+
+from engine.backends.base import Runner
+from engine.device import Array, Buffer, Device, Stream
+from engine.graphspec import GraphSpec, TensorSpec, resolve
+
+
+class BufferRunner(Runner):
+    """One opened graph on a device.
+
+    `enqueue` checks and puts the graph on a stream; `infer` does the same for host arrays, there and
+    back, on the stream that the graph shares its activations with.
+
+    Attributes:
+        can_be_recorded: whether the work may be captured and replayed.
+    """
+
+    can_be_recorded = False
+
+    def __init__(self, spec: GraphSpec, device: Device, stream: Stream) -> None:
+        super().__init__(spec)
+        self._device, self._stream = device, stream
+
+    def enqueue(self, stream: Stream, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Put the graph on a stream; nothing is waited for.
+
+        Args:
+            stream: the graph's own, or one that records it.
+            inputs, outputs: by name, in the dtypes and shapes of the spec.
+        Raises:
+            BackendError: a buffer does not fit the spec, or the backend fails.
+        """
+        symbols = self.spec.bind({name: (buffer.dtype, buffer.shape) for name, buffer in inputs.items()})
+        for tensor in self.spec.outputs:
+            expected = (tensor.dtype, resolve(tensor.shape, symbols))
+            found = (outputs[tensor.name].dtype, outputs[tensor.name].shape)
+            assert found == expected, f"{self.spec.name}.{tensor.name}: {found} for {expected}"
+        self.enqueue_impl(stream, symbols, inputs, outputs)
+
+    @abstractmethod
+    def enqueue_impl(
+        self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> None:
+        """Put the graph on a stream, with buffers that are known to fit."""
+
+    def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        symbols = self.spec.sizes_of({name: array.shape for name, array in inputs.items()})
+        with contextlib.ExitStack() as made:
+
+            def buffer(tensor: TensorSpec) -> Buffer:
+                new = self._device.buffer(resolve(tensor.shape, symbols), tensor.dtype)
+                made.callback(new.close)
+                return new
+
+            sources = {tensor.name: buffer(tensor) for tensor in self.spec.inputs}
+            results = {tensor.name: buffer(tensor) for tensor in self.spec.outputs}
+            made.callback(self._stream.synchronize)  # before the buffers go, whatever happens
+            for name, array in inputs.items():
+                self._stream.upload(sources[name], np.ascontiguousarray(array))
+            self.enqueue(self._stream, sources, results)
+            downloads = {name: self._stream.download(result) for name, result in results.items()}
+            return {name: download.result() for name, download in downloads.items()}

@@ -1,0 +1,105 @@
+"""ONNX Runtime on a device's buffers: NVIDIA's GPUs without TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime as ort
+
+from engine.backends.buffers import BufferRunner
+from engine.backends.ort import open_session, translated
+from engine.bundle import Bundle
+from engine.device import STREAMS, Buffer, Device, Stream, stream_of
+from engine.errors import BackendError
+from engine.graphspec import GraphSpec
+
+_CUDA = "CUDAExecutionProvider"
+
+
+def check_provider() -> None:
+    """Find out whether this ONNX Runtime can use NVIDIA's GPUs at all.
+
+    Raises:
+        BackendError: it has no CUDA provider.
+    """
+    if _CUDA not in ort.get_available_providers():
+        raise BackendError(
+            "--device cuda: this ONNX Runtime has no CUDA provider",
+            found=f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}",
+            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu; without it, --device cpu",
+        )
+
+
+class OrtCudaBackend:
+    """ONNX Runtime's CUDA provider, on the streams of the loop.
+
+    Args:
+        device: the GPU; closed with the backend.
+        index: its number, as ONNX Runtime counts.
+    """
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.device, self._index = device, index
+        self.streams = {name: device.stream() for name in STREAMS}
+
+    def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
+        """Open a bundle's graph on the GPU; see `Backend`."""
+        entry = bundle.manifest.graphs[graph]
+        stream = self.streams[stream_of(graph)]
+        options = {
+            "device_id": str(self._index),
+            "user_compute_stream": str(stream.handle),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",  # float32 means float32
+        }
+        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"])
+        if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
+            raise BackendError(
+                "ONNX Runtime's CUDA provider does not load",
+                where=graph,
+                fix="install the CUDA and cuDNN versions that onnxruntime-gpu asks for; without them, --device cpu",
+            )
+        return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.device.close()
+
+
+class OrtBufferRunner(BufferRunner):
+    """A session whose inputs and outputs are bound to buffers.
+
+    Args:
+        session: that runs on `stream`.
+        spec: of the graph.
+        device, stream: that the buffers are on.
+        kind, index: of the device, as ONNX Runtime calls it.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, spec: GraphSpec, device: Device, stream: Stream, kind: str, index: int
+    ) -> None:
+        super().__init__(spec, device, stream)
+        self._session: ort.InferenceSession | None = session
+        self._kind, self._index = kind, index
+        self._options = ort.RunOptions()
+        # The stream goes on; whoever needs the result waits for an event.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue_impl(
+        self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> None:
+        assert self._session is not None, f"{self.spec.name} was closed"
+        assert stream is self._stream, f"{self.spec.name} is bound to one stream"
+        binding = self._session.io_binding()
+        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                bind(name, self._kind, self._index, np.dtype(buffer.dtype).type, buffer.shape, buffer.address)
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            raise translated(error, self.spec.name) from error
+
+    def close(self) -> None:
+        self._session = None

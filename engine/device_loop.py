@@ -1,0 +1,249 @@
+"""The sampling loop on a device: a table of weights, ControlNet, UNet, and one weighted sum a step.
+
+Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
+or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
+keeps the number of the step. Progress comes from events that the stream passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.buffers import BufferRunner
+from engine.device import Array, Buffer, Device, Event, Replay, Stream
+from engine.errors import ScheduleError
+from engine.graphspec import resolve
+from engine.packed_table import noisy_steps, pack_table
+from engine.sampler import Latent, Progress, Step, StepTable
+from engine.step_kernels import COLUMNS
+
+#: Steps that lie on the stream beyond the last one that is known to be done: enough that it never
+#: runs dry, and how far a loop that is cancelled still goes.
+LOOK_AHEAD = 2
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """What a run is given.
+
+    Attributes:
+        z_lq: f32[B,C,h,w], latents of the degraded photos, on the device.
+        context: f[P·B,77k,C], and vector f[P·B,V], on the host: all photos with the positive text,
+            then, if P is 2, all with the negative one. In the networks' precision.
+        noise: the field of a draw, f32[B,C,h,w], on the host: 0 is the start, 1 + i belongs to step i.
+        center: f32[B,C,h,w], on the device; needed only if the table uses it.
+    """
+
+    z_lq: Buffer
+    context: Array
+    vector: Array
+    noise: Callable[[int], Latent]
+    center: Buffer | None = None
+
+
+class DeviceLoop:
+    """Runs tables on a device. Buffers and recordings of the last size are kept for the next run.
+
+    Args:
+        device: that all buffers are on.
+        stream: that all work goes on.
+        controlnet, unet: the networks.
+    """
+
+    def __init__(self, device: Device, stream: Stream, controlnet: BufferRunner, unet: BufferRunner) -> None:
+        self._device, self._stream = device, stream
+        self._controlnet, self._unet = controlnet, unet
+        self._work: _Work | None = None
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+    def run(self, table: StepTable, inputs: LoopInputs) -> Iterator[Progress]:
+        """Run a table from noise to a clean latent.
+
+        Yields:
+            Progress after each step, in order, without latents: they stay where they are. An
+            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
+        Raises:
+            ScheduleError: the table needs `center` and there is none, or has too many steps.
+            BackendError: a graph fails, or memory runs out.
+        """
+        if table.uses_center and inputs.center is None:
+            raise ScheduleError("the restoration pull needs the stage-1 latent as `center`")
+        if len(table.steps) > _MAX_STEPS:
+            raise ScheduleError("too many steps", expected=f"up to {_MAX_STEPS}", found=len(table.steps))
+        work = self._prepare(table, inputs)
+        pending: list[tuple[Step, Event]] = []
+        with self._drained_on_error():
+            for step in table.steps:
+                work.enqueue_step(step)
+                pending.append((step, self._stream.record()))
+                while pending and (len(pending) > LOOK_AHEAD or pending[0][1].is_done):
+                    done, event = pending.pop(0)
+                    event.synchronize()
+                    yield Progress(done, None, None)
+            for done, event in pending:
+                event.synchronize()
+                yield Progress(done, None, None)
+
+    @property
+    def latent(self) -> Buffer:
+        """The x of the last run, f32[B,C,h,w]; its result once the run has ended."""
+        assert self._work is not None, "no run yet"
+        return self._work.x
+
+    def _prepare(self, table: StepTable, inputs: LoopInputs) -> _Work:
+        draws = noisy_steps(table)
+        key = (inputs.z_lq.shape, inputs.context.shape, len(draws))
+        if self._work is None or self._work.key != key:
+            self.close()
+            self._work = _Work(self._device, self._stream, self._controlnet, self._unet, key)
+        work, stream = self._work, self._stream
+        stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
+        for place, index in enumerate(draws):
+            stream.upload(work.noise.rows(place, place + 1), inputs.noise(1 + index)[None])
+        packed = np.zeros(work.table.shape, dtype=np.float32)
+        packed[: len(table.steps)] = pack_table(table)
+        stream.upload(work.table, packed)
+        stream.upload(work.step, np.zeros(1, dtype=np.uint32))
+        stream.upload(work.context, inputs.context)
+        stream.upload(work.vector, inputs.vector)
+        photos = inputs.z_lq.shape[0]
+        for first in range(0, work.rows, photos):
+            stream.copy(work.lq.rows(first, first + photos), inputs.z_lq)
+        if inputs.center is not None:
+            stream.copy(work.center, inputs.center)
+        return work
+
+    @contextmanager
+    def _drained_on_error(self) -> Iterator[None]:
+        """Let what is under way end before its buffers are used for something else."""
+        try:
+            yield
+        except BaseException:
+            self._stream.synchronize()
+            raise
+
+
+class _Work:
+    """Buffers of one size, and the steps that were recorded on them."""
+
+    def __init__(
+        self,
+        device: Device,
+        stream: Stream,
+        controlnet: BufferRunner,
+        unet: BufferRunner,
+        key: tuple[tuple[int, ...], tuple[int, ...], int],
+    ) -> None:
+        self.key = key
+        latent, context, draws = key
+        self._stream, self._controlnet, self._unet = stream, controlnet, unet
+        self.photos, self.rows = latent[0], context[0]
+        spec = unet.spec
+        symbols = spec.sizes_of({"x": (self.rows, *latent[1:]), "context": context})
+        self._made: list[Buffer] = []
+
+        def make(shape: Sequence[int], dtype: str = "float32") -> Buffer:
+            self._made.append(device.buffer(shape, dtype))  # type: ignore[arg-type]
+            return self._made[-1]
+
+        try:
+            self.x, self.previous, self.center = make(latent), make(latent), make(latent)
+            self.noise = make((max(draws, 1), *latent))
+            self.table, self.step = make((_MAX_STEPS, len(COLUMNS))), make((1,), "uint32")
+            self.lq = make((self.rows, *latent[1:]))
+            # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
+            self._tensors = {
+                tensor.name: make(resolve(tensor.shape, symbols), tensor.dtype)
+                for tensor in (*spec.inputs, *spec.outputs)
+            }
+        except BaseException:
+            self.close()
+            raise
+        self.context, self.vector = self._tensors["context"], self._tensors["vector"]
+        self._tensors["lq"] = self.lq
+        self._runs: dict[bool, int] = {}
+        self._recorded: dict[bool, Replay] = {}
+
+    def close(self) -> None:
+        for recorded in getattr(self, "_recorded", {}).values():
+            recorded.close()
+        for buffer in self._made:
+            buffer.close()
+        self._made = []
+
+    def enqueue_step(self, step: Step) -> None:
+        """Put the table's next row on the stream; `step` tells whether it is guided."""
+        kind = step.guided
+        if kind in self._recorded:
+            self._recorded[kind].launch(self._stream)
+            return
+        recordable = self._controlnet.can_be_recorded and self._unet.can_be_recorded
+        self._runs[kind] = self._runs.get(kind, 0) + 1
+        if self._runs[kind] > 1 and recordable:  # the first run lets libraries allocate what they need
+            self._recorded[kind] = self._stream.capture(lambda stream: self._enqueue(stream, kind))
+            self._recorded[kind].launch(self._stream)
+        else:
+            self._enqueue(self._stream, kind)
+
+    def _enqueue(self, stream: Stream, guided: bool) -> None:
+        passes = 2 if guided else 1
+        rows = passes * self.photos
+        tensors = {
+            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
+        }
+        count = int(np.prod(self.x.shape))
+        stream.launch(
+            "prepare_step",
+            count,
+            self.table,
+            self.step,
+            self.noise,
+            self.x,
+            tensors["x"],
+            tensors["timestep"],
+            tensors["control_scale"],
+            passes,
+            rows,
+        )
+        for runner in (self._controlnet, self._unet):
+            spec = runner.spec
+            runner.enqueue(
+                stream,
+                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
+                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
+            )
+        eps = tensors["eps"]
+        stream.launch(
+            "combine_step",
+            count,
+            self.table,
+            self.step,
+            eps.rows(0, self.photos),
+            eps.rows(self.photos, rows) if guided else None,
+            self.center,
+            self.noise,
+            self.x,
+            self.previous,
+        )
+        stream.launch("advance_step", 1, self.step)
+
+
+def stack_texts(parts: Sequence[NDArray[np.generic]], photos: int) -> NDArray[np.generic]:
+    """Return one row per photo and text: all photos with the first text, then all with the next.
+
+    Args:
+        parts: a text's context f[77k,C] or vector f[V] each.
+        photos: how many.
+    """
+    return np.concatenate([np.repeat(part[None], photos, axis=0) for part in parts])

@@ -1,0 +1,40 @@
+"""A sampler's table on the device, and what the three kernels of a step do with a row of it.
+
+The host computes the table before the loop and uploads it whole. The device keeps the number of the
+step, so every step is the same work and can be recorded once and replayed:
+
+    prepare_step   x += churn · noise; the networks' input, timestep and control scale
+    combine_step   x and, where the next step wants it, the denoised estimate, as weighted sums
+    advance_step   the next row
+
+`engine.sampler.sample` is their oracle: sums run over the same terms in the same order, in float32
+and without fused multiplications, so that the results are the same bits.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+KERNELS = ("prepare_step", "combine_step", "advance_step")
+#: Terms of a step's sums, in the order in which they are added.
+DENOISED_TERMS = ("x", "pos", "neg", "center")
+UPDATE_TERMS = ("x", "pos", "neg", "center", "noise", "previous")
+#: A row of the table. `draw` tells which of the uploaded noise fields the step uses, `keep` whether
+#: its estimate is needed later.
+COLUMNS = (
+    "timestep",
+    "input_scale",
+    "control_scale",
+    "churn",
+    "draw",
+    "keep",
+    *(f"denoised_{term}" for term in DENOISED_TERMS),
+    *(f"update_{term}" for term in UPDATE_TERMS),
+)
+
+
+def cuda_source() -> str:
+    """Return the kernels in CUDA C++, behind the columns' numbers."""
+    columns = "".join(f"#define {name.upper()} {index}\n" for index, name in enumerate(COLUMNS))
+    source = (resources.files("engine") / "step_kernels.cu").read_text()
+    return f"{columns}#define COLUMNS {len(COLUMNS)}\n{source}"

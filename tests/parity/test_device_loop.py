@@ -1,0 +1,222 @@
+"""The device's loop and session against the NumPy loop and the host's pipeline, and what they do not do."""
+
+import numpy as np
+import pytest
+
+ort = pytest.importorskip("onnxruntime")
+
+from stand_in import HostBackend, HostDevice, needs_compiler
+
+from engine import Restorer
+from engine.backends.ort import OrtBackend
+from engine.bundle import open_bundle
+from engine.device_loop import LOOK_AHEAD
+from engine.errors import BackendError
+
+pytestmark = needs_compiler
+
+SETTINGS = {
+    "edm": {"steps": 5},
+    "edm, unguided": {"steps": 4, "cfg_scale": (1.0, 1.0)},
+    "edm, guided at first only": {"steps": 6, "cfg_scale": (1.0, 2.0), "churn": 0.0},
+    "edm, everything": {
+        "steps": 5,
+        "churn": 2.0,
+        "cfg_scale": (3.0, 1.5),
+        "control_scale": (1.0, 0.6),
+        "restore_pull": 4.0,
+    },
+    "dpmpp2m": {"steps": 5, "sampler": "dpmpp2m"},
+    "dpmpp2m, pulled": {"steps": 6, "sampler": "dpmpp2m", "restore_pull": 2.0, "eta": 0.5},
+    "one step": {"steps": 1},
+    "no colour fix": {"steps": 3, "color_fix": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def device(folder):
+    return HostDevice(folder)
+
+
+@pytest.fixture
+def on_device(bundle_fp32, device):
+    with Restorer(open_bundle(bundle_fp32), HostBackend(device)) as restorer:
+        yield restorer
+
+
+@pytest.fixture(scope="module")
+def on_host(bundle_fp32):
+    with Restorer(open_bundle(bundle_fp32), OrtBackend(1)) as restorer:
+        yield restorer
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return np.random.default_rng(0).random((64, 128, 3), dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_device_restores_what_the_host_does_to_the_bit(on_device, on_host, photo, name):
+    found, expected = (r.restore(photo, seed=3, **SETTINGS[name]).photo.rgb for r in (on_device, on_host))
+    assert np.array_equal(found, expected)
+    assert expected.std() > 0.01
+
+
+def test_two_photos_together_and_again(on_device, on_host, photo, device):
+    """The second run replays what the first recorded, on the same memory."""
+    photos = [photo, photo[:, ::-1]]
+    for seeds in ([1, 2], [7, 8]):
+        found, expected = (r.restore_batch(photos, seeds=seeds, steps=3) for r in (on_device, on_host))
+        for one, other in zip(found, expected, strict=True):
+            assert np.array_equal(one.photo.rgb, other.photo.rgb)
+    assert len(device.of("capture")) == 1
+    assert len(device.of("replay")) == 5  # of six steps, the first is not replayed
+
+
+def steps_of(device):
+    """The calls from the first step's kernel to the last one's."""
+    places = [
+        index for index, call in enumerate(device.calls) if call[0] in ("replay",) or call[2:] == ("advance_step",)
+    ]
+    return device.calls[places[0] - 4 : places[-1] + 1]
+
+
+def test_nothing_waits_or_is_copied_between_the_first_step_and_the_last(on_device, photo, device):
+    on_device.restore(photo, steps=8, restore_pull=4.0)
+    steps = steps_of(device)
+    assert [call for call in steps if call[0] == "replay"] == [("replay", "main")] * 7
+    kinds = {call[0] for call in steps}
+    assert kinds <= {"launch", "graph", "record", "wait on host", "capture", "replay"}
+    # The host waits for steps that lie LOOK_AHEAD behind, never for the newest.
+    newest = -1
+    for call in steps:
+        if call[0] == "record":
+            newest = call[2]
+        if call[0] == "wait on host":
+            assert call[1] <= newest - LOOK_AHEAD
+
+
+def test_a_step_is_four_launches_and_two_graphs_in_order(on_device, photo, device):
+    on_device.restore(photo, steps=1)
+    start = device.calls.index(("launch", "main", "prepare_step"))
+    assert device.calls[start : start + 5] == [
+        ("launch", "main", "prepare_step"),
+        ("graph", "main", "controlnet"),
+        ("graph", "main", "unet"),
+        ("launch", "main", "combine_step"),
+        ("launch", "main", "advance_step"),
+    ]
+
+
+def test_stage_1_is_decoded_beside_the_steps(on_device, photo, device):
+    """On the side stream, behind the encoder; the steps wait for it only if the pull needs its latent."""
+    on_device.restore(photo, steps=2)
+    graphs = [(call[1], call[2]) for call in device.of("graph")]
+    assert graphs[:4] == [
+        ("main", "denoise_encoder"),
+        ("side", "text_encoder"),
+        ("side", "text_encoder_2"),
+        ("side", "vae_decoder"),
+    ]
+    assert graphs[-1] == ("side", "vae_decoder")
+    assert [call[1] for call in device.of("wait")] == ["side", "side"]
+    device.calls.clear()
+    on_device.restore(photo, steps=2, restore_pull=4.0)
+    assert [call[1] for call in device.of("wait")] == ["side", "main", "side"]
+    encoded, center, sampled = (call[2] for call in device.of("wait"))
+    assert encoded < center < sampled
+
+
+def test_memory_is_flat_over_restorations(on_device, photo, device):
+    on_device.restore(photo, steps=2)
+    used, allocations = device.in_use, len(device.of("allocate"))
+    for seed in range(5):
+        on_device.restore(photo, steps=2, seed=seed)
+    assert device.in_use == used
+    assert len(device.of("allocate")) == allocations
+    on_device.restore(np.ascontiguousarray(photo.transpose(1, 0, 2)), steps=2)  # another size
+    on_device.restore(photo, steps=2)
+    assert device.in_use == used
+    on_device.close()
+    assert device.in_use == 0
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_cancelled_run_ends_within_the_look_ahead_and_the_next_is_right(on_device, on_host, photo, device):
+    done = []
+
+    def stop(progress):
+        done.append(progress.step.index)
+        if progress.step.index == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        on_device.restore(photo, steps=50, on_step=stop)
+    assert done == [0, 1, 2]
+    started = len(device.of("replay")) + sum(call[2:] == ("advance_step",) for call in device.of("launch"))
+    captured = len(device.of("capture"))
+    assert started - captured <= 3 + LOOK_AHEAD
+    assert device.calls[-1][0] == "synchronize"  # before anybody uses the buffers again
+    found, expected = (r.restore(photo, steps=3).photo.rgb for r in (on_device, on_host))
+    assert np.array_equal(found, expected)
+
+
+def test_progress_comes_in_order_and_whole(on_device, photo):
+    done = []
+    on_device.restore(photo, steps=7, on_step=lambda progress: done.append(progress.step.index))
+    assert done == list(range(7))
+
+
+def weights(bundle):
+    return {name: graph.weights_bytes for name, graph in bundle.manifest.graphs.items()}
+
+
+def test_a_budget_opens_and_closes_graphs_by_stage(bundle_fp32, folder, on_host, photo):
+    bundle = open_bundle(bundle_fp32)
+    largest = weights(bundle)["controlnet"] + weights(bundle)["unet"]
+    backend = HostBackend(HostDevice(folder))
+    with Restorer(bundle, backend, vram_budget_bytes=largest + 1) as restorer:
+        for _ in range(2):
+            found, expected = (r.restore(photo, steps=2, restore_pull=3.0).photo.rgb for r in (restorer, on_host))
+            assert np.array_equal(found, expected)
+        assert sorted(restorer._runners) == ["vae_decoder"]
+    assert backend.opened.count("unet") == 2
+    assert backend.opened.count("vae_decoder") == 4
+    assert backend.device.in_use == 0
+
+
+@pytest.mark.parametrize(("budget", "words"), [(None, "use --vram-budget"), (1000, "use a GPU with more memory")])
+def test_too_little_memory_is_told_before_anything_is_loaded(bundle_fp32, folder, photo, budget, words):
+    bundle = open_bundle(bundle_fp32)
+    everything = sum(weights(bundle).values())
+    backend = HostBackend(HostDevice(folder, total_bytes=everything - 1))
+    with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
+        with pytest.raises(BackendError, match="out of GPU memory") as caught:
+            restorer.restore(photo, steps=1)
+    assert words in str(caught.value)
+    assert backend.opened == []
+
+
+def test_the_stages_work_on_their_own(on_device, on_host, photo):
+    pixels = np.ascontiguousarray(photo.transpose(2, 0, 1)[None])
+    settings = on_host.defaults.updated({"steps": 2})
+    results = []
+    for restorer in (on_device, on_host):
+        z = restorer.encode(pixels)
+        z = restorer.sample(z, restorer.conditioning(settings), settings)
+        results.append(restorer.decode(z))
+    assert np.array_equal(*results)
+
+
+def test_device_times_are_told_beside_the_others(on_device, photo):
+    result = on_device.restore(photo, steps=2)
+    assert set(result.timings.device_ms) == {"denoise encoder", "stage 1", "steps", "vae decoder"}
+    assert "gpu" in result.timings.graphs_ms
