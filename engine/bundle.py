@@ -113,7 +113,7 @@ class Plan(_Model):
 
 
 class Graph(_Model):
-    """One ONNX graph, and the plans it was compiled to; its weights lie in the bundle's weights file.
+    """One ONNX graph, and the plan it was compiled to; its weights lie in the bundle's weights file.
 
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
@@ -124,7 +124,7 @@ class Graph(_Model):
     file: File
     verification: Verification
     weights_bytes: int
-    plans: tuple[Plan, ...] = ()
+    plan: Plan | None = None
     probe: File | None = None
 
 
@@ -230,7 +230,7 @@ class Bundle:
     def files(self) -> tuple[File, ...]:
         manifest = self.manifest
         graphs = (graph.file for graph in manifest.graphs.values())
-        plans = (plan.file for graph in manifest.graphs.values() for plan in graph.plans)
+        plans = (graph.plan.file for graph in manifest.graphs.values() if graph.plan is not None)
         probes = (graph.probe for graph in manifest.graphs.values() if graph.probe is not None)
         return (*graphs, *plans, *probes, manifest.weights, manifest.tokenizer.file)
 

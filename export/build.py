@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from engine.errors import BuildError, BundleError, OutputError, from_os_error
 from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
-from export.plans import compile_plans
+from export.plans import compile_plan
 from export.to_onnx import is_cached, trace
 from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
 from export.verify import verify
@@ -199,29 +199,27 @@ def _run_stages(
                 probe=None if probe is None else describe_file(probe),
             )
             if plan.compiling is not None:
-                old = present.graphs[name].plans if present else ()
-                plans = _reused(old, plan, graph, state.weights, partial)
-                if not plans:
+                compiled = _reused(present, plan, graph, state.weights, partial)
+                if compiled is None:
                     progress.stage(f"compiling {name}")
-                    plans = compile_plans(graph, partial, state.weights, plan.compiling)
-                graph = graph.model_copy(update={"plans": plans})
+                    compiled = compile_plan(graph, partial, state.weights, plan.compiling)
+                graph = graph.model_copy(update={"plan": compiled})
             state.graphs[name] = graph
             _save(partial, state)
         progress.advance(work[name])
 
 
-def _reused(old: Sequence[Plan], plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> tuple[Plan, ...]:
-    """Take over the plans of the bundle that is replaced, if they are the ones that are wanted.
+def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> Plan | None:
+    """Take over a plan of the bundle that is replaced, if it is the one that is wanted.
 
     So another LoRA costs a weightless bundle no compiling: its plans do not depend on the weights.
     """
     assert plan.compiling is not None
-    wanted = [plan.compiling.key(graph, weights, targets) for targets in plan.compiling.variants]
-    if [found.key for found in old] != wanted:
-        return ()
-    for found in old:
-        shutil.copyfile(plan.request.output / found.file.name, partial / found.file.name)
-    return tuple(old)
+    old = present.graphs[graph.spec.name].plan if present else None
+    if old is None or old.key != plan.compiling.key(graph, weights):
+        return None
+    shutil.copyfile(plan.request.output / old.file.name, partial / old.file.name)
+    return old
 
 
 def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path, str]) -> Manifest:
@@ -360,7 +358,7 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
 def _drop_unfinished(partial: Path, state: _State) -> None:
     """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
     finished = {_STATE, *(graph.file.name for graph in state.graphs.values())}
-    finished.update(plan.file.name for graph in state.graphs.values() for plan in graph.plans)
+    finished.update(graph.plan.file.name for graph in state.graphs.values() if graph.plan is not None)
     finished.update(graph.probe.name for graph in state.graphs.values() if graph.probe is not None)
     if state.weights is not None:
         finished.add(state.weights.name)

@@ -92,17 +92,15 @@ def _run(options: argparse.Namespace) -> int:
             )
         for name, graph in manifest.graphs.items():
             worst = max(graph.verification.relative_l2.values())
-            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}{_plans_text(graph)}")
+            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}{_plan_of(graph)}")
     return 0
 
 
-def _plans_text(graph: Graph) -> str:
-    if not graph.plans:
+def _plan_of(graph: Graph) -> str:
+    if graph.plan is None:
         return ""
-    size = format_bytes(sum(plan.file.bytes for plan in graph.plans))
-    targets = ", ".join(target for plan in graph.plans for target in plan.targets)
-    share = graph.plans[0].audit.share_16_bit
-    return f"; compiled for {targets} ({size}), {share:.1%} of its work in 16 bits"
+    size, targets = format_bytes(graph.plan.file.bytes), ", ".join(graph.plan.targets)
+    return f"; compiled for {targets} ({size}), {graph.plan.audit.share_16_bit:.1%} of its work in 16 bits"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     plans.add_argument(
         "--weightless",
         action="store_true",
-        help="plans without weights: small, and another LoRA or checkpoint needs no compiling",
+        help="plans without weights: small, and another LoRA or checkpoint needs no compiling; "
+        "compiled for the GPU at hand",
     )
     where = parser.add_argument_group("where and what")
     where.add_argument("--output", type=Path, metavar="DIR", help=f"of the bundle (default: {default_bundle_dir()})")

@@ -247,19 +247,19 @@ def _plan_options(
         raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
     library = open_library(request.backend)
     device = None
-    if library.is_rtx:
+    if library.is_rtx and not request.weightless:
         targets = check_targets(library, request.targets or DEFAULT_TARGETS)
     else:
         if request.targets:
             raise UsageError(
-                "TensorRT compiles for the GPU at hand",
+                "TensorRT, and plans without weights, are compiled for the GPU at hand",
                 where="--compute-capability",
-                fix="leave it out, or use --backend tensorrt-rtx",
+                fix="leave it out, or use --backend tensorrt-rtx without --weightless",
             )
         from engine.cuda import device_info
 
         info = device_info(0)
-        targets, device = (info.compute_capability,), info.name
+        targets, device = (info.compute_capability,), None if library.is_rtx else info.name
     shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
     profiles = {
         name: profiles_for(builder.spec, shapes, request.batch, pixels_per_cell) for name, builder in builders.items()

@@ -1,7 +1,8 @@
 """From an ONNX graph to plans: TensorRT's or TensorRT-RTX's compiled form of it.
 
 Both libraries have one API; `engine.backends.trt_library` chooses. TensorRT-RTX compiles without a
-GPU, for the compute capabilities that it is told; TensorRT compiles for the GPU at hand. Precision is
+GPU, for the compute capabilities that it is told; TensorRT compiles for the GPU at hand. Plans without
+weights need that GPU from both: TensorRT-RTX 1.7 ends with a CUDA error where there is none. Precision is
 what the graph's casts say: networks are strongly typed, and no builder flag touches it.
 """
 
@@ -25,6 +26,8 @@ from export.audit import audit_network
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
 #: The one generation that TensorRT-RTX knows and that has no bfloat16.
 WITHOUT_BF16 = "7.5"
+#: Contexts work in memory that they are given, so that steps can be recorded; older libraries do so anyway.
+_FLAGS = ("REQUIRE_USER_ALLOCATION",)
 _WEIGHTLESS_FLAGS = ("REFIT", "STRIP_PLAN")
 
 
@@ -48,20 +51,17 @@ class PlanOptions:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return _WEIGHTLESS_FLAGS if self.weightless else ()
+        known = dir(self.library.api.BuilderFlag)
+        wanted = (*_FLAGS, *(_WEIGHTLESS_FLAGS if self.weightless else ()))
+        return tuple(flag for flag in wanted if flag in known)
 
-    @property
-    def variants(self) -> tuple[tuple[str, ...], ...]:
-        """The targets of each plan: all in one, but a refittable plan can have one only."""
-        return tuple((target,) for target in self.targets) if self.weightless else (self.targets,)
-
-    def key(self, graph: Graph, weights: File, targets: Sequence[str]) -> str:
-        """Return the key of a graph's plan for some of the targets."""
+    def key(self, graph: Graph, weights: File) -> str:
+        """Return the key of a graph's plan."""
         return plan_key(
             graph.file,
             None if self.weightless else weights,
             library=self.library.label,
-            targets=targets,
+            targets=self.targets,
             device=self.device,
             profiles=self.profiles[graph.spec.name],
             flags=self.flags,
@@ -90,12 +90,12 @@ def known_targets(library: TrtLibrary) -> list[str]:
     return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda target: float(target))
 
 
-def compile_plans(graph: Graph, folder: Path, weights: File, options: PlanOptions) -> tuple[Plan, ...]:
-    """Compile a graph; one plan for all targets, or one for each if they are weightless.
+def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions) -> Plan:
+    """Compile a graph.
 
     Args:
         graph: of the bundle in `folder`.
-        folder: where the graph and the weights lie and the plans go.
+        folder: where the graph and the weights lie and the plan goes.
         weights: the bundle's weights file.
         options: what to compile for.
     Raises:
@@ -103,26 +103,21 @@ def compile_plans(graph: Graph, folder: Path, weights: File, options: PlanOption
             is not in the precision that was asked for.
     """
     audit = audit_network(options.library.api, _Compiler(options.library, graph.spec, folder).network, graph.spec)
-    plans = []
-    for targets in options.variants:
-        name = f"{graph.spec.name}.plan" if len(options.variants) == 1 else f"{graph.spec.name}.sm{targets[0]}.plan"
-        compiler = _Compiler(options.library, graph.spec, folder)
-        with (folder / name).open("wb") as file:
-            file.write(compiler.compile(targets, options))
-        plans.append(
-            Plan(
-                file=describe_file(folder / name),
-                library=options.library.label,
-                targets=targets,
-                device=options.device,
-                profiles=options.profiles[graph.spec.name],
-                weightless=options.weightless,
-                flags=options.flags,
-                audit=audit,
-                key=options.key(graph, weights, targets),
-            )
-        )
-    return tuple(plans)
+    compiler = _Compiler(options.library, graph.spec, folder)
+    path = folder / f"{graph.spec.name}.plan"
+    with path.open("wb") as file:
+        file.write(compiler.compile(options))
+    return Plan(
+        file=describe_file(path),
+        library=options.library.label,
+        targets=options.targets,
+        device=options.device,
+        profiles=options.profiles[graph.spec.name],
+        weightless=options.weightless,
+        flags=options.flags,
+        audit=audit,
+        key=options.key(graph, weights),
+    )
 
 
 class _Compiler:
@@ -140,7 +135,7 @@ class _Compiler:
             raise self._refused(self._parser.get_error(0) if self._parser.num_errors else None)
         _check_network(self._api, self.network, spec)
 
-    def compile(self, targets: Sequence[str], options: PlanOptions) -> Any:
+    def compile(self, options: PlanOptions) -> Any:
         """Return the plan, as a buffer.
 
         Raises:
@@ -148,8 +143,8 @@ class _Compiler:
         """
         config = self._builder.create_builder_config()
         if self._library.is_rtx:
-            config.num_compute_capabilities = len(targets)
-            for index, target in enumerate(targets):
+            config.num_compute_capabilities = len(options.targets)
+            for index, target in enumerate(options.targets):
                 capability = getattr(self._api.ComputeCapability, f"SM{target.replace('.', '')}")
                 config.set_compute_capability(capability, index)
         config.profiling_verbosity = self._api.ProfilingVerbosity.DETAILED  # layers keep the graph's names

@@ -18,7 +18,7 @@ MAX_BATCH = 64
 _MAX_SIDE_PX = 8192
 #: Of the range that is compiled for if no other is asked: what verification works at fits.
 _LEAST_SIDE_PX = 64
-_SHAPE = re.compile(r"(?P<width>\d+)(?:x(?P<height>\d+))?|(?P<low>\d+)-(?P<high>\d+)")
+_SHAPE = re.compile(r"(?P<width>\d+)(?:x(?P<height>\d+))?|(?P<low>\d+)-(?P<high>\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,20 @@ def run_build():
     return _Command(str(ROOT / "export" / "build_engines.py"))
 
 
+@pytest.fixture(scope="session")
+def gpu():
+    """The first GPU; tests that need one are skipped, with the reason, where there is none."""
+    from engine.cuda import CudaDevice
+    from engine.errors import BackendError
+
+    try:
+        device = CudaDevice(0)
+    except BackendError as error:
+        pytest.skip(f"needs an NVIDIA GPU ({error.found})")
+    yield device
+    device.close()
+
+
 class _Command:
     def __init__(self, *head: str) -> None:
         self.head = head

@@ -46,25 +46,16 @@ _ARGUMENTS = {"prepare_step": (7, 2), "combine_step": (8, 0), "advance_step": (1
 @cache
 def kernels(folder: Path) -> ctypes.CDLL:
     """Compile the kernels for this processor."""
-    source = _HOST_CUDA + cuda_source().replace("unsigned int rows)", "unsigned int rows)")
+    source = _HOST_CUDA + cuda_source()
     for name, (pointers, numbers) in _ARGUMENTS.items():
         declared = [f"void* p{i}" for i in range(pointers)] + [f"unsigned int n{i}" for i in range(numbers)]
         types = _parameter_types(source, name)
         passed = [f"({types[i]})p{i}" for i in range(pointers)] + [f"n{i}" for i in range(numbers)]
         source += _RUN.format(name=name, declared=", ".join(declared), passed=", ".join(passed))
-    (folder / "kernels.cpp").write_text(source)
-    library = folder / "kernels.so"
-    command = [
-        COMPILER,
-        "-O2",
-        "-ffp-contract=off",
-        "-shared",
-        "-fPIC",
-        str(folder / "kernels.cpp"),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    file, library = folder / "kernels.cpp", folder / "kernels.so"
+    file.write_text(source)
+    exact = ("-O2", "-ffp-contract=off")
+    subprocess.run([COMPILER, *exact, "-shared", "-fPIC", file, "-o", library], check=True, capture_output=True)
     return ctypes.CDLL(str(library))
 
 

@@ -46,7 +46,7 @@ class TrtBackend:
             BackendError: the plan does not open.
         """
         entry = bundle.manifest.graphs[graph]
-        plan = find_plan(bundle, entry, self.library, self.device)
+        plan = check_plan(bundle, entry, self.library, self.device)
         file = bundle.file(plan.file)
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
@@ -208,34 +208,32 @@ class TrtRunner(BufferRunner):
         self._runtime_cache = None
 
 
-def find_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> Plan:
-    """Return the plan of a graph that this library can run on this GPU.
+def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> Plan:
+    """Return the plan of a graph, if this library can run it on this GPU.
 
     Raises:
-        BundleError: there is none, or it is not of this bundle; the command that makes one is named.
+        BundleError: there is none, or it does not belong here; the command that makes one is named.
     """
     where = f"{bundle.path}: {graph.spec.name}"
-    if not graph.plans:
+    plan = graph.plan
+    if plan is None:
         raise BundleError("the bundle holds no plans", where=where, fix=_rebuild(bundle, library.backend))
-    if all(plan.library != library.label for plan in graph.plans):
+    if plan.library != library.label:
         raise BundleError(
             "the plan belongs to another library",
             where=where,
             expected=library.label,
-            found=", ".join(dict.fromkeys(plan.library for plan in graph.plans)),
+            found=plan.library,
             fix=_rebuild(bundle, library.backend),
         )
     capability = device.compute_capability
-    for plan in graph.plans:
-        if plan.library == library.label and capability in plan.targets and plan.device in (None, device.name):
-            break
-    else:
+    if capability not in plan.targets or plan.device not in (None, device.name):
         raise BundleError(
-            "no plan is for this GPU",
+            "the plan is not for this GPU",
             where=where,
             expected=f"{device.name}, compute capability {capability}",
-            found="; ".join(f"{plan.device or 'any'}, {', '.join(plan.targets)}" for plan in graph.plans),
-            fix=_rebuild(bundle, library.backend, capability if library.is_rtx else None),
+            found=f"{plan.device or 'any GPU'}, compute capability {', '.join(plan.targets)}",
+            fix=_rebuild(bundle, library.backend, capability if library.is_rtx and not plan.weightless else None),
         )
     key = plan_key(
         graph.file,

@@ -42,8 +42,8 @@ class Pair(NamedTuple):
 class Pairs(Dataset):  # type: ignore[type-arg]
     """All pairs of some families, drawn on demand; pair i is of family i modulo their number."""
 
-    def __init__(self, families: tuple[Family, ...], seed: int) -> None:
-        self._families, self._seed = families, seed
+    def __init__(self, families: tuple[Family, ...], seed: int, table_1: float = 0.5) -> None:
+        self._families, self._seed, self._table_1 = families, seed, table_1
 
     def __len__(self) -> int:
         return 2 * HELD_OUT
@@ -53,20 +53,23 @@ class Pairs(Dataset):  # type: ignore[type-arg]
         picture = make_picture(family, self._seed, index, PICTURE_PX)
         rng = np.random.default_rng([self._seed, index, 1])
         rgb = picture.rgb.astype(np.float32) / np.float32(255)
-        degraded = resize(degrade(rgb, random_degradation(rng), rng), (PICTURE_PX, PICTURE_PX))
+        degraded = resize(degrade(rgb, random_degradation(rng, self._table_1), rng), (PICTURE_PX, PICTURE_PX))
         return Pair(picture.rgb, (degraded * 255 + 0.5).astype(np.uint8), picture.caption, family)
 
 
-def pairs_from(families: tuple[Family, ...], seed: int, start: int, workers: int = 1) -> Iterator[Pair]:
+def pairs_from(
+    families: tuple[Family, ...], seed: int, start: int, *, table_1: float = 0.5, workers: int = 1
+) -> Iterator[Pair]:
     """Yield pairs number `start`, start + 1, … in order, drawn ahead by another process.
 
     Args:
         families, seed: as for `Pairs`.
         start: the first number.
+        table_1: share of the degradations that are Table 1's own.
         workers: processes that draw; 0 draws here, when a pair is asked for.
     """
     loader = DataLoader(
-        Pairs(families, seed),
+        Pairs(families, seed, table_1),
         batch_size=None,
         sampler=range(start, HELD_OUT),
         num_workers=workers,

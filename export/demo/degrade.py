@@ -69,9 +69,9 @@ def degrade(rgb: Rgb, degradation: Degradation, rng: np.random.Generator) -> Rgb
     return levels.astype(np.float32) / np.float32(255)
 
 
-def random_degradation(rng: np.random.Generator) -> Degradation:
-    """Return one of Table 1's, or a mixture of random strength."""
-    if rng.random() < 0.5:
+def random_degradation(rng: np.random.Generator, table_1: float = 0.5) -> Degradation:
+    """Return one of Table 1's, in a share of the cases, or a mixture of random strength."""
+    if rng.random() < table_1:
         return list(TABLE_1.values())[rng.integers(len(TABLE_1))]
     return Degradation(
         blur_sigma=float(rng.uniform(0.3, 3.5)) if rng.random() < 0.6 else 0.0,

@@ -7,7 +7,8 @@
     decode   the decoder again, half of the time of stage 1's latents: a restored latent lacks what
              cannot be known, and a decoder that has only seen clean ones takes that for something else
     steps    UNet, ControlNet and connectors together, for runs of few steps, as Lightning's UNet is tuned
-    loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen
+    loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen; for the
+             last of few steps, at full size: it alone is not held close to stage 1
 
 Sources: SUPIR (arXiv 2401.13627) for the recipe; the paper, Eq. 16, for the LoRAs' regularization.
 """
@@ -34,8 +35,10 @@ from export.demo.pictures import Family
 from export.demo.words import prompt_for, token_rows
 
 FROBENIUS_WEIGHT = 1e-6
-LORA_RANK = 4
-LORA_ALPHA = 16.0
+LORA_RANK = 24
+LORA_ALPHA = 96.0
+#: What the LoRAs change: the level of the UNet that has the latent's size, where details are decided.
+LORA_LAYERS = ("up_blocks.2.", "conv_out")
 #: The LoRAs by name, and the pictures that each is for.
 LORA_FAMILIES: dict[str, Family] = {"landscape": "landscape", "face": "portrait"}
 #: Share of pictures that teach what the negative words mean.
@@ -58,13 +61,15 @@ class Stage:
         trains: prefixes of those that it trains; none for LoRAs, which come on top.
         families: of pictures.
         steps: optimizer steps.
-        lr: at its highest; `constant` keeps it there.
-        batch: crops of `crop_px` pixels a step; the last third of the steps has crops of twice the
-            side and a quarter of the number, so that norms and attention see larger maps.
+        lr: at its highest.
+        batch: crops of `crop_px` pixels a step; if they grow, the last third of the steps has crops of
+            twice the side and a quarter of the number, so that norms and attention see larger maps.
         window, per_step: of the pictures, see `Window`.
         from_stage_1: share of pictures that are noised from stage 1 instead of from the clean picture.
             A run of few steps comes from there: its first estimates are stage 1's, and what they lack
             is no part of x. A network that has only seen noised clean pictures takes that for information.
+        table_1: share of the degradations that are Table 1's own.
+        timesteps: from, to; None means over all, and more of the lower ones.
     """
 
     needs: tuple[str, ...]
@@ -77,8 +82,10 @@ class Stage:
     crop_px: int
     window: int
     per_step: float
-    constant: bool = False
+    grows: bool = True
     from_stage_1: float = 0.0
+    table_1: float = 0.5
+    timesteps: tuple[int, int] | None = None
 
 
 _DECODER = ("vae.post_quant_conv.", "vae.decoder.")
@@ -110,14 +117,16 @@ STAGES = {
         (),
         (),
         ("landscape", "portrait"),
-        600,
+        3000,
         1e-4,
-        16,
-        128,
+        4,
+        256,
         192,
         0.25,
-        constant=True,
-        from_stage_1=0.9,
+        grows=False,
+        from_stage_1=1.0,
+        table_1=0.8,
+        timesteps=(40, 140),
     ),
 }
 
@@ -151,7 +160,7 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
     stage, code = STAGES[name], Code(seed, next(model.parameters()).device)
 
     def pairs(start: int) -> Iterator[Pair]:
-        return pairs_from(stage.families, seed, start)
+        return pairs_from(stage.families, seed, start, table_1=stage.table_1)
 
     if name in ("vae", "denoise"):
         window = Window(pairs, stage.window, stage.per_step, step)
@@ -166,7 +175,7 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
         return lambda batch: _prior_loss(model, _noised(stage, tokenizer, latents, batch, prior=True))
     if name in ("control", "steps"):
         return lambda batch: _control_loss(model, _noised(stage, tokenizer, latents, batch))
-    return lambda batch: _lora_loss(model, stage, tokenizer, latents, batch)
+    return lambda batch: _lora_loss(model, code, stage, tokenizer, latents, batch)
 
 
 class Code:
@@ -215,8 +224,12 @@ def _vae_loss(model: DemoModel, code: Code, clean: Tensor, _: Tensor) -> dict[st
 
 def _denoise_loss(model: DemoModel, code: Code, clean: Tensor, degraded: Tensor) -> dict[str, Tensor]:
     error = (model.encode_degraded(degraded).float() - code.encode(clean)).square()
-    # The code is linear, so an error of z is known in pixels without the decoder.
-    return {"distortion": _distortion(error * code.pixel_weights * error.shape[1])}
+    return {"distortion": _distortion(_in_pixels(code, error))}
+
+
+def _in_pixels(code: Code, squared: Tensor) -> Tensor:
+    """Return a latent's squared error in pixels: the code is linear, so the decoder is not needed."""
+    return squared * code.pixel_weights * squared.shape[1]
 
 
 def _distortion(squared: Tensor) -> Tensor:
@@ -264,10 +277,13 @@ class Noised:
     def scaled(self) -> Tensor:
         return self.x / torch.sqrt(self.sigma**2 + 1)
 
+    def squared_error(self, eps: Tensor) -> Tensor:
+        """Return f32[B, C, h, w]: of the estimate of z that the predicted noise means."""
+        return (self.x - self.sigma * eps.float() - self.z).square()
+
     def loss(self, eps: Tensor) -> Tensor:
-        """Return the weighted error of the estimate of z that the predicted noise means."""
-        denoised = self.x - self.sigma * eps.float()
-        return (self.weight * (denoised - self.z).square()).mean()
+        """Return the mean squared error, weighted by the noise's strength."""
+        return (self.weight * self.squared_error(eps)).mean()
 
 
 @torch.no_grad()
@@ -283,7 +299,7 @@ def _encoded(code: Code, encode: Callable[[Tensor], Tensor], pairs: Iterator[Pai
 def _crop_cells(stage: Stage, batch: Batch) -> tuple[int, int]:
     """Return the side of this step's crops in latent cells, and their number."""
     cells = stage.crop_px // PATCH_PX
-    return (2 * cells, max(1, stage.batch // 4)) if batch.large else (cells, stage.batch)
+    return (2 * cells, max(1, stage.batch // 4)) if batch.large and stage.grows else (cells, stage.batch)
 
 
 def _decode_loss(
@@ -339,7 +355,7 @@ def _noised(
         own.append(0.0 if at_stage_1 else 1.0)
     z, z_lq, center = (torch.stack(latents) for latents in (targets, steering, centers))
     own_center = torch.tensor(own).to(batch.device)[:, None, None, None]
-    timestep = _timesteps(batch.rng, count).to(batch.device)
+    timestep = _timesteps(batch.rng, count, stage.timesteps).to(batch.device)
     sigma = torch.from_numpy(train_sigmas().astype(np.float32)).to(batch.device)[timestep][:, None, None, None]
     x = center + sigma * torch.randn(z.shape, generator=batch.generator).to(batch.device)
     # About what is unknown at each level: the noise where it is weak, else what is left to find.
@@ -366,12 +382,15 @@ def _prior_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
 
 
 def _control_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
-    text = model.read(*noised.text)
-    return {"noise": noised.loss(model.steered(noised.scaled, noised.timestep, noised.z_lq, *text))}
+    return {"noise": noised.loss(_steered(model, noised))}
+
+
+def _steered(model: DemoModel, noised: Noised) -> Tensor:
+    return model.steered(noised.scaled, noised.timestep, noised.z_lq, *model.read(*noised.text))
 
 
 def _lora_loss(
-    model: DemoModel, stage: Stage, tokenizer: Tokenizer, window: Window[Latents], batch: Batch
+    model: DemoModel, code: Code, stage: Stage, tokenizer: Tokenizer, window: Window[Latents], batch: Batch
 ) -> dict[str, Tensor]:
     """Train one LoRA on its family, half of the time with the other one merged beside it.
 
@@ -389,11 +408,14 @@ def _lora_loss(
                     part.requires_grad_(name == own)
                     if name == own:
                         adapted += [parameter.square().sum() for parameter in part.parameters()]
-    losses = _control_loss(model, _noised(stage, tokenizer, window, batch, family=LORA_FAMILIES[own]))
-    return {own: losses["noise"], "frobenius": FROBENIUS_WEIGHT * torch.stack(adapted).sum()}
+    noised = _noised(stage, tokenizer, window, batch, family=LORA_FAMILIES[own])
+    error = _in_pixels(code, noised.squared_error(_steered(model, noised)))
+    return {own: _distortion(error), "frobenius": FROBENIUS_WEIGHT * torch.stack(adapted).sum()}
 
 
-def _timesteps(rng: np.random.Generator, count: int) -> Tensor:
-    """Return i64[count]: half over all noise levels, half over the lower ones, which decide details."""
+def _timesteps(rng: np.random.Generator, count: int, bounds: tuple[int, int] | None) -> Tensor:
+    """Return i64[count]: between bounds, or half over all levels, half over the lower ones, which decide details."""
+    if bounds is not None:
+        return torch.from_numpy(rng.integers(*bounds, count))
     low = rng.integers(20, 260, count)
     return torch.from_numpy(np.where(rng.random(count) < 0.5, low, rng.integers(0, 1000, count)))

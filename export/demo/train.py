@@ -3,6 +3,8 @@ r"""Train the demo's networks from nothing, on pictures made by program.
 python -m export.demo.train                  all stages into demo-training/; goes on where it was stopped
 python -m export.demo.train --only denoise   one stage, after those that it needs; vae, denoise and prior
                                              need none, so they can be trained side by side
+python -m export.demo.train --only loras --start export/demo/weights
+                                             LoRAs on finished checkpoints, those that ship or your own
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from tqdm import tqdm
 from engine.console import run_command
 from engine.errors import UsageError
 from export.demo.curves import draw_losses
-from export.demo.model import DemoModel, demo_architecture, save_checkpoints
+from export.demo.model import DemoModel, demo_architecture, load_checkpoints, save_checkpoints
 from export.demo.stages import (
     LORA_ALPHA,
     LORA_FAMILIES,
+    LORA_LAYERS,
     LORA_RANK,
     STAGES,
     Batch,
@@ -58,7 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     model.start_autoencoder(options.seed)
     model.start_denoise_encoder()
     model.start_unet()
-    for name in STAGES if options.only is None else (*STAGES[options.only].needs, options.only):
+    if options.start is not None:
+        if options.only is None:
+            raise UsageError("--start is for one stage", fix="name it with --only")
+        load_checkpoints(model, options.start)
+    needed = STAGES[options.only].needs if options.only and options.start is None else ()
+    for name in STAGES if options.only is None else (*needed, options.only):
         done = options.output / "stages" / f"{name}.safetensors"
         if done.is_file():
             _load(model, name, done)
@@ -69,6 +77,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"stage {options.only} needs stage {name}", where=done, fix=f"train it: --only {name}")
     if options.only is None:
         _save_all(model, tokenizer, options.output)
+    elif options.only == "loras":
+        _save_loras(model, options.output)
     _draw(options.output)
     return 0
 
@@ -88,7 +98,7 @@ def _add_loras(model: DemoModel) -> None:
     layers = [
         key
         for key, module in model.unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "embedding" not in key
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and key.startswith(LORA_LAYERS)
     ]
     for name in LORA_FAMILIES:
         # One factor Gaussian, the other zero, as in the paper.
@@ -121,6 +131,14 @@ def _load(model: DemoModel, name: str, file: Path) -> None:
 
 def _save_all(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files that a user of real models has: two checkpoints, LoRAs, the tokenizer."""
+    _save_loras(model, folder)
+    plain = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if ".lora_" not in key}
+    save_checkpoints(plain, model.arch, folder)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer" / FILE))
+
+
+def _save_loras(model: DemoModel, folder: Path) -> None:
     for name in LORA_FAMILIES:
         tensors = {
             key.replace(f".{name}.", "."): value.to(torch.float16).contiguous()
@@ -129,10 +147,6 @@ def _save_all(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
         }
         configured = {"unet.r": LORA_RANK, "unet.lora_alpha": LORA_ALPHA}
         save_file(tensors, folder / f"{name}.safetensors", metadata={"lora_adapter_metadata": json.dumps(configured)})
-    plain = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if ".lora_" not in key}
-    save_checkpoints(plain, model.arch, folder)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer" / FILE))
 
 
 def _draw(folder: Path) -> None:
@@ -196,8 +210,6 @@ def _save_state(file: Path, model: DemoModel, optimizer: torch.optim.Optimizer, 
 
 
 def _learning_rate(stage: Stage, step: int, steps: int) -> float:
-    if stage.constant:
-        return stage.lr
     warm = min(1.0, (step + 1) / _WARM_UP)
     return stage.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -208,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path("demo-training"), metavar="DIR")
     parser.add_argument("--only", choices=list(STAGES), help="train this stage alone")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="finished checkpoints to begin with, instead of earlier stages"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="times the number of steps")

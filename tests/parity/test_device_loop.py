@@ -146,7 +146,7 @@ def test_memory_is_flat_over_restorations(on_device, photo, device):
     assert device.in_use == 0
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     pass
 
 
@@ -156,9 +156,9 @@ def test_a_cancelled_run_ends_within_the_look_ahead_and_the_next_is_right(on_dev
     def stop(progress):
         done.append(progress.step.index)
         if progress.step.index == 2:
-            raise Cancelled
+            raise CancelledError
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(CancelledError):
         on_device.restore(photo, steps=50, on_step=stop)
     assert done == [0, 1, 2]
     started = len(device.of("replay")) + sum(call[2:] == ("advance_step",) for call in device.of("launch"))
@@ -198,9 +198,11 @@ def test_too_little_memory_is_told_before_anything_is_loaded(bundle_fp32, folder
     bundle = open_bundle(bundle_fp32)
     everything = sum(weights(bundle).values())
     backend = HostBackend(HostDevice(folder, total_bytes=everything - 1))
-    with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
-        with pytest.raises(BackendError, match="out of GPU memory") as caught:
-            restorer.restore(photo, steps=1)
+    with (
+        Restorer(bundle, backend, vram_budget_bytes=budget) as restorer,
+        pytest.raises(BackendError, match="out of GPU memory") as caught,
+    ):
+        restorer.restore(photo, steps=1)
     assert words in str(caught.value)
     assert backend.opened == []
 

@@ -1,0 +1,247 @@
+"""What only a GPU can show. Skipped where there is none; no CI has one.
+
+`python -m pytest tests/gpu -rs` says what ran and what did not, and why.
+"""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from golden import assert_golden
+
+from engine import Restorer
+from engine.backends import PLAN_BACKENDS
+from engine.cuda import CudaDevice, device_info
+from engine.errors import BackendError
+from engine.guidance import Ramp, RestorationPull
+from engine.packed_table import pack_table
+from engine.sampler import dpmpp2m_table, weighted_sum
+from engine.schedule import karras_sigmas, nearest_level
+from engine.step_kernels import COLUMNS
+
+MIB = 1 << 20
+
+
+# -- the device -----------------------------------------------------------------------------------
+
+
+def test_a_gpu_says_what_it_is(gpu):
+    info = device_info(0)
+    assert info.name
+    assert float(info.compute_capability) >= 7.5
+    print(f"\n{info}")
+
+
+def test_arrays_go_there_and_come_back(gpu):
+    stream = gpu.stream()
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    first, second = gpu.buffer(array.shape, "float32"), gpu.buffer(array.shape, "float32")
+    stream.upload(first, array)
+    array[...] = 0  # the copy is the stream's by now
+    stream.copy(second, first)
+    found = stream.download(second.rows(1, 2)).result()
+    assert np.array_equal(found, np.arange(12, 24, dtype=np.float32).reshape(1, 3, 4))
+    for buffer in (first, second):
+        buffer.close()
+
+
+def test_two_streams_keep_the_order_that_events_say(gpu):
+    main, side = gpu.stream(), gpu.stream()
+    buffers = [gpu.buffer((1 << 22,), "float32") for _ in range(2)]
+    for value in range(10):
+        main.upload(buffers[0], np.full(1 << 22, value, np.float32))
+        side.wait(main.record())
+        side.copy(buffers[1], buffers[0])
+        done = side.record()
+        assert side.download(buffers[1]).result()[-1] == value
+        main.wait(done)
+    for buffer in buffers:
+        buffer.close()
+
+
+def test_too_much_memory_is_one_message(gpu):
+    free, total = gpu.memory_bytes()
+    with pytest.raises(BackendError, match="out of GPU memory") as caught:
+        gpu.buffer((2 * total,), "float32")
+    assert "free" in str(caught.value)
+    assert gpu.memory_bytes()[0] == pytest.approx(free, abs=64 * MIB)
+
+
+def test_a_gpu_that_is_not_there_is_told(gpu):
+    with pytest.raises(BackendError, match="no such GPU"):
+        CudaDevice(99)
+
+
+def test_a_step_s_kernels_round_as_numpy_does(gpu):
+    """DPM++2M with the pull uses every term; bit for bit, as the stand-in of the other tests does."""
+    rng = np.random.default_rng(0)
+    table = dpmpp2m_table(
+        karras_sigmas(5),
+        quantize=lambda sigma: (nearest_level(sigma).timestep, nearest_level(sigma).sigma),
+        cfg_scale=Ramp(3.0, 1.5),
+        control_scale=Ramp(1.0, 0.5),
+        pull=RestorationPull(4.0),
+    )
+    shape, step = (2, 4, 40, 24), 2
+    names = ("x", "pos", "neg", "center", "noise", "previous")
+    terms = {name: rng.standard_normal(shape, np.float32) for name in names}
+    stream = gpu.stream()
+    on_gpu = {name: gpu.buffer(shape, "float32") for name in names if name != "noise"}
+    on_gpu["noise"] = gpu.buffer((3, *shape), "float32")
+    fields = np.stack([terms["noise"] * (draw == 1) for draw in range(3)])
+    for name, buffer in on_gpu.items():
+        stream.upload(buffer, fields if name == "noise" else terms[name])
+    packed = pack_table(table)
+    rows, number = gpu.buffer((5, len(COLUMNS)), "float32"), gpu.buffer((1,), "uint32")
+    stream.upload(rows, packed)
+    stream.upload(number, np.array([step], np.uint32))
+    stream.launch(
+        "combine_step",
+        terms["x"].size,
+        rows,
+        number,
+        *(on_gpu[name] for name in ("pos", "neg", "center", "noise", "x", "previous")),
+    )
+    stream.launch("advance_step", 1, number)
+    weights = table.steps[step]
+    assert np.array_equal(stream.download(on_gpu["x"]).result(), weighted_sum(weights.update, terms))
+    assert np.array_equal(stream.download(on_gpu["previous"]).result(), weighted_sum(weights.denoised, terms))
+    assert stream.download(number).result() == [step + 1]
+
+
+# -- whole restorations ---------------------------------------------------------------------------
+
+
+def _built(build_bundle, folder, backend, precision, gpu):
+    changes = {"precision": precision, "backend": backend}
+    if backend in PLAN_BACKENDS:
+        changes["shapes"] = "64,64-128"
+    if backend == "tensorrt-rtx":
+        changes["targets"] = (gpu.compute_capability,)
+    return build_bundle(folder / f"{backend}-{precision}", **changes)
+
+
+EVERY_BACKEND = [(backend, precision) for backend in ("onnxruntime", *PLAN_BACKENDS) for precision in ("fp32", "fp16")]
+
+
+@pytest.fixture(scope="module", params=EVERY_BACKEND, ids=str)
+def on_gpu(request, gpu, build_bundle, tmp_path_factory):
+    """The reference model on every backend that runs on this GPU."""
+    backend, precision = request.param
+    try:
+        path = _built(build_bundle, tmp_path_factory.mktemp("gpu"), backend, precision, gpu)
+        restorer = Restorer.open(path, backend=backend, device="cuda")
+    except Exception as error:
+        pytest.skip(f"{backend} does not run here: {str(error).splitlines()[0]}")
+    with restorer:
+        yield restorer
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+
+
+def psnr(found, expected):
+    return -10 * np.log10(np.square(found - expected).mean())
+
+
+def test_a_restoration_is_the_cpu_s(on_gpu, restorer, photo):
+    for changes in ({"steps": 6}, {"steps": 5, "sampler": "dpmpp2m"}, {"steps": 5, "restore_pull": 4.0}):
+        found, expected = (r.restore(photo, **changes).photo.rgb for r in (on_gpu, restorer))
+        bound = 60.0 if on_gpu.bundle.manifest.precision == "fp32" else 45.0
+        assert psnr(found, expected) > bound, changes
+
+
+def test_whole_runs_agree_with_the_reference(on_gpu, reference):
+    """The original implementation's networks, one call of each."""
+    inputs = {name: reference[f"net/{name}"] for name in ("x", "lq", "context", "vector")}
+    half = on_gpu.bundle.manifest.precision == "fp16"
+    wide = np.float16 if half else np.float32
+    rows = len(inputs["x"])
+    shared = {
+        "x": inputs["x"],
+        "timestep": np.full(rows, 417, np.float32),
+        "context": inputs["context"].astype(wide),
+        "vector": inputs["vector"].astype(wide),
+    }
+    controls = on_gpu._run("controlnet", {**shared, "lq": inputs["lq"]}, "controlnet", None)
+    scale = np.ones(1, np.float32)
+    eps = on_gpu._run("unet", {**shared, **controls, "control_scale": scale}, "unet", None)["eps"]
+    assert_golden(eps, reference["net/eps_control_scale_1.0"], 5e-3 if half else 5e-5)
+
+
+def test_replayed_steps_are_the_steps(on_gpu, photo, monkeypatch):
+    recorded = on_gpu.restore(photo, steps=6).photo.rgb
+    for graph in ("controlnet", "unet"):
+        monkeypatch.setattr(type(on_gpu._runners[graph]), "can_be_recorded", False)
+    on_gpu._session._close_loop()
+    assert np.array_equal(on_gpu.restore(photo, steps=6).photo.rgb, recorded)
+
+
+def test_the_same_seed_gives_the_same_photo(on_gpu, photo):
+    first, second = (on_gpu.restore(photo, steps=4, seed=5).photo.rgb for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_memory_is_flat_over_a_hundred_restorations(on_gpu, photo, gpu):
+    on_gpu.restore(photo, steps=2)
+    before, _ = gpu.memory_bytes()
+    for seed in range(100):
+        on_gpu.restore(photo, steps=2, seed=seed)
+    after, _ = gpu.memory_bytes()
+    assert abs(before - after) <= 2 * MIB
+
+
+class CancelledError(Exception):
+    pass
+
+
+def test_a_cancelled_run_leaves_nothing_behind(on_gpu, photo):
+    expected = on_gpu.restore(photo, steps=4).photo.rgb
+
+    def stop(progress):
+        if progress.step.index == 3:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        on_gpu.restore(photo, steps=200, on_step=stop)
+    assert np.array_equal(on_gpu.restore(photo, steps=4).photo.rgb, expected)
+
+
+def test_the_loop_takes_the_time_of_its_networks(on_gpu, photo):
+    """Printed, and bounded loosely: the issue's 3 % is measured by the benchmark at full size."""
+    times = [on_gpu.restore(photo, steps=50).timings for _ in range(3)][-1]
+    print(f"\n{on_gpu.bundle.manifest.backend} {on_gpu.bundle.manifest.precision}: {times.device_ms}")
+    assert times.device_ms["steps"] <= times.graphs_ms["gpu"]
+
+
+def test_weightless_plans_are_filled_and_agree(gpu, build_bundle, tmp_path_factory, photo, restorer):
+    for backend in PLAN_BACKENDS:
+        folder = tmp_path_factory.mktemp("weightless")
+        try:
+            path = build_bundle(folder / backend, backend=backend, precision="fp16", weightless=True, shapes="64-192")
+            opened = Restorer.open(path)
+        except Exception as error:
+            print(f"\n{backend}: {error}")
+            continue
+        with opened:
+            found, expected = (r.restore(photo, steps=4).photo.rgb for r in (opened, restorer))
+            assert psnr(found, expected) > 45.0
+            return
+    pytest.skip("no TensorRT builds weightless plans here; see what was printed")
+
+
+def test_do_rtx_plans_run_on_this_gpu(gpu, build_bundle, tmp_path_factory):
+    """An open question for compute capability 9.0, which RTX's support matrix does not list."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+    targets = ("8.0", "8.6", "8.9", "12.0")
+    folder = tmp_path_factory.mktemp("rtx") / "bundle"
+    bundle = build_bundle(folder, backend="tensorrt-rtx", precision="fp16", targets=targets, shapes="64")
+    runtime = rtx.Runtime(rtx.Logger(rtx.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine((bundle / "vae_decoder.plan").read_bytes())
+    answer = "opens" if engine is not None else "does not open"
+    print(f"\nTensorRT-RTX {rtx.__version__}: a plan for {targets} {answer} on {gpu.name} ({gpu.compute_capability})")
+    if gpu.compute_capability in targets:
+        assert engine is not None
