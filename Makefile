@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format benchmark quality train clean
+.PHONY: help demo plans gpu test slow lint format benchmark quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -7,6 +7,12 @@ help: ## Show this list
 demo: ## Build the demo bundle and restore the sample photo
 	python export/build_engines.py
 	python -m engine.restore tests/data/coffee-damaged.jpg -o restored.png --overwrite
+
+plans: ## Compile the demo for RTX cards; needs no GPU
+	python export/build_engines.py --backend tensorrt-rtx --output demo-plans
+
+gpu: ## Run what only a GPU can show, and say what was skipped
+	python -m pytest tests/gpu -rsA
 
 test: ## Run the tests (about 5 minutes on 2 cores)
 	python -m pytest
