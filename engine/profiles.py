@@ -62,5 +62,5 @@ def choose_profile(profiles: Sequence[Profile], symbols: Mapping[str, int], *, w
         where=where,
         expected="; or ".join(map(str, profiles)),
         found=", ".join(f"{name} = {value}" for name, value in symbols.items()),
-        fix="work at another size (--min-size, --upscale), with a shorter text, or build with other --shapes and --batch",
+        fix="work at another size (--min-size, --upscale) or with a shorter text, or build with other --shapes",
     )
