@@ -101,7 +101,7 @@ class DeviceSession:
         self._device, self._runner = backend.device, runner
         self._main, self._side = (backend.streams[name] for name in STREAMS)
         self._close_runners = close_runners
-        self._resident = plan_residency(bundle, budget_bytes, backend.device.memory_bytes()[0])
+        self._all_resident = fit_together(bundle, budget_bytes, backend.device.memory_bytes()[0])
         self._buffers: dict[str, Buffer] = {}
         self._loop: DeviceLoop | None = None
 
@@ -165,7 +165,7 @@ class DeviceSession:
             job.on_step(progress)
         sampled = clock.stop("steps", main)
         z = loop.latent
-        if self._resident is None:  # the loop's buffers go with its networks
+        if not self._all_resident:  # the loop's buffers go with its networks
             kept = self._buffer("z", latent)
             main.copy(kept, z)
             z, sampled = kept, main.record()
@@ -193,7 +193,7 @@ class DeviceSession:
 
     def _enter(self, phase: int) -> None:
         """Make room for a phase's graphs, where not all fit at once."""
-        if self._resident is not None:
+        if self._all_resident:
             return
         self._synchronize()
         others = {graph for graphs in PHASES for graph in graphs} - set(PHASES[phase])
@@ -216,25 +216,23 @@ class DeviceSession:
         self._side.synchronize()
 
 
-def plan_residency(bundle: Bundle, budget_bytes: int | None, free_bytes: int) -> int | None:
-    """Decide whether all graphs stay on the device.
+def fit_together(bundle: Bundle, budget_bytes: int | None, free_bytes: int) -> bool:
+    """Tell whether all graphs can stay on the device; if not, they come and go by phase.
 
     Args:
         bundle: whose graphs' weights count; what activations need is known to the library alone.
         budget_bytes: that may be used, or None.
         free_bytes: of the device.
-    Returns:
-        The bytes of all weights if they fit together, None if graphs come and go by phase.
     Raises:
-        BackendError: without a budget, the weights are more than is free; or even the phases' are
-            more than there is.
+        BackendError: without a budget, the weights are more than is free; or even those of a phase
+            are more than may be used.
     """
     weights = {name: graph.weights_bytes for name, graph in bundle.manifest.graphs.items()}
     everything = sum(weights.values())
     largest = max(sum(weights[graph] for graph in phase) for phase in PHASES)
     allowed = free_bytes if budget_bytes is None else min(budget_bytes, free_bytes)
     if everything <= allowed:
-        return everything
+        return True
     if budget_bytes is None or largest > allowed:
         raise BackendError(
             "out of GPU memory",
@@ -245,7 +243,7 @@ def plan_residency(bundle: Bundle, budget_bytes: int | None, free_bytes: int) ->
             if budget_bytes is None and largest <= allowed
             else "use a GPU with more memory, or close other programs on it",
         )
-    return None
+    return False
 
 
 class _Clock:

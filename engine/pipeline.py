@@ -118,7 +118,7 @@ class Restorer:
         self.close()
 
     def close(self) -> None:
-        """Give all graphs' memory back, and what the backend shares between them."""
+        """Give all graphs' memory back, and the device, if there is one; on a CPU they can be opened again."""
         if self._session is not None:
             self._session.close()
             self._session = None
