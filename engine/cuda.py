@@ -57,7 +57,8 @@ class CudaDevice:
 
     def __init__(self, index: int = 0) -> None:
         self._core = _cuda_core()
-        self._stack = contextlib.ExitStack()
+        self._streams: weakref.WeakSet[CudaStream] = weakref.WeakSet()
+        self._buffers: weakref.WeakSet[CudaBuffer] = weakref.WeakSet()
         with _translated("open the GPU"):
             count = len(self._core.Device.get_all_devices())
             if index >= count:
@@ -77,8 +78,15 @@ class CudaDevice:
         self.close()
 
     def close(self) -> None:
-        """Give back every stream and buffer that was made with it."""
-        self._stack.close()
+        """Give back every stream and buffer that was made with it and is still there."""
+        streams = list(self._streams)
+        for stream in streams:
+            if not stream.raw.is_closed:
+                stream.synchronize()
+        for buffer in list(self._buffers):
+            buffer.close()
+        for stream in streams:
+            stream.close()
 
     @property
     def name(self) -> str:
@@ -92,7 +100,7 @@ class CudaDevice:
     def stream(self) -> CudaStream:
         with _translated("make a stream"):
             stream = CudaStream(self, self._device.create_stream())
-        self._stack.callback(_close, weakref.ref(stream))
+        self._streams.add(stream)
         return stream
 
     def buffer(self, shape: Sequence[int], dtype: DType) -> CudaBuffer:
@@ -111,7 +119,7 @@ class CudaDevice:
                 fix="try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU",
             ) from None
         buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype)
-        self._stack.callback(_close, weakref.ref(buffer))
+        self._buffers.add(buffer)
         return buffer
 
     def memory_bytes(self) -> tuple[int, int]:
@@ -246,9 +254,11 @@ class CudaStream:
             builder = self.raw.create_graph_builder().begin_building("thread_local")
             try:
                 enqueue(CudaStream(self._device, builder.stream))
-            finally:
-                builder.end_building()
-            return CudaReplay(builder.complete())
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error is the one that tells
+                    builder.end_building()
+                raise
+            return CudaReplay(builder.end_building().complete())
 
     def synchronize(self) -> None:
         with _translated("wait for the GPU"):
@@ -256,8 +266,9 @@ class CudaStream:
         self._staged.clear()
 
     def close(self) -> None:
-        self.synchronize()
-        self.raw.close()
+        if not self.raw.is_closed:
+            self.synchronize()
+            self.raw.close()
 
 
 class CudaReplay:
@@ -316,12 +327,6 @@ def _as_array(staging: Any, like: CudaBuffer) -> NDArray[Any]:
     )
 
 
-def _close(reference: weakref.ref[Any]) -> None:
-    owned = reference()
-    if owned is not None:
-        owned.close()
-
-
 # -- the library and its errors -------------------------------------------------------------------
 
 _INSTALL = "pip install 'restoration-engine[tensorrt-rtx]'"
@@ -362,9 +367,10 @@ def _translated(action: str) -> Iterator[None]:
     """
     try:
         yield
-    except BackendError:
-        raise
-    except Exception as error:  # cuda.core raises its own, of several bases
+    except Exception as error:
+        # cuda.core's own have several bases; all other exceptions are bugs, and stay what they are.
+        if not type(error).__module__.startswith("cuda.") and not isinstance(error, RuntimeError):
+            raise
         text = " ".join(str(error).split())
         if type(error).__name__ == "DynamicLibNotFoundError" or "INSUFFICIENT_DRIVER" in text or "NO_DEVICE" in text:
             driver = "driver" in text.lower() or "NO_DEVICE" in text

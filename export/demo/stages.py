@@ -36,7 +36,7 @@ from export.demo.words import prompt_for, token_rows
 
 FROBENIUS_WEIGHT = 1e-6
 LORA_RANK = 24
-LORA_ALPHA = 96.0
+LORA_ALPHA = 2400.0
 #: What the LoRAs change: the level of the UNet that has the latent's size, where details are decided.
 LORA_LAYERS = ("up_blocks.2.", "conv_out")
 #: The LoRAs by name, and the pictures that each is for.
@@ -117,7 +117,7 @@ STAGES = {
         (),
         (),
         ("landscape", "portrait"),
-        3000,
+        6000,
         1e-4,
         4,
         256,
