@@ -266,7 +266,8 @@ def _plan_options(
     }
     if request.weightless:
         _check_probe_fits(builders, profiles)
-    return PlanOptions(library, targets, device, profiles, request.weightless)
+    timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
+    return PlanOptions(library, targets, device, profiles, request.weightless, timings)
 
 
 def _check_probe_fits(builders: Mapping[str, GraphBuilder], profiles: Mapping[str, tuple[Profile, ...]]) -> None:

@@ -41,6 +41,8 @@ class PlanOptions:
         device: the kind of GPU, where the library compiles for one alone.
         profiles: by graph.
         weightless: leave the weights out; they are filled in when the plan is opened.
+        timing_cache: where TensorRT keeps what it has measured, for the next build; None for
+            TensorRT-RTX, which measures nothing.
     """
 
     library: TrtLibrary
@@ -48,6 +50,7 @@ class PlanOptions:
     device: str | None
     profiles: dict[str, tuple[Profile, ...]]
     weightless: bool
+    timing_cache: Path | None = None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -153,6 +156,8 @@ class _Compiler:
             config.set_flag(getattr(self._api.BuilderFlag, flag))
         for profile in options.profiles[self._spec.name]:
             config.add_optimization_profile(self._profile(profile))
+        if options.timing_cache is not None:
+            read_timing_cache(config, options.timing_cache)
         plan = self._interruptible(config)
         if plan is None:
             raise BuildError(
@@ -161,6 +166,8 @@ class _Compiler:
                 found=self._log.last or "no reason given",
                 fix="see whether the disk and memory are full; otherwise please report it, with the library's version",
             )
+        if options.timing_cache is not None:
+            keep_timing_cache(config, options.timing_cache)
         return plan
 
     def _profile(self, profile: Profile) -> Any:
@@ -191,6 +198,20 @@ class _Compiler:
             found=" ".join(error.desc().split()) or self._log.last,
             fix="build the bundle again from its checkpoints; if that does not help, please report it",
         )
+
+
+def read_timing_cache(config: Any, file: Path) -> None:
+    """Let a build use what earlier ones have measured; a cache of another GPU or version is left out."""
+    blob = file.read_bytes() if file.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(blob), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def keep_timing_cache(config: Any, file: Path) -> None:
+    """Write what has been measured so far."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    temporary.replace(file)
 
 
 def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:

@@ -225,3 +225,44 @@ def test_a_refitted_plan_must_agree_with_the_probe(bundle):
 
 def test_the_bound_of_each_precision_is_looser_than_its_rounding():
     assert trt._PROBE_BOUNDS["fp32"] < trt._PROBE_BOUNDS["fp16"] < trt._PROBE_BOUNDS["bf16"] < 0.1
+
+
+# -- TensorRT's timing cache ----------------------------------------------------------------------
+
+
+class Config:
+    def __init__(self, refuses=b""):
+        self.refuses, self.cache = refuses, None
+
+    def create_timing_cache(self, blob):
+        return blob
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert not ignore_mismatch
+        if cache and cache == self.refuses:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return SimpleNamespace(serialize=lambda: self.cache + b" and more")
+
+
+def test_a_timing_cache_grows_from_build_to_build(tmp_path):
+    plans = pytest.importorskip("export.plans", reason="needs the export extra")
+    file = tmp_path / ".bundle.timings"
+    for expected in (b" and more", b" and more and more"):
+        config = Config()
+        plans.read_timing_cache(config, file)
+        plans.keep_timing_cache(config, file)
+        assert file.read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir()] == [".bundle.timings"]
+
+
+def test_a_timing_cache_of_another_gpu_is_left_out(tmp_path):
+    plans = pytest.importorskip("export.plans", reason="needs the export extra")
+    file = tmp_path / ".bundle.timings"
+    file.write_bytes(b"of another")
+    config = Config(refuses=b"of another")
+    plans.read_timing_cache(config, file)
+    assert config.cache == b""
