@@ -95,7 +95,7 @@ def contact_sheet(rows: list[list[Rgb]], labels: list[str], columns: list[str]) 
         draw.text((gap + place * (side + gap), 3), column, fill="black", font=font)
     for line, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         top = head + line * (side + head + gap)
-        readable = label.replace("σ", "sigma ")  # Pillow's own font has no Greek
+        readable = label.replace("σ", "sigma")  # Pillow's own font has no Greek
         draw.text((gap, top + 2), readable, fill="black", font=font)
         for place, picture in enumerate(pictures):
             eight_bit = np.rint(picture.clip(0, 1) * 255).astype(np.uint8)
