@@ -64,35 +64,35 @@ def restore(arguments: Sequence[str]) -> int:
     changes, made_with = _changes(options)
     photos = _photos(options.images)
     _check_folder(options.output)
-    restorer = Restorer.open(
+    with Restorer.open(
         options.bundle or default_bundle_dir(),
         backend=options.backend,
         device=options.device,
         threads=options.threads,
         vram_budget_gib=options.vram_budget,
-    )
-    settings = restorer.defaults.updated(changes)
-    if made_with is not None and made_with != restorer.bundle.digest:
-        _warn(f"{options.like} was made with another bundle: the result will differ")
-    if restorer.bundle.manifest.notice and not options.quiet:
-        print(f"note: {restorer.bundle.manifest.notice}", file=sys.stderr)
-    _warn_of_idle_options(options, settings)
-    jobs = _jobs(photos, options, settings.seed)
-    reports, failures = [], []
-    steps = settings.steps * sum(len(job.outputs) for job in jobs)
-    with tqdm(total=steps, unit="step", disable=options.quiet, file=sys.stderr) as bar:
-        for job in jobs:
-            bar.set_description_str(job.photo.name)
-            try:
-                reports += _run(job, restorer, settings, options, bar)
-            except RestoreError as error:
-                if str(job.photo) not in str(error):
-                    error = error.at(job.photo)
-                if len(jobs) == 1:
-                    bar.leave = False  # half a bar says nothing beside the error
-                    raise error from None
-                failures.append(error)
-                bar.write(f"error: {error}", file=sys.stderr)
+    ) as restorer:
+        settings = restorer.defaults.updated(changes)
+        if made_with is not None and made_with != restorer.bundle.digest:
+            _warn(f"{options.like} was made with another bundle: the result will differ")
+        if restorer.bundle.manifest.notice and not options.quiet:
+            print(f"note: {restorer.bundle.manifest.notice}", file=sys.stderr)
+        _warn_of_idle_options(options, settings)
+        jobs = _jobs(photos, options, settings.seed)
+        reports, failures = [], []
+        steps = settings.steps * sum(len(job.outputs) for job in jobs)
+        with tqdm(total=steps, unit="step", disable=options.quiet, file=sys.stderr) as bar:
+            for job in jobs:
+                bar.set_description_str(job.photo.name)
+                try:
+                    reports += _run(job, restorer, settings, options, bar)
+                except RestoreError as error:
+                    if str(job.photo) not in str(error):
+                        error = error.at(job.photo)
+                    if len(jobs) == 1:
+                        bar.leave = False  # half a bar says nothing beside the error
+                        raise error from None
+                    failures.append(error)
+                    bar.write(f"error: {error}", file=sys.stderr)
     if options.json:
         print(json.dumps(reports, indent=1))
     elif not options.quiet:

@@ -69,6 +69,11 @@ class CudaDevice:
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
 
+    def activate(self) -> None:
+        """Make it the GPU of the calling thread, which libraries go by."""
+        with _translated("choose the GPU"):
+            self._device.set_current()
+
     def __enter__(self) -> CudaDevice:
         return self
 
@@ -251,14 +256,14 @@ class CudaStream:
 
     def capture(self, enqueue: Callable[[promises.Stream], None]) -> CudaReplay:
         with _translated("record a step"):
-            builder = self.raw.create_graph_builder().begin_building("thread_local")
+            builder = self.raw.create_graph_builder()
             try:
+                builder.begin_building("thread_local")
                 enqueue(CudaStream(self._device, builder.stream))
-            except BaseException:
+                return CudaReplay(builder.end_building().complete())
+            finally:
                 with contextlib.suppress(Exception):  # the first error is the one that tells
-                    builder.end_building()
-                raise
-            return CudaReplay(builder.end_building().complete())
+                    builder.close()  # ends a capture that failed, or the stream would stay in it
 
     def synchronize(self) -> None:
         with _translated("wait for the GPU"):

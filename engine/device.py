@@ -137,6 +137,10 @@ class Device(Protocol):
     @property
     def compute_capability(self) -> str: ...
 
+    def activate(self) -> None:
+        """Make it the device of the calling thread: libraries go by that."""
+        ...
+
     def stream(self) -> Stream: ...
 
     def buffer(self, shape: Sequence[int], dtype: DType) -> Buffer:

@@ -118,6 +118,7 @@ class DeviceSession:
         Raises:
             BackendError: a graph fails, or memory runs out.
         """
+        self._device.activate()
         try:
             return self._restore(job, times)
         except BaseException:
@@ -136,6 +137,7 @@ class DeviceSession:
         clock.start("denoise encoder", main)
         encoder.enqueue(main, {"pixels": lq}, {"z": z_lq})
         encoded = clock.stop("denoise encoder", main)
+        del encoder  # here and below: what is held here could not be released by phase
         self._enter(1)
         texts = job.texts()
         stage_1 = center = None
@@ -169,6 +171,7 @@ class DeviceSession:
             kept = self._buffer("z", latent)
             main.copy(kept, z)
             z, sampled = kept, main.record()
+        del loop
         self._enter(4)
         side.wait(sampled)
         restored = self._buffer("restored", job.lq.shape)

@@ -5,6 +5,7 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,11 +120,12 @@ class Restorer:
 
     def close(self) -> None:
         """Give all graphs' memory back, and the device, if there is one; on a CPU they can be opened again."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        self._close_runners(list(self._runners))
-        self._backend.close()
+        with contextlib.ExitStack() as steps:  # each is done, whatever the ones before it raise
+            steps.callback(self._backend.close)
+            steps.callback(self._close_runners, list(self._runners))
+            if self._session is not None:
+                steps.callback(self._session.close)
+                self._session = None
 
     def _close_runners(self, graphs: Sequence[str]) -> None:
         for graph in graphs:

@@ -190,6 +190,9 @@ class HostDevice:
         self.in_use, self.total_bytes = 0, total_bytes
         self._streams = iter(STREAMS)
 
+    def activate(self) -> None:
+        pass
+
     def stream(self) -> HostStream:
         return HostStream(self, next(self._streams))
 

@@ -52,6 +52,7 @@ class BufferRunner(Runner):
         """Put the graph on a stream, with buffers that are known to fit."""
 
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self._device.activate()
         symbols = self.spec.sizes_of({name: array.shape for name, array in inputs.items()})
         with contextlib.ExitStack() as made:
 

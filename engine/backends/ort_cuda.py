@@ -46,6 +46,12 @@ class OrtCudaBackend:
     def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
         """Open a bundle's graph on the GPU; see `Backend`."""
         entry = bundle.manifest.graphs[graph]
+        if any(tensor.dtype == "bfloat16" for tensor in (*entry.spec.inputs, *entry.spec.outputs)):
+            raise BackendError(
+                "the engine exchanges no bf16 with graphs",
+                where=graph,
+                fix="build the bundle with --precision fp16, or fp32",
+            )
         stream = self.streams[stream_of(graph)]
         options = {
             "device_id": str(self._index),

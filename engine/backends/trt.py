@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class TrtBackend:
         self._log = make_log(self.library.api)
         self._runtime = self.library.api.Runtime(self._log)
         self.streams = {name: device.stream() for name in STREAMS}
-        self._arenas = {name: Arena(device) for name in STREAMS}
+        self._arenas = {name: Arena(device, stream) for name, stream in self.streams.items()}
 
     def open(self, bundle: Bundle, graph: str) -> TrtRunner:
         """Return a runner for a graph's plan.
@@ -46,16 +47,12 @@ class TrtBackend:
             BackendError: the plan does not open.
         """
         entry = bundle.manifest.graphs[graph]
+        self.device.activate()
         plan = check_plan(bundle, entry, self.library, self.device)
         file = bundle.file(plan.file)
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
-            raise BackendError(
-                f"{self.library.label} cannot open the plan",
-                where=file,
-                found=self._log.last,
-                fix=_rebuild(bundle),
-            )
+            raise failed("open the plan", file, self._log, fix=_rebuild(bundle))
         place = stream_of(graph)
         runner = TrtRunner(
             engine,
@@ -66,6 +63,7 @@ class TrtBackend:
             self.streams[place],
             self._arenas[place],
             self._cache(bundle),
+            self._log,
         )
         if plan.weightless:
             refit(engine, bundle, entry, self.library.api, self._log)
@@ -89,17 +87,13 @@ class TrtBackend:
 class Arena:
     """One piece of memory for the activations of all graphs of a stream: they run one after the other.
 
-    It grows to what the largest needs. Recorded steps hold its address, so what it has outgrown is
-    kept until it is closed; all graphs of a stream are opened before one is recorded, so that is rare.
+    It grows to what the largest needs, when that is opened. Recorded steps hold its address: a session
+    opens all graphs of the main stream before it records a step, and drops recordings with their graphs.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._buffers: list[Buffer] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
+    def __init__(self, device: Device, stream: Stream) -> None:
+        self._device, self._stream = device, stream
+        self._buffer: Buffer | None = None
 
     def at_least(self, nbytes: int) -> Buffer:
         """Return the memory, of at least this size.
@@ -107,14 +101,16 @@ class Arena:
         Raises:
             BackendError: the GPU has less.
         """
-        if not self._buffers or self._buffers[-1].nbytes < nbytes:
-            self._buffers.append(self._device.buffer((max(nbytes, 4) // 4 + 1,), "float32"))
-        return self._buffers[-1]
+        if self._buffer is None or self._buffer.nbytes < nbytes:
+            self.close()  # before there is a larger one, so that there are never two
+            self._buffer = self._device.buffer((max(nbytes, 4) // 4 + 1,), "float32")
+        return self._buffer
 
     def close(self) -> None:
-        for buffer in self._buffers:
-            buffer.close()
-        self._buffers.clear()
+        if self._buffer is not None:
+            self._stream.synchronize()
+            self._buffer.close()
+            self._buffer = None
 
 
 class TrtRunner(BufferRunner):
@@ -132,10 +128,11 @@ class TrtRunner(BufferRunner):
         stream: Stream,
         arena: Arena,
         cache: Path | None,
+        log: Any,
     ) -> None:
         super().__init__(spec, device, stream)
         self._engine, self._plan, self._library = engine, plan, library
-        self._arena, self._cache = arena, cache
+        self._arena, self._cache, self._log = arena, cache, log
         self._contexts: dict[tuple[int, ...], Any] = {}
         self._runtime_cache: Any = None
         self._config = self._make_config()
@@ -149,14 +146,16 @@ class TrtRunner(BufferRunner):
         self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> None:
         context = self._context(symbols, stream)
-        for name, buffer in (*inputs.items(), *outputs.items()):
-            context.set_tensor_address(name, buffer.address)
-        if not context.execute_async_v3(stream.handle):
-            raise BackendError("TensorRT failed", where=self.spec.name, found="see its log")
+        bound = all(
+            context.set_tensor_address(name, buffer.address) for name, buffer in (*inputs.items(), *outputs.items())
+        )
+        if not bound or not context.execute_async_v3(stream.handle):
+            raise failed("run the graph", self.spec.name, self._log)
 
     def close(self) -> None:
         self._keep_cache()
         self._contexts.clear()
+        self._config = None  # the engine's child, and might hold it
         self._engine = None
 
     def _context(self, symbols: Mapping[str, int], stream: Stream) -> Any:
@@ -166,10 +165,12 @@ class TrtRunner(BufferRunner):
             index = choose_profile(self._plan.profiles, symbols, where=self.spec.name)
             context = self._engine.create_execution_context(self._config)
             if context is None:
-                raise BackendError("TensorRT could not make a context", where=self.spec.name)
-            context.set_optimization_profile_async(index, stream.handle)
-            for tensor in self.spec.inputs:
-                context.set_input_shape(tensor.name, resolve(tensor.shape, symbols))
+                raise failed("make a context", self.spec.name, self._log)
+            sized = context.set_optimization_profile_async(index, stream.handle) and all(
+                context.set_input_shape(tensor.name, resolve(tensor.shape, symbols)) for tensor in self.spec.inputs
+            )
+            if not sized:
+                raise failed("take the size", self.spec.name, self._log)
             self._contexts[key] = context
         needed = int(self._engine.device_memory_size_v2)
         memory = self._arena.at_least(needed)
@@ -200,12 +201,29 @@ class TrtRunner(BufferRunner):
         """Write the kernels that were compiled, for the next start; not where the folder is not ours to write."""
         if self._runtime_cache is None:
             return
-        file = self._cache_file()
-        with contextlib.suppress(OSError):
-            temporary = file.with_name(f"{file.name}.part")
-            temporary.write_bytes(bytes(self._runtime_cache.serialize()))
-            temporary.replace(file)
+        file, kernels = self._cache_file(), self._runtime_cache.serialize()
         self._runtime_cache = None
+        if kernels is None:
+            return
+        with contextlib.suppress(OSError):
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+            temporary.write_bytes(bytes(kernels))
+            temporary.replace(file)
+
+
+def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> BackendError:
+    """Return the error of a library that could not do something, by what it logged last.
+
+    Args:
+        action: as in "open the plan".
+        where: the graph or file.
+        log: from `make_log`.
+        fix: what helps, unless memory is what is missing.
+    """
+    reason = log.last or "no reason given"
+    if "memory" in reason.lower():
+        fix = "try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU"
+    return BackendError(f"TensorRT could not {action}", where=where, found=reason, fix=fix)
 
 
 def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> Plan:

@@ -233,3 +233,16 @@ def test_help_names_every_setting(run_restore):
 
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("steps", [1, 0])
+def test_the_command_closes_what_it_opened(bundle_fp32, photo_path, tmp_path, monkeypatch, steps):
+    """Also where it fails; a GPU's compiled kernels are kept when a restorer is closed."""
+    from engine.command import restore
+
+    closed = []
+    close = Restorer.close
+    monkeypatch.setattr(Restorer, "close", lambda self: (closed.append(self), close(self)))
+    arguments = [photo_path, "-o", tmp_path / "out.png", "--bundle", bundle_fp32, "--steps", steps, "--quiet"]
+    assert run_command(restore, list(map(str, arguments))) == (0 if steps else 2)
+    assert len(closed) == 1

@@ -69,7 +69,7 @@ class Engine:
         return self.contexts[-1]
 
 
-STREAM = SimpleNamespace(handle=42)
+STREAM = SimpleNamespace(handle=42, synchronize=lambda: None)
 
 
 @pytest.fixture
@@ -86,7 +86,9 @@ def engine():
 def runner(engine, device):
     api = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"))
     plan = SimpleNamespace(profiles=PROFILES)
-    return TrtRunner(engine, SPEC, plan, TrtLibrary("tensorrt", api, "10"), device, STREAM, Arena(device), None)
+    log = SimpleNamespace(last="out of memory")
+    arena = Arena(device, STREAM)
+    return TrtRunner(engine, SPEC, plan, TrtLibrary("tensorrt", api, "10"), device, STREAM, arena, None, log)
 
 
 def tensors(rows, height, width):
@@ -130,19 +132,21 @@ def test_a_size_without_a_profile_a_wrong_type_and_a_failure_are_told(runner, en
         runner.enqueue(STREAM, inputs, outputs)
     runner.enqueue(STREAM, *tensors(2, 8, 8))
     engine.contexts[0].works = False
-    with pytest.raises(BackendError, match="unet: TensorRT failed"):
+    with pytest.raises(BackendError, match="unet: TensorRT could not run the graph") as caught:
         runner.enqueue(STREAM, *tensors(2, 8, 8))
+    assert "--vram-budget" in str(caught.value)
 
 
-def test_an_arena_keeps_what_recordings_may_hold_until_it_is_closed(device):
-    arena = Arena(device)
+def test_an_arena_is_one_piece_that_grows_when_nothing_uses_it(device):
+    waited = []
+    arena = Arena(device, SimpleNamespace(synchronize=lambda: waited.append(len(device.made))))
     first = arena.at_least(100)
     assert arena.at_least(50) is first
     second = arena.at_least(1000)
     assert second is not first
-    assert not first.closed
-    arena.close()
     assert first.closed
+    assert waited == [1]  # before there was a second one
+    arena.close()
     assert second.closed
 
 
