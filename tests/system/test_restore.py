@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine import Restorer
 from engine.console import run_command
 from engine.imageio import read_history, read_photo
 from engine.restore import main
