@@ -36,9 +36,10 @@ class Sinusoid(nn.Module):
         super().__init__()
         half = channels // 2
         # On the CPU even where parameters are made on the meta device: a constant, not a weight.
-        # In float32 from the start, as the networks were trained.
+        # Exponents in float32, as the networks were trained; their exponentials rounded once, because
+        # the last bit of torch's float32 exp is another one on Intel's and on AMD's processors.
         exponent = torch.arange(half, dtype=torch.float32, device="cpu") * (-math.log(MAX_PERIOD) / half)
-        self.register_buffer("frequencies", torch.exp(exponent), persistent=False)
+        self.register_buffer("frequencies", torch.exp(exponent.double()).float(), persistent=False)
 
     def forward(self, number: Tensor) -> Tensor:
         """Return f32[B, channels] for f32[B]."""
