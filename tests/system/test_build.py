@@ -64,7 +64,7 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
     done = run_build(**place)
     assert done.returncode == 0, done.stderr
-    assert "merged LoRA landscape × 1: rank 4, alpha 16, " in done.stdout
+    assert "merged LoRA landscape × 1: rank 24, alpha 2400, " in done.stdout
     assert done.stdout.count("agrees with torch") == 7
     assert "100 %" in done.stderr
     assert "left" in done.stderr
@@ -140,7 +140,7 @@ def test_a_move_that_fails_gives_the_old_bundle_back(request_of, built, tmp_path
 
 
 def test_a_bug_leaves_nothing_behind(request_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "verify", lambda builder, file: 1 / 0)
+    monkeypatch.setattr(build_module, "verify", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(request_of())
     assert list(tmp_path.iterdir()) == []
@@ -180,11 +180,11 @@ def test_a_stopped_build_goes_on_where_it_was(request_of, tmp_path, monkeypatch)
     verified = []
     real = build_module.verify
 
-    def verify(builder, file):
+    def verify(builder, file, probe):
         if len(verified) == 3:
             raise Stop
         verified.append(builder.spec.name)
-        return real(builder, file)
+        return real(builder, file, probe)
 
     monkeypatch.setattr(build_module, "verify", verify)
     with pytest.raises(Stop):
@@ -220,7 +220,7 @@ def test_a_killed_build_goes_on_too(tmp_path):
 
 
 def test_a_stopped_build_of_something_else_is_not_mixed_in(request_of, tmp_path, monkeypatch):
-    def verify(builder, file):
+    def verify(builder, file, probe):
         raise Stop
 
     monkeypatch.setattr(build_module, "verify", verify)
@@ -236,7 +236,7 @@ def test_a_failed_build_leaves_what_was_there(request_of, bundle_fp32, tmp_path,
         shutil.copytree(bundle_fp32, tmp_path / "bundle")
     kept = open_bundle(tmp_path / "bundle").digest if before else None
 
-    def verify(builder, file):
+    def verify(builder, file, probe):
         raise BuildError("the exported graph disagrees with its torch module", where=builder.spec.name)
 
     monkeypatch.setattr(build_module, "verify", verify)
