@@ -5,7 +5,7 @@ Bounds are issue 1's. Loose bounds hide mistakes: a wrong GroupNorm eps costs up
 
 import numpy as np
 import pytest
-from golden import assert_golden
+from golden import assert_golden, in_the_last_bit_of
 
 from engine.bundle import open_bundle
 from engine.conditioning import Conditioning, join_context, join_vector
@@ -60,26 +60,13 @@ def test_vae(run, reference):
     assert_golden(center, reference["vae/z_stage1_mode"], VAE)
 
 
-def _in_the_last_bit_of(frequencies, vector):
-    """Return the frequencies, each with the last bit that the reference's own machine gave it.
-
-    The reference's exp rounded some of them otherwise; times 1024, that shows in the sixth digit.
-    """
-    first = vector[-6 * 2 * len(frequencies) :].reshape(6, 2, -1)[0].astype(np.float64)
-    ours = np.float32(frequencies)
-    near = np.stack([ours, np.nextafter(ours, np.float32(0)), np.nextafter(ours, np.float32(2))])
-    angles = (np.float32(1024) * near).astype(np.float64)
-    errors = np.abs(np.cos(angles) - first[0]) + np.abs(np.sin(angles) - first[1])
-    return tuple(near[errors.argmin(axis=0), np.arange(len(ours))])
-
-
 def test_text(run, restorer, reference):
     hidden = run("text_encoder", {"input_ids": reference["text/ids_clip_l"]})["hidden"]
     second = run("text_encoder_2", {"input_ids": reference["text/ids_big_g"]})
     assert_golden(hidden, reference["text/hidden_clip_l"], TEXT)
     assert_golden(second["hidden"], reference["text/hidden_big_g"], TEXT)
     assert_golden(second["pooled"], reference["text/pooled"], TEXT)
-    frequencies = _in_the_last_bit_of(restorer.bundle.manifest.frequencies, reference["text/vector"][0])
+    frequencies = in_the_last_bit_of(restorer.bundle.manifest.frequencies, reference["text/vector"][0])
     for index in range(2):
         row = slice(index, index + 1)
         assert_golden(join_context(hidden[row], second["hidden"][row]), reference["text/context"][index], TEXT)
