@@ -6,7 +6,7 @@ tile or the backend. Philox is a counter-based generator, so a place is simply a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,21 @@ def noise_field(seed: int, draw: int, shape: Sequence[int], *, top: int = 0, lef
 def batch_noise(seeds: Sequence[int], draw: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Return f32[B, C, h, w]: the field `draw` of each image's own seed."""
     return np.stack([noise_field(seed, draw, shape) for seed in seeds])
+
+
+def noise_source(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    noise: NDArray[np.float32] | None,
+    step_noise: NDArray[np.float32] | None = None,
+) -> Callable[[int], NDArray[np.float32]]:
+    """Return the function from a draw to its field f32[B,C,h,w]: given noise, or else the seeds'."""
+
+    def draw(number: int) -> NDArray[np.float32]:
+        if number == 0 and noise is not None:
+            return noise
+        if number > 0 and step_noise is not None:
+            return step_noise[number - 1]
+        return batch_noise(seeds, number, shape)
+
+    return draw

@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from engine import __version__, colorfix
 from engine.backends import make_backend
@@ -26,20 +25,19 @@ from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_
 from engine.console import total_memory_bytes
 from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job
-from engine.errors import ImageError, RestoreError, UsageError
+from engine.errors import ImageError, UsageError
+from engine.framing import PhotoLike, Pixels, as_photo, finish, to_network
 from engine.geometry import Size, result_size, working_size
 from engine.graphspec import resolve
 from engine.guidance import Ramp, RestorationPull, is_unguided
-from engine.imageio import Photo, photo_from_array, photo_from_image, read_photo, resize
+from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
-from engine.noise import batch_noise
+from engine.noise import noise_source
 from engine.sampler import Latent, Progress, StepTable, dpmpp2m_table, edm_table, sample
 from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
 from engine.settings import Settings
 from engine.timings import Timings
 
-Pixels = NDArray[np.float32]
-PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 OnStep = Callable[[Progress], None]
 
 _COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
@@ -189,7 +187,7 @@ class Restorer:
         if len(seeds) != len(photos):
             raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
-        sources = [_as_photo(photo) for photo in photos]
+        sources = [as_photo(photo) for photo in photos]
         groups: dict[Size, list[int]] = {}
         for index, source in enumerate(sources):
             groups.setdefault(self.working_size(source, settings), []).append(index)
@@ -241,7 +239,7 @@ class Restorer:
         times = Timings()
         with times.outside("everything else"):
             with times.outside("resize in"):
-                lq = np.stack([_to_network(resize(source.rgb, size)) for source in sources])
+                lq = np.stack([to_network(resize(source.rgb, size)) for source in sources])
             on_device = isinstance(self._backend, DeviceBackend)
             run = self._run_on_device if on_device else self._run_on_host
             restored, stage1 = run(lq, settings, seeds, noise, on_step, times)
@@ -250,7 +248,7 @@ class Restorer:
                     restored = _COLOR_FIXES[settings.color_fix](restored, stage1)
             with times.outside("resize out"):
                 photos = [
-                    _finish(pixels, source, result_size(source.size, settings.upscale))
+                    finish(pixels, source, result_size(source.size, settings.upscale))
                     for pixels, source in zip(restored, sources, strict=True)
                 ]
         results = []
@@ -303,7 +301,7 @@ class Restorer:
             lq,
             lambda: self.conditioning(settings, times=times),
             self.table(settings),
-            _noise_source(seeds, shape[1:], noise),
+            noise_source(seeds, shape[1:], noise),
             settings.color_fix != "none",
             on_step or (lambda _: None),
         )
@@ -400,7 +398,7 @@ class Restorer:
         """
         times = times or Timings()
         seeds = [settings.seed] * len(z_lq) if seeds is None else seeds
-        draw = _noise_source(seeds, z_lq.shape[1:], noise, step_noise)
+        draw = noise_source(seeds, z_lq.shape[1:], noise, step_noise)
 
         def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
             return self._run(graph, inputs, graph, times)
@@ -442,54 +440,6 @@ class Restorer:
         return runner
 
 
-def _noise_source(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    noise: Latent | None,
-    step_noise: NDArray[np.float32] | None = None,
-) -> Callable[[int], Latent]:
-    """Return the function from a draw to its field f32[B,C,h,w]: given noise, or else the seeds'."""
-
-    def draw(number: int) -> Latent:
-        if number == 0 and noise is not None:
-            return noise
-        if number > 0 and step_noise is not None:
-            return step_noise[number - 1]
-        return batch_noise(seeds, number, shape)
-
-    return draw
-
-
 def _cfg(settings: Settings) -> Callable[[float], float]:
     ramp = Ramp(*settings.cfg_scale)
     return lambda sigma: 1.0 if is_unguided(ramp(sigma)) else ramp(sigma)
-
-
-def _as_photo(photo: PhotoLike) -> Photo:
-    if isinstance(photo, Photo):
-        return photo
-    if isinstance(photo, (str, PathLike)):
-        return read_photo(Path(photo))
-    if isinstance(photo, Image):
-        return photo_from_image(photo)
-    if isinstance(photo, np.ndarray):
-        return photo_from_array(photo)
-    expected = "a path, a Pillow image, an array or a Photo"
-    raise ImageError("not a photo", expected=expected, found=type(photo).__name__)
-
-
-def _to_network(rgb: Pixels) -> Pixels:
-    """Return f32[3, H, W] in [-1, 1] for f32[H, W, 3] in [0, 1]."""
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
-
-
-def _finish(pixels: Pixels, source: Photo, size: Size) -> Photo:
-    """Return the restored photo: f32[3, H, W] in [-1, 1] at the size asked for, dressed as its source."""
-    rgb = (np.ascontiguousarray(pixels.transpose(1, 2, 0)) + np.float32(1.0)) * np.float32(0.5)
-    if not np.isfinite(rgb).all():
-        raise RestoreError(
-            "the networks gave values that are not finite",
-            fix="build the bundle with --precision fp32, and check the checkpoints",
-        )
-    alpha = None if source.alpha is None else resize(source.alpha, size)
-    return replace(source, rgb=resize(rgb.clip(0.0, 1.0), size), alpha=alpha)
