@@ -92,7 +92,7 @@ USAGE = [
     (["cup.jpg", "--over"], "unrecognized arguments"),
     (["cup.jpg", "--cfg-scale", "1:2:3"], "expected S or S:END"),
     (["cup.jpg", "--sampler", "ddim"], "invalid choice"),
-    (["cup.jpg", "--backend", "tensorrt"], "invalid choice"),
+    (["cup.jpg", "--backend", "openvino"], "invalid choice"),
     (["cup.jpg", "--color-fix", "yes"], "invalid choice"),
     (["cup.jpg", "--samples", "0"], "expected 1 to 1000"),
     (["cup.jpg", "--threads", "-1"], "expected 0"),
@@ -280,7 +280,7 @@ def test_build(place, tiny, build_main, monkeypatch, capsys, arguments, status, 
         (["--lora", "=file"], "expected NAME=FILE[:SCALE]"),
         (["--preset", "best"], "invalid choice"),
         (["--precision", "int8"], "invalid choice"),
-        (["--backend", "tensorrt"], "invalid choice"),
+        (["--backend", "openvino"], "invalid choice"),
     ],
 )
 def test_build_usage(build_main, capsys, arguments, message):
