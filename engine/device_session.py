@@ -13,9 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.backends.base import as_dtype
 from engine.backends.buffers import BufferRunner
 from engine.bundle import Bundle
@@ -24,6 +21,7 @@ from engine.console import format_bytes
 from engine.device import STREAMS, Buffer, Device, Event, Stream
 from engine.device_loop import DeviceLoop, LoopInputs, stack_texts
 from engine.errors import BackendError
+from engine.framing import Pixels
 from engine.graphspec import resolve
 from engine.sampler import Latent, Progress, StepTable
 from engine.timings import Timings
@@ -36,8 +34,6 @@ PHASES = (
     ("controlnet", "unet"),
     ("vae_decoder",),
 )
-
-Pixels = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         default="",
         help="working sizes in pixels: 1024 or 1024x768 is fixed and fastest, 512-2048 takes any side between; "
-        "default: the smallest that is worked at, and a range up to twice as much",
+        "default: the smallest that is worked at, and a range from 64 to twice as much",
     )
     plans.add_argument("--batch", type=int, default=1, metavar="N", help="photos restored together (default: 1)")
     plans.add_argument(

@@ -23,7 +23,7 @@ from export.lora import LoadedLora, open_lora
 from export.plans import DEFAULT_TARGETS, WITHOUT_BF16, PlanOptions, check_targets
 from export.presets import PRESETS
 from export.request import BuildRequest
-from export.shapes import MAX_BATCH, default_shapes, describe, parse_shapes, profiles_for
+from export.shapes import MAX_BATCH, default_shapes, parse_shapes, profiles_for
 from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
 from export.verify import VERIFY_SYMBOLS
@@ -125,7 +125,7 @@ class BuildPlan:
             "library": options.library.label,
             "targets": ", ".join(options.targets),
             "device": options.device,
-            "profiles": {name: "; ".join(profiles) for name, profiles in describe(options.profiles).items()},
+            "profiles": {name: "; ".join(map(str, profiles)) for name, profiles in options.profiles.items()},
             "weightless": options.weightless,
         }
 

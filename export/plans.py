@@ -231,7 +231,7 @@ def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
                 raise BuildError(f"wrong dtype of an {side}", where=where, expected=tensor.dtype, found=parsed.dtype)
             fixed = [int(parse_axis(axis)[1]) if parse_axis(axis)[0] is None else -1 for axis in tensor.shape]
             shape = list(parsed.shape)
-            # An output's dynamic axes may be known to the parser where a check only knows a symbol.
+            # Of an output, the parser need not know every size that the spec fixes.
             fits = len(shape) == len(fixed) and all(
                 want in (have, -1) or (side == "output" and have == -1) for want, have in zip(fixed, shape, strict=True)
             )

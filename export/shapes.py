@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import UsageError
@@ -101,11 +100,6 @@ def _between(least: int, most: int, spec: GraphSpec, symbol: str) -> int:
     """Return the middle of a range, as a multiple: what a range's kernels are chosen for."""
     multiple = spec.multiples.get(symbol, 1)
     return max(least, (least + most) // 2 // multiple * multiple)
-
-
-def describe(profiles: Mapping[str, tuple[Profile, ...]]) -> dict[str, list[str]]:
-    """Return every graph's profiles in words."""
-    return {name: [str(profile) for profile in found] for name, found in profiles.items()}
 
 
 def _not_a_shape(part: str) -> UsageError:

@@ -220,7 +220,7 @@ def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> B
         log: from `make_log`.
         fix: what helps, unless memory is what is missing.
     """
-    reason = log.last or "no reason given"
+    reason, log.last = log.last or "no reason given", ""  # the next failure has its own
     if "memory" in reason.lower():
         fix = "try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU"
     return BackendError(f"TensorRT could not {action}", where=where, found=reason, fix=fix)
