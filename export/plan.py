@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle import FORMAT, Source, hash_file
-from engine.errors import CheckpointError, UsageError
+from engine.errors import BackendError, CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES, Precision
 from engine.profiles import Profile
 from engine.settings import Settings, validated
@@ -258,7 +258,10 @@ def _plan_options(
             )
         from engine.cuda import device_info
 
-        info = device_info(0)
+        try:
+            info = device_info(0)
+        except BackendError as error:
+            raise error.at("--weightless" if request.weightless else f"--backend {request.backend}") from None
         targets, device = (info.compute_capability,), None if library.is_rtx else info.name
     shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
     profiles = {
