@@ -7,6 +7,7 @@ arithmetic, at a size other than the one that was traced.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from engine.backends.ort import OrtBackend
 from engine.bundle import Verification
@@ -91,10 +94,38 @@ def load_module(builder: GraphBuilder, weights: Path) -> torch.nn.Module:
     return module
 
 
+class Streamed(TorchFunctionMode):
+    """Lets a module on the meta device run in float32: each weight is in memory only while it is used.
+
+    SDXL's UNet is 10 GB in float32, its largest weight 59 MB. A weight that is used in another way than as an
+    argument of a torch function meets the meta device, which torch refuses to mix with numbers.
+
+    Args:
+        module: from `GraphBuilder.module`; it is not changed.
+        file: the bundle's weights file, opened.
+    """
+
+    def __init__(self, module: torch.nn.Module, file: Any) -> None:
+        super().__init__()
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._file = file
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ != "__get__":  # shapes and the like need no values
+            args, kwargs = tree_map_only(torch.nn.Parameter, self._read, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        stored: torch.Tensor = self._file.get_tensor(self._names[parameter])
+        return stored.to(torch.float32)
+
+
 def _run_torch(builder: GraphBuilder, inputs: dict[str, torch.Tensor], weights: Path) -> dict[str, NDArray[np.float32]]:
-    module = load_module(builder, weights)
+    module = builder.module().float()
     wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    with torch.inference_mode():
+    with torch.inference_mode(), safe_open(weights, framework="pt") as file, Streamed(module, file):
         outputs = module(*call_arguments(builder.spec, wide))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {tensor.name: value.numpy() for tensor, value in zip(builder.spec.outputs, outputs, strict=True)}

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 import numpy as np
 import onnx
 from onnx import TensorProto
+from safetensors import safe_open
 
 from engine.errors import BuildError, CheckpointError, OutputError, UsageError
 from export import to_onnx, verify
@@ -51,6 +52,33 @@ def test_every_precision_agrees_with_torch(packed):
     verification = verify.verify(builder, file)
     assert set(verification.relative_l2) == {"hidden", "pooled"}
     assert max(verification.relative_l2.values()) < {"fp32": 2e-6, "fp16": 2e-3, "bf16": 2e-4}[builder.spec.precision]
+
+
+def test_a_module_whose_weights_are_read_as_they_are_used_gives_the_same_bits(packed):
+    builder, file, _, layout = packed
+    weights = file.with_name("weights.safetensors")
+    inputs = builder.example(verify.VERIFY_SYMBOLS, 4)
+    with torch.inference_mode():
+        expected = verify.load_module(builder, weights)(*call_arguments(builder.spec, inputs))
+    module = builder.module().float()
+    with torch.inference_mode(), safe_open(weights, "pt") as opened:
+        source = Counted(opened)
+        with verify.Streamed(module, source):
+            found = module(*call_arguments(builder.spec, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert source.read == set(layout.weights)
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+class Counted:
+    """A weights file that knows what was read of it."""
+
+    def __init__(self, file):
+        self.file, self.read = file, set()
+
+    def get_tensor(self, name):
+        self.read.add(name)
+        return self.file.get_tensor(name)
 
 
 def test_parameters_keep_their_names_and_shapes(packed):
