@@ -56,7 +56,8 @@ class LazyTensor:
 
 
 _CUTS: dict[Part, tuple[Callable[[Tensor], Tensor], Callable[[tuple[int, ...]], tuple[int, ...]]]] = {
-    "matrix": (lambda t: t.reshape(t.shape[:2]), lambda s: s[:2]),
+    # A kernel of one pixel; any other keeps its shape, which then fits nowhere.
+    "matrix": (lambda t: t.reshape(t.shape[:2]), lambda s: s[:2] if set(s[2:]) <= {1} else s),
     "transposed": (lambda t: t.T.contiguous(), lambda s: s[::-1]),
     "q": (lambda t: t.chunk(3)[0], lambda s: _third(s)),
     "k": (lambda t: t.chunk(3)[1], lambda s: _third(s)),
