@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.backends.buffers import BufferRunner
 from engine.device import Array, Buffer, Device, Event, Replay, Stream
 from engine.errors import ScheduleError
-from engine.graphspec import resolve
+from engine.graphspec import DType, GraphSpec, resolve
 from engine.packed_table import noisy_steps, pack_table
 from engine.sampler import Latent, Progress, Step, StepTable
 from engine.step_kernels import COLUMNS
@@ -134,6 +134,35 @@ class DeviceLoop:
             raise
 
 
+#: What buffers depend on: shapes of the latents and of the texts' context, and how many noises steps use.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], int]
+_Arrays = dict[str, tuple[tuple[int, ...], DType]]
+
+
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[_Arrays, _Arrays]:
+    """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
+
+    Args:
+        unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
+        key: of the size.
+    """
+    latent, context, draws = key
+    rows = context[0]
+    symbols = unet.sizes_of({"x": (rows, *latent[1:]), "context": context})
+    own: _Arrays = {
+        "latent": (latent, "float32"),
+        "previous": (latent, "float32"),
+        "center": (latent, "float32"),
+        "noise": ((max(draws, 1), *latent), "float32"),
+        "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
+        "step": ((1,), "uint32"),
+    }
+    tensors: _Arrays = {
+        tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
+    }
+    return own, {**tensors, "lq": ((rows, *latent[1:]), "float32")}
+
+
 class _Work:
     """Buffers of one size, and the steps that were recorded on them."""
 
@@ -143,54 +172,58 @@ class _Work:
         stream: Stream,
         controlnet: BufferRunner,
         unet: BufferRunner,
-        key: tuple[tuple[int, ...], tuple[int, ...], int],
+        key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, draws = key
+        latent, context, _ = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[0]
-        spec = unet.spec
-        symbols = spec.sizes_of({"x": (self.rows, *latent[1:]), "context": context})
-        self._made: list[Buffer] = []
-
-        def make(shape: Sequence[int], dtype: str = "float32") -> Buffer:
-            self._made.append(device.buffer(shape, dtype))  # type: ignore[arg-type]
-            return self._made[-1]
-
+        self._runs: dict[bool, int] = {}
+        self._recorded: dict[bool, Replay] = {}
+        self._recorded_on = self._memory_version
+        self._made: dict[str, Buffer] = {}
+        own, tensors = loop_arrays(unet.spec, key)
         try:
-            self.x, self.previous, self.center = make(latent), make(latent), make(latent)
-            self.noise = make((max(draws, 1), *latent))
-            self.table, self.step = make((_MAX_STEPS, len(COLUMNS))), make((1,), "uint32")
-            self.lq = make((self.rows, *latent[1:]))
-            # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
-            self._tensors = {
-                tensor.name: make(resolve(tensor.shape, symbols), tensor.dtype)
-                for tensor in (*spec.inputs, *spec.outputs)
-            }
+            for name, (shape, dtype) in (*own.items(), *tensors.items()):
+                self._made[name] = device.buffer(shape, dtype)
         except BaseException:
             self.close()
             raise
-        self.context, self.vector = self._tensors["context"], self._tensors["vector"]
-        self._tensors["lq"] = self.lq
-        self._runs: dict[bool, int] = {}
-        self._recorded: dict[bool, Replay] = {}
+        self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in own)
+        # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
+        self._tensors = {name: self._made[name] for name in tensors}
+        self.context, self.vector, self.lq = (self._made[name] for name in ("context", "vector", "lq"))
 
     def close(self) -> None:
-        for recorded in getattr(self, "_recorded", {}).values():
-            recorded.close()
-        for buffer in self._made:
+        self._forget_recordings()
+        for buffer in self._made.values():
             buffer.close()
-        self._made = []
+        self._made = {}
+
+    @property
+    def _memory_version(self) -> tuple[int, int]:
+        return (self._controlnet.memory_version, self._unet.memory_version)
+
+    def _forget_recordings(self) -> None:
+        for recorded in self._recorded.values():
+            recorded.close()
+        self._recorded = {}
+        for runner in (self._controlnet, self._unet):
+            runner.forget_recordings()
 
     def enqueue_step(self, step: Step) -> None:
         """Put the table's next row on the stream; `step` tells whether it is guided."""
         kind = step.guided
+        if self._recorded and self._recorded_on != self._memory_version:
+            self._stream.synchronize()
+            self._forget_recordings()
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
         recordable = self._controlnet.can_be_recorded and self._unet.can_be_recorded
         self._runs[kind] = self._runs.get(kind, 0) + 1
         if self._runs[kind] > 1 and recordable:  # the first run lets libraries allocate what they need
+            self._recorded_on = self._memory_version
             self._recorded[kind] = self._stream.capture(lambda stream: self._enqueue(stream, kind))
             self._recorded[kind].launch(self._stream)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -13,6 +13,7 @@ from engine.bundle import Bundle
 from engine.device import STREAMS, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec
+from engine.residency import Activations
 
 _CUDA = "CUDAExecutionProvider"
 
@@ -67,6 +68,21 @@ class OrtCudaBackend:
                 fix="install the CUDA and cuDNN versions that onnxruntime-gpu asks for; without them, --device cpu",
             )
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Tell that ONNX Runtime's own arena grows as it runs, and that nobody knows how far."""
+        return Activations(None)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """ONNX Runtime has all weights on the device."""
+        return False
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """See `DeviceBackend`; there is nothing that could be limited."""
+        assert not on_device, "no graph's weights can be streamed"
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """See `DeviceBackend`; ONNX Runtime takes its memory itself."""
 
     def close(self) -> None:
         """Give the device back."""

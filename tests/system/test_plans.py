@@ -20,8 +20,8 @@ from conftest import ROOT, Silent
 from onnx import helper
 
 from engine import Restorer
-from engine.backends.trt import check_plan
 from engine.backends.trt_library import TrtLibrary, open_library
+from engine.backends.trt_plan import check_plan
 from engine.bundle import Audit, Bundle, Plan, describe_file, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
 from export import build as build_module
