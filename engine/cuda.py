@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import device as promises
-from engine.console import format_bytes
+from engine.console import format_memory
 from engine.device import Array
 from engine.errors import BackendError
 from engine.graphspec import DType
+from engine.pinned import PinnedPool
 from engine.step_kernels import KERNELS, cuda_source
 
 _THREADS_PER_BLOCK = 256
@@ -65,7 +66,7 @@ class CudaDevice:
                 raise BackendError("no such GPU", expected=f"0 to {count - 1}" if count else "one", found=index)
             self._device = self._core.Device(index)
             self._device.set_current()
-        self._pinned = self._core.LegacyPinnedMemoryResource()
+        self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
 
@@ -92,6 +93,7 @@ class CudaDevice:
             buffer.close()
         for stream in streams:
             stream.close()
+        self.pinned.close()
 
     @property
     def name(self) -> str:
@@ -117,10 +119,10 @@ class CudaDevice:
         except OutOfMemoryError:
             free, _ = self.memory_bytes()
             raise BackendError(
-                "out of GPU memory",
+                f"out of GPU memory: needs {format_memory(nbytes)} more, {format_memory(free)} free",
                 where=self.name,
-                expected=f"{format_bytes(nbytes)} more",
-                found=f"{format_bytes(free)} free",
+                expected=f"{format_memory(nbytes)} more",
+                found=f"{format_memory(free)} free",
                 fix="try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU",
             ) from None
         buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype)
@@ -141,10 +143,9 @@ class CudaDevice:
                 self._kernels = {kernel: code.get_kernel(kernel) for kernel in KERNELS}
         return self._kernels[name]
 
-    def pinned(self, nbytes: int) -> Any:
-        """Return host memory that the GPU copies from and to without stopping."""
+    def _allocate_pinned(self, nbytes: int) -> Any:
         with _translated("allocate pinned memory"):
-            return self._pinned.allocate(max(nbytes, 1))
+            return self._core.LegacyPinnedMemoryResource().allocate(max(nbytes, 1))
 
     def launch_config(self, count: int) -> Any:
         """Return the grid for `count` elements."""
@@ -208,7 +209,7 @@ class CudaStream:
 
     def __init__(self, device: CudaDevice, raw: Any) -> None:
         self._device, self.raw = device, raw
-        self._staged: list[tuple[CudaEvent, Any]] = []
+        self._staged: list[tuple[CudaEvent, int, Any]] = []
 
     @property
     def handle(self) -> int:
@@ -217,20 +218,19 @@ class CudaStream:
     def upload(self, target: promises.Buffer, source: Array) -> None:
         assert isinstance(target, CudaBuffer)
         assert (source.shape, str(source.dtype)) == (target.shape, target.dtype)
-        staging = self._device.pinned(target.nbytes)
+        self._unstage(lambda event: event.is_done)
+        staging = self._device.pinned.take(target.nbytes)
         _as_array(staging, target)[...] = source
         with _translated("upload"):
             target.raw.copy_from(staging, stream=self.raw)
-        # Pinned memory may be given back only behind the copy.
-        self._staged = [(event, kept) for event, kept in self._staged if not event.is_done]
-        self._staged.append((self.record(), staging))
+        self._staged.append((self.record(), target.nbytes, staging))
 
     def download(self, source: promises.Buffer) -> CudaDownload:
         assert isinstance(source, CudaBuffer)
-        staging = self._device.pinned(source.nbytes)
+        staging = self._device.pinned.take(source.nbytes)
         with _translated("download"):
             source.raw.copy_to(staging, stream=self.raw)
-        return CudaDownload(self.record(), staging, source)
+        return CudaDownload(self.record(), staging, source, self._device.pinned)
 
     def copy(self, target: promises.Buffer, source: promises.Buffer) -> None:
         assert isinstance(target, CudaBuffer)
@@ -268,7 +268,16 @@ class CudaStream:
     def synchronize(self) -> None:
         with _translated("wait for the GPU"):
             self.raw.sync()
-        self._staged.clear()
+        self._unstage(lambda _: True)
+
+    def _unstage(self, is_done: Callable[[CudaEvent], bool]) -> None:
+        """Give host memory back for other copies, behind its own."""
+        staged, self._staged = self._staged, []
+        for event, nbytes, staging in staged:
+            if is_done(event):
+                self._device.pinned.give(nbytes, staging)
+            else:
+                self._staged.append((event, nbytes, staging))
 
     def close(self) -> None:
         if not self.raw.is_closed:
@@ -294,12 +303,16 @@ class CudaReplay:
 class CudaDownload:
     """See `engine.device.Download`."""
 
-    def __init__(self, event: CudaEvent, staging: Any, source: CudaBuffer) -> None:
-        self._event, self._staging, self._source = event, staging, source
+    def __init__(self, event: CudaEvent, staging: Any, source: CudaBuffer, pool: PinnedPool) -> None:
+        self._event, self._staging, self._source, self._pool = event, staging, source, pool
+        self._found: Array | None = None
 
     def result(self) -> Array:
-        self._event.synchronize()
-        return _as_array(self._staging, self._source).copy()
+        if self._found is None:
+            self._event.synchronize()
+            self._found = _as_array(self._staging, self._source).copy()
+            self._pool.give(self._source.nbytes, self._staging)
+        return self._found
 
 
 class OutOfMemoryError(BackendError):
