@@ -49,6 +49,18 @@ def device_info(index: int) -> DeviceInfo:
         return DeviceInfo(device.name, device.compute_capability, device.memory_bytes()[1])
 
 
+def driver_version() -> str:
+    """Return the newest CUDA that the driver knows, such as "13.0".
+
+    Raises:
+        BackendError: the driver does not tell.
+    """
+    driver = _cuda_driver()
+    status, version = driver.cuDriverGetVersion()
+    _check(driver, status, "tell its driver's version")
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 class CudaDevice:
     """A GPU.
 

@@ -7,7 +7,7 @@ keeps the number of the step. Progress comes from events that the stream passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,21 +67,30 @@ class DeviceLoop:
             self._work.close()
             self._work = None
 
-    def run(self, table: StepTable, inputs: LoopInputs) -> Iterator[Progress]:
-        """Run a table from noise to a clean latent.
+    def prepare(self, table: StepTable, inputs: LoopInputs) -> None:
+        """Upload what a run needs; it comes next.
 
-        Yields:
-            Progress after each step, in order, without latents: they stay where they are. An
-            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
         Raises:
             ScheduleError: the table needs `center` and there is none, or has too many steps.
-            BackendError: a graph fails, or memory runs out.
+            BackendError: memory runs out.
         """
         if table.uses_center and inputs.center is None:
             raise ScheduleError("the restoration pull needs the stage-1 latent as `center`")
         if len(table.steps) > _MAX_STEPS:
             raise ScheduleError("too many steps", expected=f"up to {_MAX_STEPS}", found=len(table.steps))
-        work = self._prepare(table, inputs)
+        self._prepare(table, inputs)
+
+    def run(self, table: StepTable) -> Iterator[Progress]:
+        """Run the table that was prepared, from noise to a clean latent.
+
+        Yields:
+            Progress after each step, in order, without latents: they stay where they are. An
+            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
+        Raises:
+            BackendError: a graph fails.
+        """
+        work = self._work
+        assert work is not None, "nothing was prepared"
         pending: list[tuple[Step, Event]] = []
         with self._drained_on_error():
             for step in table.steps:
@@ -95,13 +104,34 @@ class DeviceLoop:
                 event.synchronize()
                 yield Progress(done, None, None)
 
+    def time_networks(self, repeats: int, *, guided: bool) -> float:
+        """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
+
+        They are started as steps are: replayed where they can be recorded. This is what a run is measured against.
+
+        Args:
+            repeats: how often they run, behind two times that do not count.
+            guided: whether with both texts.
+        """
+        work = self._work
+        assert work is not None, "no run yet"
+        start: Event | None = None
+        with work.networks(guided) as launch:
+            for index in range(repeats + 2):
+                start = self._stream.record() if index == 2 else start
+                launch()
+            stop = self._stream.record()
+            stop.synchronize()
+        assert start is not None
+        return stop.ms_since(start) / repeats
+
     @property
     def latent(self) -> Buffer:
         """The x of the last run, f32[B,C,h,w]; its result once the run has ended."""
         assert self._work is not None, "no run yet"
         return self._work.x
 
-    def _prepare(self, table: StepTable, inputs: LoopInputs) -> _Work:
+    def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
         draws = noisy_steps(table)
         key = (inputs.z_lq.shape, inputs.context.shape, len(draws))
         if self._work is None or self._work.key != key:
@@ -122,7 +152,6 @@ class DeviceLoop:
             stream.copy(work.lq.rows(first, first + photos), inputs.z_lq)
         if inputs.center is not None:
             stream.copy(work.center, inputs.center)
-        return work
 
     @contextmanager
     def _drained_on_error(self) -> Iterator[None]:
@@ -220,21 +249,44 @@ class _Work:
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
-        recordable = self._controlnet.can_be_recorded and self._unet.can_be_recorded
         self._runs[kind] = self._runs.get(kind, 0) + 1
-        if self._runs[kind] > 1 and recordable:  # the first run lets libraries allocate what they need
+        if self._runs[kind] > 1 and self._is_recordable:  # the first run lets libraries allocate what they need
             self._recorded_on = self._memory_version
             self._recorded[kind] = self._stream.capture(lambda stream: self._enqueue(stream, kind))
             self._recorded[kind].launch(self._stream)
         else:
             self._enqueue(self._stream, kind)
 
+    @property
+    def _is_recordable(self) -> bool:
+        return self._controlnet.can_be_recorded and self._unet.can_be_recorded
+
+    @contextmanager
+    def networks(self, guided: bool) -> Iterator[Callable[[], None]]:
+        """Give what starts the networks alone, on whatever values their inputs have."""
+        tensors = self._rows(guided)
+        if not self._is_recordable:
+            yield lambda: self._enqueue_networks(self._stream, tensors)
+            return
+        self._enqueue_networks(self._stream, tensors)
+        recorded = self._stream.capture(lambda stream: self._enqueue_networks(stream, tensors))
+        try:
+            yield lambda: recorded.launch(self._stream)
+        finally:
+            self._stream.synchronize()
+            recorded.close()
+
+    def _rows(self, guided: bool) -> dict[str, Buffer]:
+        """Return the networks' arrays, as far as a step of a kind uses them."""
+        rows = (2 if guided else 1) * self.photos
+        return {
+            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
+        }
+
     def _enqueue(self, stream: Stream, guided: bool) -> None:
         passes = 2 if guided else 1
         rows = passes * self.photos
-        tensors = {
-            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
-        }
+        tensors = self._rows(guided)
         count = int(np.prod(self.x.shape))
         stream.launch(
             "prepare_step",
@@ -249,13 +301,7 @@ class _Work:
             passes,
             rows,
         )
-        for runner in (self._controlnet, self._unet):
-            spec = runner.spec
-            runner.enqueue(
-                stream,
-                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
-                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
-            )
+        self._enqueue_networks(stream, tensors)
         eps = tensors["eps"]
         stream.launch(
             "combine_step",
@@ -270,6 +316,15 @@ class _Work:
             self.previous,
         )
         stream.launch("advance_step", 1, self.step)
+
+    def _enqueue_networks(self, stream: Stream, tensors: Mapping[str, Buffer]) -> None:
+        for runner in (self._controlnet, self._unet):
+            spec = runner.spec
+            runner.enqueue(
+                stream,
+                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
+                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
+            )
 
 
 def stack_texts(parts: Sequence[NDArray[np.generic]], photos: int) -> NDArray[np.generic]:

@@ -160,6 +160,12 @@ class DeviceSession:
         need = self._need(work, activations)
         return need, self._arrange(need)
 
+    def time_networks(self, repeats: int, *, guided: bool) -> float:
+        """Return what ControlNet and UNet alone take per step; see `DeviceLoop.time_networks`."""
+        assert self._loop is not None, "no restoration yet, or its networks were released"
+        self._device.activate()
+        return self._loop.time_networks(repeats, guided=guided)
+
     def restore(self, job: Job, times: Timings) -> tuple[Pixels, Pixels | None]:
         """Return the restored pixels and, where it is wanted, stage 1, f32[B,3,8h,8w] each.
 
@@ -210,8 +216,11 @@ class DeviceSession:
             stack_texts([as_dtype(getattr(text, name), spec.tensor(name).dtype) for text in texts], len(job.lq))
             for name in ("context", "vector")
         )
+        clock.start("noise and texts", main)
+        loop.prepare(job.table, LoopInputs(z_lq, context, vector, job.noise, center))
+        clock.stop("noise and texts", main)
         clock.start("steps", main)
-        for progress in loop.run(job.table, LoopInputs(z_lq, context, vector, job.noise, center)):
+        for progress in loop.run(job.table):
             job.on_step(progress)
         sampled = clock.stop("steps", main)
         z = loop.latent

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +19,8 @@ from engine.graphspec import GraphSpec
 from engine.residency import Activations
 
 _CUDA = "CUDAExecutionProvider"
+#: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.
+INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def check_provider() -> None:
@@ -28,8 +33,23 @@ def check_provider() -> None:
         raise BackendError(
             "--device cuda: this ONNX Runtime has no CUDA provider",
             found=f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}",
-            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu; without it, --device cpu",
+            fix=f"{INSTALL}; without it, --device cpu",
         )
+
+
+@cache
+def load_cuda_libraries() -> str:
+    """Load CUDA and cuDNN from the packages that `onnxruntime-gpu[cuda,cudnn]` brings, once.
+
+    Returns:
+        What ONNX Runtime says of libraries that it has not found there: others may be the system's. It
+        prints that, and standard output is the report's.
+    """
+    said = io.StringIO()
+    if hasattr(ort, "preload_dlls"):  # from 1.21 on
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+    return " ".join(said.getvalue().split())
 
 
 class OrtCudaBackend:
@@ -60,12 +80,14 @@ class OrtCudaBackend:
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",  # float32 means float32
         }
+        missing = load_cuda_libraries()
         session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"])
         if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
             raise BackendError(
                 "ONNX Runtime's CUDA provider does not load",
                 where=graph,
-                fix="install the CUDA and cuDNN versions that onnxruntime-gpu asks for; without them, --device cpu",
+                found=missing[:300] or None,
+                fix=f"{INSTALL}, which brings the CUDA and cuDNN that it asks for; without them, --device cpu",
             )
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
 

@@ -1,5 +1,7 @@
 """The device's loop and session against the NumPy loop and the host's pipeline, and what they do not do."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,9 +9,10 @@ ort = pytest.importorskip("onnxruntime")
 
 from stand_in import HostBackend, HostDevice, needs_compiler
 
-from engine import Restorer
+from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
 from engine.bundle import GRAPHS, open_bundle
+from engine.command import restore
 from engine.device import stream_of
 from engine.device_loop import LOOK_AHEAD
 from engine.errors import BackendError
@@ -328,5 +331,43 @@ def test_the_stages_work_on_their_own(on_device, on_host, photo):
 
 def test_device_times_are_told_beside_the_others(on_device, photo):
     result = on_device.restore(photo, steps=2)
-    assert set(result.timings.device_ms) == {"denoise encoder", "stage 1", "steps", "vae decoder"}
+    assert set(result.timings.device_ms) == {"denoise encoder", "stage 1", "noise and texts", "steps", "vae decoder"}
     assert "gpu" in result.timings.graphs_ms
+
+
+def test_networks_are_timed_alone_as_steps_run_them_and_change_nothing(on_device, on_host, photo, device):
+    expected = on_host.restore(photo, steps=3).photo.rgb
+    on_device.restore(photo, steps=3)
+    device.calls.clear()
+    assert on_device._session.time_networks(5, guided=True) > 0
+    assert [call[0] for call in device.calls if call[0] in ("replay", "record")] == [
+        *["replay"] * 2,
+        "record",
+        *["replay"] * 5,
+        "record",
+    ]
+    assert device.of("launch") == []  # the sampler's kernels
+    assert device.of("close replay")
+    assert np.array_equal(on_device.restore(photo, steps=3).photo.rgb, expected)
+
+
+def test_the_command_says_what_a_size_needs_before_it_starts(
+    bundle_fp32, folder, photo_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "make_backend", lambda name, **options: HostBackend(HostDevice(folder)))
+    out = tmp_path / "out.png"
+    arguments = [str(photo_path), "-o", str(out), "--bundle", str(bundle_fp32), "--steps", "1", "--min-size", "64"]
+    assert restore([*arguments, "--upscale", "0.25", "--json"]) == 0
+    said = capsys.readouterr()
+    (report,) = json.loads(said.out)
+    memory = report["gpu_memory"]
+    (line,) = [line for line in said.err.splitlines() if "of GPU memory" in line]
+    assert memory["text"] in line
+    parts = sum(memory[f"{name}_bytes"] for name in ("weights", "activations", "buffers"))
+    assert parts == memory["peak_bytes"] > 0
+    budget = (memory["peak_bytes"] - 1) / 2**30
+    options = ["--upscale", "0.25", "--json", "--quiet", "--overwrite", "--vram-budget", str(budget)]
+    assert restore([*arguments, *options]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)[0]["gpu_memory"]["loaded_by_stage"]
+    assert "of GPU memory" not in said.err
