@@ -60,6 +60,7 @@ def describe_gpu() -> dict[str, Any]:
             "compute_capability": device.compute_capability,
             "memory_bytes": total,
             "free_bytes": free,
+            "driver": _driver(),
             "driver_cuda_version": driver_version(),
         }
     versions = {}
@@ -103,6 +104,14 @@ def summary(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
 def plain_name(text: str) -> str:
     """Return a name as files have it, such as "nvidia-h200"."""
     return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
+
+
+def _driver() -> str | None:
+    """Return what the driver calls itself; only Linux has this file."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 class _Notes:

@@ -59,8 +59,9 @@ class PlanOptions:
     @property
     def flags(self) -> tuple[str, ...]:
         known = dir(self.library.api.BuilderFlag)
-        streaming = (WEIGHT_STREAMING,) if self.weight_streaming else ()
-        wanted = (*_FLAGS, *(_WEIGHTLESS_FLAGS if self.weightless else ()), *streaming)
+        # Streaming allocates as it runs: TensorRT-RTX refuses the two together, and no such step can be recorded.
+        memory = (WEIGHT_STREAMING,) if self.weight_streaming else _FLAGS
+        wanted = (*memory, *(_WEIGHTLESS_FLAGS if self.weightless else ()))
         return tuple(flag for flag in wanted if flag in known)
 
     def key(self, graph: Graph, weights: File) -> str:

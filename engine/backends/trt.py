@@ -118,16 +118,15 @@ class TrtBackend:
         self.device.close()
 
     def _notes_of(self, bundle: Bundle) -> MemoryNotes:
-        file = self._beside(bundle, "memory")
+        # GPUs of one capability differ in how much they run at once, and so in what they need.
+        name = "-".join("".join(letter if letter.isalnum() else " " for letter in self.device.name).split())
+        file = self._beside(bundle, f"{name}.memory")
         if file not in self._notes:
             self._notes[file] = MemoryNotes(file)
         return self._notes[file]
 
     def _beside(self, bundle: Bundle, what: str) -> Path:
-        """Return a file beside the bundle, for what holds for this library and kind of GPU.
-
-        "kernels" are those that RTX compiles for this GPU; "memory" is what plans need.
-        """
+        """Return a file beside the bundle, for what holds for this library and GPUs of this capability."""
         capability = self.device.compute_capability
         return bundle.path.with_name(f".{bundle.path.name}.{self.library.version}.sm{capability}.{what}")
 
@@ -180,8 +179,6 @@ class Arena:
 class TrtRunner(BufferRunner):
     """A plan on a GPU. It has a context for each of the last sizes, and for all that recordings hold."""
 
-    can_be_recorded = True
-
     def __init__(
         self,
         engine: Any,
@@ -201,6 +198,15 @@ class TrtRunner(BufferRunner):
         self._contexts: dict[tuple[int, ...], _Context] = {}
         self._runtime_cache: Any = None
         self._config = self._make_config()
+
+    @property
+    def can_be_recorded(self) -> bool:  # type: ignore[override]
+        """Whether the last size that was run may be recorded: RTX knows, once it has a context."""
+        if WEIGHT_STREAMING in self._plan.flags:  # weights are copied, and memory is taken, by the host
+            return False
+        last = next(reversed(self._contexts.values()), None)
+        ask = getattr(last.raw, "is_stream_capturable", None) if last is not None else None
+        return ask is None or bool(ask(self._stream.handle))
 
     @property
     def memory_version(self) -> int:  # type: ignore[override]

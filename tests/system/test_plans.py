@@ -319,7 +319,8 @@ def test_plans_whose_weights_can_be_streamed_are_compiled_here_and_say_so(text_g
     plan = text_graph.entry.plan
     options = PlanOptions(library, plan.targets, None, {"text_encoder": plan.profiles}, False, weight_streaming=True)
     found = compile_plan(text_graph.entry, text_graph.folder, planned.manifest.weights, options)
-    assert found.flags == (*plan.flags, "WEIGHT_STREAMING")
+    assert found.flags == ("WEIGHT_STREAMING",)  # RTX refuses it together with memory that only we allocate
+    assert plan.flags == ("REQUIRE_USER_ALLOCATION",)
     assert found.key != plan.key
     assert found.file.bytes > text_graph.entry.weights_bytes
 

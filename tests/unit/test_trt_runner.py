@@ -95,7 +95,7 @@ def engine():
 @pytest.fixture
 def runner(engine, device):
     api = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"))
-    plan = SimpleNamespace(profiles=PROFILES)
+    plan = SimpleNamespace(profiles=PROFILES, flags=())
     log = SimpleNamespace(last="out of memory")
     arena = Arena(device, STREAM)
     library = TrtLibrary("tensorrt", api, "10")
@@ -223,6 +223,19 @@ def test_an_arena_is_one_piece_of_the_size_that_was_set_or_more(device):
     assert arena.moves == 3
 
 
+def test_a_step_is_recorded_unless_the_library_or_the_plan_forbids_it(runner, engine, monkeypatch):
+    assert runner.can_be_recorded
+    runner.enqueue(STREAM, *tensors(2, 8, 8))
+    assert runner.can_be_recorded
+    assert engine.contexts[0].calls[-1] == ("is_stream_capturable", 42)
+    engine.contexts[0].works = False
+    assert not runner.can_be_recorded
+    runner.enqueue(STREAM, *tensors(4, 16, 16))
+    assert runner.can_be_recorded  # of the size that was run last
+    monkeypatch.setattr(runner._plan, "flags", ("WEIGHT_STREAMING",))
+    assert not runner.can_be_recorded
+
+
 # -- weights on the host --------------------------------------------------------------------------
 
 
@@ -334,7 +347,7 @@ def test_what_a_plan_needs_is_known_after_it_was_opened_once_and_next_time_too(b
     assert backend.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
     again = TrtBackend(backend.library, Streams())
     assert again.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
-    (file,) = planned.path.parent.glob(f".{planned.path.name}.10.sm8.9.memory")
+    (file,) = planned.path.parent.glob(f".{planned.path.name}.10.sm8.9.a-GPU.memory")
     file.write_text("damaged")
     assert TrtBackend(backend.library, Streams()).known_activations(planned, "unet", SIZES) is None
     file.unlink()
