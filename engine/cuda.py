@@ -81,6 +81,9 @@ class CudaDevice:
         self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
+        with _translated("set up its memory"):
+            self._memory = self._core.DeviceMemoryResource(self._device.device_id)
+        _give_back_at_once(self._memory)
 
     def activate(self) -> None:
         """Make it the GPU of the calling thread, which libraries go by."""
@@ -126,7 +129,7 @@ class CudaDevice:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             with _translated("allocate"):
-                raw = self._device.allocate(max(nbytes, 1), stream=self._allocations.raw)
+                raw = self._memory.allocate(max(nbytes, 1), stream=self._allocations.raw)
                 self._allocations.synchronize()  # from here on, any stream may use it
         except OutOfMemoryError:
             free, _ = self.memory_bytes()
@@ -137,7 +140,7 @@ class CudaDevice:
                 found=f"{format_memory(free)} free",
                 fix="try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU",
             ) from None
-        buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype)
+        buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype, on_close=self._allocations.synchronize)
         self._buffers.add(buffer)
         return buffer
 
@@ -173,10 +176,17 @@ class CudaBuffer:
     """See `engine.device.Buffer`."""
 
     def __init__(
-        self, raw: Any, address: int, shape: tuple[int, ...], dtype: DType, owner: CudaBuffer | None = None
+        self,
+        raw: Any,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: DType,
+        owner: CudaBuffer | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.raw, self.address, self.shape, self.dtype = raw, address, shape, dtype
         self._owner = owner  # a view keeps what it looks at
+        self._on_close = on_close
 
     @property
     def nbytes(self) -> int:
@@ -190,9 +200,11 @@ class CudaBuffer:
         return view
 
     def close(self) -> None:
-        if self.raw is not None and self._owner is None:
-            self.raw.close()
-        self.raw = None
+        raw, self.raw = self.raw, None
+        if raw is not None and self._owner is None:
+            raw.close()
+            if self._on_close is not None:
+                self._on_close()  # memory is free for others once its stream has come to that
 
 
 class CudaEvent:
@@ -386,6 +398,17 @@ def _check(driver: Any, status: Any, action: str) -> None:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(status)
         raise BackendError(f"the GPU could not {action}", found=name.decode() if name else status)
+
+
+def _give_back_at_once(memory: Any) -> None:
+    """Let memory that is given back be anybody's, as soon as its stream has come to that.
+
+    `cuda.core` makes the pool keep it; but libraries that load weights take theirs from elsewhere.
+    """
+    driver = _cuda_driver()
+    attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    (status,) = driver.cuMemPoolSetAttribute(memory.handle, attribute, driver.cuuint64_t(0))
+    _check(driver, status, "set up its memory")
 
 
 @contextmanager
