@@ -95,6 +95,26 @@ def test_float32_is_compiled_too_and_the_oldest_target_has_no_bfloat16(build_pla
     assert old.builders["unet"].spec.precision == "fp16"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_every_graph_of_the_demo_becomes_a_plan_with_one_command(run_build, tmp_path, precision):
+    """For all the default GPUs, at a fixed size and over a range."""
+    started = time.monotonic()
+    done = run_build(
+        "--backend", "tensorrt-rtx", "--precision", precision, "--output", tmp_path / "b", "--json", "--quiet"
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    print(f"\n{precision}: {seconds:.0f} s")
+    graphs = json.loads(done.stdout)["manifest"]["graphs"]
+    assert len(graphs) == GRAPHS
+    for name, graph in graphs.items():
+        assert graph["plan"]["targets"] == ["8.6", "8.9", "12.0"]
+        assert len(graph["plan"]["profiles"]) == (1 if name.startswith("text") else 2)
+        assert graph["plan"]["audit"]["share_16_bit"] >= (0.95 if precision == "fp16" else 0.0), name
+    assert seconds < 180
+
+
 def _request(output, **changes):
     from synthetic import tiny_files
 
