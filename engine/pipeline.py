@@ -28,7 +28,6 @@ from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
 from engine.errors import ImageError, UsageError
 from engine.framing import PhotoLike, Pixels, as_photo, finish, to_network
 from engine.geometry import Size, result_size, working_size
-from engine.graphspec import resolve
 from engine.guidance import is_unguided
 from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
@@ -316,21 +315,18 @@ class Restorer:
     ) -> tuple[Pixels, Pixels | None]:
         """Do the same with everything between photo and result on the device."""
         assert self._session is not None
-        shape = resolve(self.bundle.spec("denoise_encoder").tensor("z").shape, self._sizes(lq))
+        work = self._work(lq.shape, settings)
         job = Job(
             lq,
-            self._work(lq.shape, settings),
+            work,
             lambda: self.conditioning(settings, times=times),
             self.table(settings),
-            noise_source(seeds, shape[1:], noise),
+            noise_source(seeds, (self.bundle.latent_channels, work.height, work.width), noise),
             settings.color_fix != "none",
             on_step or (lambda _: None),
         )
         with times.graph("gpu"):
             return self._session.restore(job, times)
-
-    def _sizes(self, lq: Pixels) -> dict[str, int]:
-        return self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
 
     def _history(self, settings: Settings) -> dict[str, Any]:
         return {
