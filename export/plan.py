@@ -251,10 +251,8 @@ def _plan_options(
     if not 1 <= request.batch <= MAX_BATCH:
         raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
     if request.weightless and request.weight_streaming:
-        raise UsageError(
-            "--weightless and --weight-streaming exclude each other: refitted weights are all on the GPU",
-            fix="use one of them",
-        )
+        # A refit of weights that lie on the host has never been tried: it needs a GPU.
+        raise UsageError("--weightless and --weight-streaming exclude each other", fix="use one of them")
     library = open_library(request.backend)
     gpu, missing = _gpu_at_hand()
     device = None
