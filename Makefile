@@ -11,8 +11,8 @@ demo: ## Build the demo bundle and restore the sample photo
 plans: ## Compile the demo for RTX cards; needs no GPU
 	python export/build_engines.py --backend tensorrt-rtx --output demo-plans
 
-gpu: ## Run what only a GPU can show, and say what was skipped
-	python -m pytest tests/gpu -rsA
+gpu: ## Run what only a GPU can show, and keep the numbers in benchmarks/results
+	python benchmarks/gpu_session.py
 
 test: ## Run the tests (about 5 minutes on 2 cores)
 	python -m pytest

@@ -81,11 +81,14 @@ class Audit(_Model):
         flops: multiplications and additions of convolutions and matrix products, by type.
         share_16_bit: of them that are in float16 or bfloat16.
         symbols: the size they were counted at.
+        inspected_share: of the work whose type the compiled plan told, through the engine inspector; of
+            the rest, the typed graph told it.
     """
 
     flops: dict[str, int]
     share_16_bit: float
     symbols: dict[str, int]
+    inspected_share: float = 0.0
 
 
 class Plan(_Model):

@@ -113,11 +113,15 @@ def _run(
         _make_folder(options.output)
     for _, output in job.outputs:
         check_output(output, photo, overwrite=options.overwrite)
+    size = restorer.working_size(photo, settings)
+    memory = restorer.gpu_memory(size, settings)
+    if memory is not None and not options.quiet:
+        bar.write(f"{job.photo}: {size[0]} × {size[1]} {memory['text']}", file=sys.stderr)
     reports = []
     for seed, output in job.outputs:
         result = restorer.restore(photo, on_step=lambda _: bar.update(), **{**settings.model_dump(), "seed": seed})
         write_photo(output, result.photo, result.history, overwrite=options.overwrite)
-        reports.append(_report(job.photo, output, photo, result))
+        reports.append({**_report(job.photo, output, photo, result), "gpu_memory": memory})
     return reports
 
 
@@ -299,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vram-budget",
         type=_gibibytes,
         metavar="GIB",
-        help="of GPU memory for weights; what does not fit is loaded and released by stage, which is slower",
+        help="GPU memory that may be used; networks that do not fit are loaded and released by stage, which is slower",
     )
     engine.add_argument(
         "--threads",
@@ -310,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--quiet", action="store_true", help="no progress bar, no list of results")
     engine.add_argument(
-        "--json", action="store_true", help="print settings, seed, milliseconds per stage and peak memory as JSON"
+        "--json", action="store_true", help="print settings, seed, milliseconds per stage and memory as JSON"
     )
     _add_settings(parser)
     return parser

@@ -70,6 +70,12 @@ def format_bytes(count: int) -> str:
     return f"{size:.3g} {units[power]}" if size < 1000 else f"{size:.0f} {units[power]}"
 
 
+def format_memory(count: int) -> str:
+    """Return an amount of memory as drivers and options count it, such as "9.8 GiB" or "12 MiB"."""
+    mebibytes = count / 2**20
+    return f"{mebibytes:.3g} MiB" if mebibytes < 999.5 else f"{mebibytes / 2**10:.3g} GiB"
+
+
 def total_memory_bytes() -> int | None:
     """Return how much memory the computer has, None where the system does not tell."""
     try:

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import device as promises
-from engine.console import format_bytes
+from engine.console import format_memory
 from engine.device import Array
 from engine.errors import BackendError
 from engine.graphspec import DType
+from engine.pinned import PinnedPool
 from engine.step_kernels import KERNELS, cuda_source
 
 _THREADS_PER_BLOCK = 256
@@ -48,6 +49,18 @@ def device_info(index: int) -> DeviceInfo:
         return DeviceInfo(device.name, device.compute_capability, device.memory_bytes()[1])
 
 
+def driver_version() -> str:
+    """Return the newest CUDA that the driver knows, such as "13.0".
+
+    Raises:
+        BackendError: the driver does not tell.
+    """
+    driver = _cuda_driver()
+    status, version = driver.cuDriverGetVersion()
+    _check(driver, status, "tell its driver's version")
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 class CudaDevice:
     """A GPU.
 
@@ -65,9 +78,12 @@ class CudaDevice:
                 raise BackendError("no such GPU", expected=f"0 to {count - 1}" if count else "one", found=index)
             self._device = self._core.Device(index)
             self._device.set_current()
-        self._pinned = self._core.LegacyPinnedMemoryResource()
+        self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
+        with _translated("set up its memory"):
+            self._memory = self._core.DeviceMemoryResource(self._device.device_id)
+        _give_back_at_once(self._memory)
 
     def activate(self) -> None:
         """Make it the GPU of the calling thread, which libraries go by."""
@@ -92,6 +108,7 @@ class CudaDevice:
             buffer.close()
         for stream in streams:
             stream.close()
+        self.pinned.close()
 
     @property
     def name(self) -> str:
@@ -112,18 +129,18 @@ class CudaDevice:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             with _translated("allocate"):
-                raw = self._device.allocate(max(nbytes, 1), stream=self._allocations.raw)
+                raw = self._memory.allocate(max(nbytes, 1), stream=self._allocations.raw)
                 self._allocations.synchronize()  # from here on, any stream may use it
         except OutOfMemoryError:
             free, _ = self.memory_bytes()
             raise BackendError(
-                "out of GPU memory",
+                f"out of GPU memory: needs {format_memory(nbytes)} more, {format_memory(free)} free",
                 where=self.name,
-                expected=f"{format_bytes(nbytes)} more",
-                found=f"{format_bytes(free)} free",
+                expected=f"{format_memory(nbytes)} more",
+                found=f"{format_memory(free)} free",
                 fix="try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU",
             ) from None
-        buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype)
+        buffer = CudaBuffer(raw, int(raw.handle), tuple(shape), dtype, on_close=self._allocations.synchronize)
         self._buffers.add(buffer)
         return buffer
 
@@ -141,10 +158,9 @@ class CudaDevice:
                 self._kernels = {kernel: code.get_kernel(kernel) for kernel in KERNELS}
         return self._kernels[name]
 
-    def pinned(self, nbytes: int) -> Any:
-        """Return host memory that the GPU copies from and to without stopping."""
+    def _allocate_pinned(self, nbytes: int) -> Any:
         with _translated("allocate pinned memory"):
-            return self._pinned.allocate(max(nbytes, 1))
+            return self._core.LegacyPinnedMemoryResource().allocate(max(nbytes, 1))
 
     def launch_config(self, count: int) -> Any:
         """Return the grid for `count` elements."""
@@ -160,10 +176,17 @@ class CudaBuffer:
     """See `engine.device.Buffer`."""
 
     def __init__(
-        self, raw: Any, address: int, shape: tuple[int, ...], dtype: DType, owner: CudaBuffer | None = None
+        self,
+        raw: Any,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: DType,
+        owner: CudaBuffer | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.raw, self.address, self.shape, self.dtype = raw, address, shape, dtype
         self._owner = owner  # a view keeps what it looks at
+        self._on_close = on_close
 
     @property
     def nbytes(self) -> int:
@@ -177,9 +200,11 @@ class CudaBuffer:
         return view
 
     def close(self) -> None:
-        if self.raw is not None and self._owner is None:
-            self.raw.close()
-        self.raw = None
+        raw, self.raw = self.raw, None
+        if raw is not None and self._owner is None:
+            raw.close()
+            if self._on_close is not None:
+                self._on_close()  # memory is free for others once its stream has come to that
 
 
 class CudaEvent:
@@ -208,7 +233,7 @@ class CudaStream:
 
     def __init__(self, device: CudaDevice, raw: Any) -> None:
         self._device, self.raw = device, raw
-        self._staged: list[tuple[CudaEvent, Any]] = []
+        self._staged: list[tuple[CudaEvent, int, Any]] = []
 
     @property
     def handle(self) -> int:
@@ -217,20 +242,19 @@ class CudaStream:
     def upload(self, target: promises.Buffer, source: Array) -> None:
         assert isinstance(target, CudaBuffer)
         assert (source.shape, str(source.dtype)) == (target.shape, target.dtype)
-        staging = self._device.pinned(target.nbytes)
+        self._unstage(lambda event: event.is_done)
+        staging = self._device.pinned.take(target.nbytes)
         _as_array(staging, target)[...] = source
         with _translated("upload"):
             target.raw.copy_from(staging, stream=self.raw)
-        # Pinned memory may be given back only behind the copy.
-        self._staged = [(event, kept) for event, kept in self._staged if not event.is_done]
-        self._staged.append((self.record(), staging))
+        self._staged.append((self.record(), target.nbytes, staging))
 
     def download(self, source: promises.Buffer) -> CudaDownload:
         assert isinstance(source, CudaBuffer)
-        staging = self._device.pinned(source.nbytes)
+        staging = self._device.pinned.take(source.nbytes)
         with _translated("download"):
             source.raw.copy_to(staging, stream=self.raw)
-        return CudaDownload(self.record(), staging, source)
+        return CudaDownload(self.record(), staging, source, self._device.pinned)
 
     def copy(self, target: promises.Buffer, source: promises.Buffer) -> None:
         assert isinstance(target, CudaBuffer)
@@ -268,7 +292,16 @@ class CudaStream:
     def synchronize(self) -> None:
         with _translated("wait for the GPU"):
             self.raw.sync()
-        self._staged.clear()
+        self._unstage(lambda _: True)
+
+    def _unstage(self, is_done: Callable[[CudaEvent], bool]) -> None:
+        """Give host memory back for other copies, behind its own."""
+        staged, self._staged = self._staged, []
+        for event, nbytes, staging in staged:
+            if is_done(event):
+                self._device.pinned.give(nbytes, staging)
+            else:
+                self._staged.append((event, nbytes, staging))
 
     def close(self) -> None:
         if not self.raw.is_closed:
@@ -294,12 +327,16 @@ class CudaReplay:
 class CudaDownload:
     """See `engine.device.Download`."""
 
-    def __init__(self, event: CudaEvent, staging: Any, source: CudaBuffer) -> None:
-        self._event, self._staging, self._source = event, staging, source
+    def __init__(self, event: CudaEvent, staging: Any, source: CudaBuffer, pool: PinnedPool) -> None:
+        self._event, self._staging, self._source, self._pool = event, staging, source, pool
+        self._found: Array | None = None
 
     def result(self) -> Array:
-        self._event.synchronize()
-        return _as_array(self._staging, self._source).copy()
+        if self._found is None:
+            self._event.synchronize()
+            self._found = _as_array(self._staging, self._source).copy()
+            self._pool.give(self._source.nbytes, self._staging)
+        return self._found
 
 
 class OutOfMemoryError(BackendError):
@@ -361,6 +398,17 @@ def _check(driver: Any, status: Any, action: str) -> None:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(status)
         raise BackendError(f"the GPU could not {action}", found=name.decode() if name else status)
+
+
+def _give_back_at_once(memory: Any) -> None:
+    """Let memory that is given back be anybody's, as soon as its stream has come to that.
+
+    `cuda.core` makes the pool keep it; but libraries that load weights take theirs from elsewhere.
+    """
+    driver = _cuda_driver()
+    attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    (status,) = driver.cuMemPoolSetAttribute(memory.handle, attribute, driver.cuuint64_t(0))
+    _check(driver, status, "set up its memory")
 
 
 @contextmanager

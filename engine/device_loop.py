@@ -7,7 +7,7 @@ keeps the number of the step. Progress comes from events that the stream passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.backends.buffers import BufferRunner
 from engine.device import Array, Buffer, Device, Event, Replay, Stream
 from engine.errors import ScheduleError
-from engine.graphspec import resolve
+from engine.graphspec import DType, GraphSpec, resolve
 from engine.packed_table import noisy_steps, pack_table
 from engine.sampler import Latent, Progress, Step, StepTable
 from engine.step_kernels import COLUMNS
@@ -67,21 +67,30 @@ class DeviceLoop:
             self._work.close()
             self._work = None
 
-    def run(self, table: StepTable, inputs: LoopInputs) -> Iterator[Progress]:
-        """Run a table from noise to a clean latent.
+    def prepare(self, table: StepTable, inputs: LoopInputs) -> None:
+        """Upload what a run needs; it comes next.
 
-        Yields:
-            Progress after each step, in order, without latents: they stay where they are. An
-            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
         Raises:
             ScheduleError: the table needs `center` and there is none, or has too many steps.
-            BackendError: a graph fails, or memory runs out.
+            BackendError: memory runs out.
         """
         if table.uses_center and inputs.center is None:
             raise ScheduleError("the restoration pull needs the stage-1 latent as `center`")
         if len(table.steps) > _MAX_STEPS:
             raise ScheduleError("too many steps", expected=f"up to {_MAX_STEPS}", found=len(table.steps))
-        work = self._prepare(table, inputs)
+        self._prepare(table, inputs)
+
+    def run(self, table: StepTable) -> Iterator[Progress]:
+        """Run the table that was prepared, from noise to a clean latent.
+
+        Yields:
+            Progress after each step, in order, without latents: they stay where they are. An
+            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
+        Raises:
+            BackendError: a graph fails.
+        """
+        work = self._work
+        assert work is not None, "nothing was prepared"
         pending: list[tuple[Step, Event]] = []
         with self._drained_on_error():
             for step in table.steps:
@@ -95,13 +104,34 @@ class DeviceLoop:
                 event.synchronize()
                 yield Progress(done, None, None)
 
+    def time_networks(self, repeats: int, *, guided: bool) -> float:
+        """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
+
+        They are started as steps are: replayed where they can be recorded. This is what a run is measured against.
+
+        Args:
+            repeats: how often they run, behind two times that do not count.
+            guided: whether with both texts.
+        """
+        work = self._work
+        assert work is not None, "no run yet"
+        start: Event | None = None
+        with work.networks(guided) as launch:
+            for index in range(repeats + 2):
+                start = self._stream.record() if index == 2 else start
+                launch()
+            stop = self._stream.record()
+            stop.synchronize()
+        assert start is not None
+        return stop.ms_since(start) / repeats
+
     @property
     def latent(self) -> Buffer:
         """The x of the last run, f32[B,C,h,w]; its result once the run has ended."""
         assert self._work is not None, "no run yet"
         return self._work.x
 
-    def _prepare(self, table: StepTable, inputs: LoopInputs) -> _Work:
+    def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
         draws = noisy_steps(table)
         key = (inputs.z_lq.shape, inputs.context.shape, len(draws))
         if self._work is None or self._work.key != key:
@@ -122,7 +152,6 @@ class DeviceLoop:
             stream.copy(work.lq.rows(first, first + photos), inputs.z_lq)
         if inputs.center is not None:
             stream.copy(work.center, inputs.center)
-        return work
 
     @contextmanager
     def _drained_on_error(self) -> Iterator[None]:
@@ -134,6 +163,35 @@ class DeviceLoop:
             raise
 
 
+#: What buffers depend on: shapes of the latents and of the texts' context, and how many noises steps use.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], int]
+_Arrays = dict[str, tuple[tuple[int, ...], DType]]
+
+
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[_Arrays, _Arrays]:
+    """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
+
+    Args:
+        unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
+        key: of the size.
+    """
+    latent, context, draws = key
+    rows = context[0]
+    symbols = unet.sizes_of({"x": (rows, *latent[1:]), "context": context})
+    own: _Arrays = {
+        "latent": (latent, "float32"),
+        "previous": (latent, "float32"),
+        "center": (latent, "float32"),
+        "noise": ((max(draws, 1), *latent), "float32"),
+        "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
+        "step": ((1,), "uint32"),
+    }
+    tensors: _Arrays = {
+        tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
+    }
+    return own, {**tensors, "lq": ((rows, *latent[1:]), "float32")}
+
+
 class _Work:
     """Buffers of one size, and the steps that were recorded on them."""
 
@@ -143,65 +201,92 @@ class _Work:
         stream: Stream,
         controlnet: BufferRunner,
         unet: BufferRunner,
-        key: tuple[tuple[int, ...], tuple[int, ...], int],
+        key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, draws = key
+        latent, context, _ = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[0]
-        spec = unet.spec
-        symbols = spec.sizes_of({"x": (self.rows, *latent[1:]), "context": context})
-        self._made: list[Buffer] = []
-
-        def make(shape: Sequence[int], dtype: str = "float32") -> Buffer:
-            self._made.append(device.buffer(shape, dtype))  # type: ignore[arg-type]
-            return self._made[-1]
-
+        self._runs: dict[bool, int] = {}
+        self._recorded: dict[bool, Replay] = {}
+        self._recorded_on = self._memory_version
+        self._made: dict[str, Buffer] = {}
+        own, tensors = loop_arrays(unet.spec, key)
         try:
-            self.x, self.previous, self.center = make(latent), make(latent), make(latent)
-            self.noise = make((max(draws, 1), *latent))
-            self.table, self.step = make((_MAX_STEPS, len(COLUMNS))), make((1,), "uint32")
-            self.lq = make((self.rows, *latent[1:]))
-            # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
-            self._tensors = {
-                tensor.name: make(resolve(tensor.shape, symbols), tensor.dtype)
-                for tensor in (*spec.inputs, *spec.outputs)
-            }
+            for name, (shape, dtype) in (*own.items(), *tensors.items()):
+                self._made[name] = device.buffer(shape, dtype)
         except BaseException:
             self.close()
             raise
-        self.context, self.vector = self._tensors["context"], self._tensors["vector"]
-        self._tensors["lq"] = self.lq
-        self._runs: dict[bool, int] = {}
-        self._recorded: dict[bool, Replay] = {}
+        self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in own)
+        # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
+        self._tensors = {name: self._made[name] for name in tensors}
+        self.context, self.vector, self.lq = (self._made[name] for name in ("context", "vector", "lq"))
 
     def close(self) -> None:
-        for recorded in getattr(self, "_recorded", {}).values():
-            recorded.close()
-        for buffer in self._made:
+        self._forget_recordings()
+        for buffer in self._made.values():
             buffer.close()
-        self._made = []
+        self._made = {}
+
+    @property
+    def _memory_version(self) -> tuple[int, int]:
+        return (self._controlnet.memory_version, self._unet.memory_version)
+
+    def _forget_recordings(self) -> None:
+        for recorded in self._recorded.values():
+            recorded.close()
+        self._recorded = {}
+        for runner in (self._controlnet, self._unet):
+            runner.forget_recordings()
 
     def enqueue_step(self, step: Step) -> None:
         """Put the table's next row on the stream; `step` tells whether it is guided."""
         kind = step.guided
+        if self._recorded and self._recorded_on != self._memory_version:
+            self._stream.synchronize()
+            self._forget_recordings()
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
-        recordable = self._controlnet.can_be_recorded and self._unet.can_be_recorded
         self._runs[kind] = self._runs.get(kind, 0) + 1
-        if self._runs[kind] > 1 and recordable:  # the first run lets libraries allocate what they need
+        if self._runs[kind] > 1 and self._is_recordable:  # the first run lets libraries allocate what they need
+            self._recorded_on = self._memory_version
             self._recorded[kind] = self._stream.capture(lambda stream: self._enqueue(stream, kind))
             self._recorded[kind].launch(self._stream)
         else:
             self._enqueue(self._stream, kind)
 
+    @property
+    def _is_recordable(self) -> bool:
+        return self._controlnet.can_be_recorded and self._unet.can_be_recorded
+
+    @contextmanager
+    def networks(self, guided: bool) -> Iterator[Callable[[], None]]:
+        """Give what starts the networks alone, on whatever values their inputs have."""
+        tensors = self._rows(guided)
+        if not self._is_recordable:
+            yield lambda: self._enqueue_networks(self._stream, tensors)
+            return
+        self._enqueue_networks(self._stream, tensors)
+        recorded = self._stream.capture(lambda stream: self._enqueue_networks(stream, tensors))
+        try:
+            yield lambda: recorded.launch(self._stream)
+        finally:
+            self._stream.synchronize()
+            recorded.close()
+
+    def _rows(self, guided: bool) -> dict[str, Buffer]:
+        """Return the networks' arrays, as far as a step of a kind uses them."""
+        rows = (2 if guided else 1) * self.photos
+        return {
+            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
+        }
+
     def _enqueue(self, stream: Stream, guided: bool) -> None:
         passes = 2 if guided else 1
         rows = passes * self.photos
-        tensors = {
-            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
-        }
+        tensors = self._rows(guided)
         count = int(np.prod(self.x.shape))
         stream.launch(
             "prepare_step",
@@ -216,13 +301,7 @@ class _Work:
             passes,
             rows,
         )
-        for runner in (self._controlnet, self._unet):
-            spec = runner.spec
-            runner.enqueue(
-                stream,
-                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
-                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
-            )
+        self._enqueue_networks(stream, tensors)
         eps = tensors["eps"]
         stream.launch(
             "combine_step",
@@ -237,6 +316,15 @@ class _Work:
             self.previous,
         )
         stream.launch("advance_step", 1, self.step)
+
+    def _enqueue_networks(self, stream: Stream, tensors: Mapping[str, Buffer]) -> None:
+        for runner in (self._controlnet, self._unet):
+            spec = runner.spec
+            runner.enqueue(
+                stream,
+                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
+                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
+            )
 
 
 def stack_texts(parts: Sequence[NDArray[np.generic]], photos: int) -> NDArray[np.generic]:

@@ -9,31 +9,29 @@ is on, its center; the colour fix's stage 1 is decoded beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from engine.backends.base import as_dtype
 from engine.backends.buffers import BufferRunner
-from engine.bundle import Bundle
+from engine.bundle import GRAPHS, Bundle
 from engine.conditioning import Conditioning
-from engine.console import format_bytes
 from engine.device import STREAMS, Buffer, Device, Event, Stream
-from engine.device_loop import DeviceLoop, LoopInputs, stack_texts
-from engine.errors import BackendError
+from engine.device_loop import DeviceLoop, LoopInputs, loop_arrays, stack_texts
 from engine.framing import Pixels
 from engine.graphspec import resolve
+from engine.packed_table import noisy_steps
+from engine.residency import PHASES, Activations, Need, Residency, Work, arrange
 from engine.sampler import Latent, Progress, StepTable
 from engine.timings import Timings
 
-#: Graphs that are needed together, in the order of a restoration.
-PHASES = (
-    ("denoise_encoder",),
-    ("text_encoder", "text_encoder_2"),
-    ("vae_decoder", "vae_encoder"),
-    ("controlnet", "unet"),
-    ("vae_decoder",),
-)
+#: What a session keeps beside the loop's arrays: photos, and latents.
+_PIXEL_BUFFERS = ("lq", "stage 1", "restored")
+_LATENT_BUFFERS = ("z_lq", "center", "z")
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Job:
 
     Attributes:
         lq: f32[B,3,8h,8w] in [-1, 1].
+        work: its sizes, from `work_for`.
         texts: returns the positive and, if any step is guided, the negative text's conditioning.
         table: of the sampler.
         noise: the field of a draw, f32[B,C,h,w].
@@ -50,6 +49,7 @@ class Job:
     """
 
     lq: Pixels
+    work: Work
     texts: Callable[[], Sequence[Conditioning]]
     table: StepTable
     noise: Callable[[int], Latent]
@@ -73,6 +73,25 @@ class DeviceBackend(Protocol):
         """Return a runner for one of a bundle's graphs, as `Backend.open`."""
         ...
 
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
+        """Return what `BufferRunner.activations` would, or None if the graph has to be opened for it."""
+        ...
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """Tell whether a part of a graph's weights may stay on the host."""
+        ...
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """Say how many bytes of weights the named graphs may have on the device, once they are opened again.
+
+        Graphs that are not named have all of them there.
+        """
+        ...
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """Set the memory for activations of a stream; nothing that uses it may be under way."""
+        ...
+
 
 class DeviceSession:
     """Restores on one device.
@@ -81,9 +100,10 @@ class DeviceSession:
         backend: whose device and streams are used.
         runner: returns a graph's opened runner, by its name.
         close_runners: closes some of them; they are opened again when they are asked for.
+        opened: those that are open, by name; it changes as they come and go.
         bundle: whose graphs they are.
         budget_bytes: of the device's memory; what does not fit is opened and closed by phase. None
-            means all that is free.
+            means that everything stays, or that there is an error.
     """
 
     def __init__(
@@ -91,15 +111,19 @@ class DeviceSession:
         backend: DeviceBackend,
         runner: Callable[[str], BufferRunner],
         close_runners: Callable[[Sequence[str]], None],
+        opened: Collection[str],
         bundle: Bundle,
         budget_bytes: int | None = None,
     ) -> None:
-        self._device, self._runner = backend.device, runner
+        self._backend, self._device, self._runner = backend, backend.device, runner
         self._main, self._side = (backend.streams[name] for name in STREAMS)
-        self._close_runners = close_runners
-        self._all_resident = fit_together(bundle, budget_bytes, backend.device.memory_bytes()[0])
+        self._close_runners, self._opened = close_runners, opened
+        self._bundle, self._budget_bytes = bundle, budget_bytes
+        self.free_bytes = backend.device.memory_bytes()[0]
         self._buffers: dict[str, Buffer] = {}
         self._loop: DeviceLoop | None = None
+        self._work: Work | None = None
+        self._residency: Residency | None = None
 
     def close(self) -> None:
         """Give the buffers back; runners and streams are the caller's."""
@@ -107,6 +131,40 @@ class DeviceSession:
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
+        self._work = None
+
+    def plan(self, work: Work) -> tuple[Need, Residency]:
+        """Return what a work needs of the device's memory, and what will stay there.
+
+        What the library alone knows is asked once for each plan: its graphs are opened for that.
+
+        Raises:
+            BackendError: it does not fit, or a plan does not take the size.
+        """
+        self._device.activate()
+        need = self._need(work, {})
+        # What does not fit even without activations is told before anything is loaded.
+        self._arrange(need)
+        everything_fits = sum(need.weights.values()) + need.buffers <= min(
+            self.free_bytes, self._budget_bytes or self.free_bytes
+        )
+        activations = {}
+        for graph in GRAPHS:
+            sizes = work.sizes(self._bundle.spec(graph))
+            known = self._backend.known_activations(self._bundle, graph, sizes)
+            if known is None:
+                known = self._runner(graph).activations(sizes)
+                if not everything_fits:
+                    self._close_runners([graph])
+            activations[graph] = known
+        need = self._need(work, activations)
+        return need, self._arrange(need)
+
+    def time_networks(self, repeats: int, *, guided: bool) -> float:
+        """Return what ControlNet and UNet alone take per step; see `DeviceLoop.time_networks`."""
+        assert self._loop is not None, "no restoration yet, or its networks were released"
+        self._device.activate()
+        return self._loop.time_networks(repeats, guided=guided)
 
     def restore(self, job: Job, times: Timings) -> tuple[Pixels, Pixels | None]:
         """Return the restored pixels and, where it is wanted, stage 1, f32[B,3,8h,8w] each.
@@ -124,7 +182,7 @@ class DeviceSession:
     def _restore(self, job: Job, times: Timings) -> tuple[Pixels, Pixels | None]:
         main, side = self._main, self._side
         clock = _Clock()
-        self._enter(0)
+        self._make_room(job.work)
         encoder = self._runner("denoise_encoder")
         symbols = encoder.spec.sizes_of({"pixels": job.lq.shape})
         latent = resolve(encoder.spec.tensor("z").shape, symbols)
@@ -158,12 +216,15 @@ class DeviceSession:
             stack_texts([as_dtype(getattr(text, name), spec.tensor(name).dtype) for text in texts], len(job.lq))
             for name in ("context", "vector")
         )
+        clock.start("noise and texts", main)
+        loop.prepare(job.table, LoopInputs(z_lq, context, vector, job.noise, center))
+        clock.stop("noise and texts", main)
         clock.start("steps", main)
-        for progress in loop.run(job.table, LoopInputs(z_lq, context, vector, job.noise, center)):
+        for progress in loop.run(job.table):
             job.on_step(progress)
         sampled = clock.stop("steps", main)
         z = loop.latent
-        if not self._all_resident:  # the loop's buffers go with its networks
+        if self._closed_in(4) & {"controlnet", "unet"}:  # the loop's buffers go with its networks
             kept = self._buffer("z", latent)
             main.copy(kept, z)
             z, sampled = kept, main.record()
@@ -179,26 +240,62 @@ class DeviceSession:
         times.device_ms.update(clock.read())
         return result, stage_1.result() if stage_1 is not None else None
 
+    def _need(self, work: Work, activations: Mapping[str, Activations]) -> Need:
+        bundle = self._bundle
+        return Need(
+            weights={graph: bundle.manifest.graphs[graph].weights_bytes for graph in GRAPHS},
+            activations=activations,
+            buffers=buffer_bytes(bundle, work),
+            streamable=frozenset(graph for graph in GRAPHS if self._backend.can_stream_weights(bundle, graph)),
+        )
+
+    def _arrange(self, need: Need) -> Residency:
+        return arrange(need, self.free_bytes, self._budget_bytes, where=self._bundle.path)
+
+    def _make_room(self, work: Work) -> None:
+        """Give back what another work needed, enter the first phase, and set the memory for activations.
+
+        Recorded steps hold its address, so it has its size before the first step.
+        """
+        if work != self._work:
+            _, found = self.plan(work)
+            self._synchronize()
+            self.close()
+            changed = {graph for graph, size in found.on_device.items() if size != self._on_device(graph)}
+            self._close_runners(sorted(changed))
+            self._backend.limit_weights({graph: found.on_device[graph] for graph in found.streamed})
+            self._work, self._residency = work, found
+        assert self._residency is not None
+        self._enter(0)
+        for stream, nbytes in self._residency.arenas.items():
+            self._backend.reserve(stream, nbytes)
+
+    def _on_device(self, graph: str) -> int:
+        """Return how many bytes of a graph's weights the present arrangement has on the device."""
+        everything = self._bundle.manifest.graphs[graph].weights_bytes
+        return everything if self._residency is None else self._residency.on_device[graph]
+
     def _buffer(self, name: str, shape: Sequence[int]) -> Buffer:
         """Return a buffer that is kept from one restoration to the next, while sizes are the same."""
-        kept = self._buffers.get(name)
-        if kept is None or kept.shape != tuple(shape):
-            if kept is not None:
-                self._synchronize()
-                del self._buffers[name]
-                kept.close()
+        assert name in (*_PIXEL_BUFFERS, *_LATENT_BUFFERS), name
+        if name not in self._buffers:
             self._buffers[name] = self._device.buffer(shape, "float32")
         return self._buffers[name]
 
+    def _closed_in(self, phase: int) -> set[str]:
+        """Return the graphs that a phase has no room for."""
+        assert self._residency is not None
+        return set(GRAPHS) - self._residency.kept - set(PHASES[phase])
+
     def _enter(self, phase: int) -> None:
         """Make room for a phase's graphs, where not all fit at once."""
-        if self._all_resident:
+        closed = sorted(graph for graph in self._closed_in(phase) if graph in self._opened)
+        if not closed:
             return
         self._synchronize()
-        others = {graph for graphs in PHASES for graph in graphs} - set(PHASES[phase])
-        if not {"controlnet", "unet"} <= set(PHASES[phase]):
+        if {"controlnet", "unet"} & set(closed):
             self._close_loop()
-        self._close_runners(sorted(others))
+        self._close_runners(closed)
 
     def _open_loop(self) -> DeviceLoop:
         if self._loop is None:
@@ -215,34 +312,28 @@ class DeviceSession:
         self._side.synchronize()
 
 
-def fit_together(bundle: Bundle, budget_bytes: int | None, free_bytes: int) -> bool:
-    """Tell whether all graphs can stay on the device; if not, they come and go by phase.
+def work_for(photos: int, latent: tuple[int, int], texts: int, chunks: int, table: StepTable) -> Work:
+    """Return the sizes of a restoration.
 
     Args:
-        bundle: whose graphs' weights count; what activations need is known to the library alone.
-        budget_bytes: that may be used, or None.
-        free_bytes: of the device.
-    Raises:
-        BackendError: without a budget, the weights are more than is free; or even those of a phase
-            are more than may be used.
+        photos: how many are restored together.
+        latent: height and width, in cells.
+        table: of the sampler.
     """
-    weights = {name: graph.weights_bytes for name, graph in bundle.manifest.graphs.items()}
-    everything = sum(weights.values())
-    largest = max(sum(weights[graph] for graph in phase) for phase in PHASES)
-    allowed = free_bytes if budget_bytes is None else min(budget_bytes, free_bytes)
-    if everything <= allowed:
-        return True
-    if budget_bytes is None or largest > allowed:
-        raise BackendError(
-            "out of GPU memory",
-            where=bundle.path,
-            expected=f"{format_bytes(everything)} for all weights, or {format_bytes(largest)} with --vram-budget",
-            found=f"{format_bytes(allowed)} {'free' if budget_bytes is None else 'allowed'}",
-            fix="use --vram-budget, which opens graphs by stage"
-            if budget_bytes is None and largest <= allowed
-            else "use a GPU with more memory, or close other programs on it",
-        )
-    return False
+    passes = tuple(sorted({2 if step.guided else 1 for step in table.steps}))
+    return Work(photos, *latent, texts, chunks, passes, len(noisy_steps(table)))
+
+
+def buffer_bytes(bundle: Bundle, work: Work) -> int:
+    """Return what arrays between the graphs take on a device."""
+    decoder, unet = bundle.spec("vae_decoder"), bundle.spec("unet")
+    symbols = {"B": work.photos, "h": work.height, "w": work.width}
+    pixels, latent = (resolve(decoder.tensor(name).shape, symbols) for name in ("pixels", "z"))
+    context = resolve(unet.tensor("context").shape, {"B": work.rows, "k": work.chunks})
+    own, tensors = loop_arrays(unet, (latent, context, work.draws))
+    loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in (*own.values(), *tensors.values()))
+    floats = len(_PIXEL_BUFFERS) * math.prod(pixels) + len(_LATENT_BUFFERS) * math.prod(latent)
+    return loop + floats * np.dtype(np.float32).itemsize
 
 
 class _Clock:

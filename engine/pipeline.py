@@ -24,18 +24,18 @@ from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
 from engine.console import total_memory_bytes
 from engine.device import Array
-from engine.device_session import DeviceBackend, DeviceSession, Job
+from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
 from engine.errors import ImageError, UsageError
 from engine.framing import PhotoLike, Pixels, as_photo, finish, to_network
 from engine.geometry import Size, result_size, working_size
-from engine.graphspec import resolve
-from engine.guidance import Ramp, RestorationPull, is_unguided
+from engine.guidance import is_unguided
 from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
 from engine.noise import noise_source
-from engine.sampler import Latent, Progress, StepTable, dpmpp2m_table, edm_table, sample
-from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
+from engine.residency import Work, describe
+from engine.sampler import Latent, Progress, StepTable, sample
 from engine.settings import Settings
+from engine.tables import table_for
 from engine.timings import Timings
 
 OnStep = Callable[[Progress], None]
@@ -73,9 +73,8 @@ class Restorer:
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
         self.bundle = bundle
         self._backend = backend
-        self._vram_budget_bytes = vram_budget_bytes
-        self._session: DeviceSession | None = None
         self._runners: dict[str, Runner] = {}
+        self._session = self._open_session(backend, vram_budget_bytes) if isinstance(backend, DeviceBackend) else None
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
         ids = bundle.manifest.tokenizer
         special = SpecialIds(ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
@@ -98,7 +97,8 @@ class Restorer:
             backend: one of `engine.backends.BACKENDS`; None means the one that the bundle is for.
             device: "cpu", "cuda", "cuda:1", …; "auto" is the CPU for ONNX Runtime, else the first GPU.
             threads: that one operator may use on a CPU; 0 is one per core.
-            vram_budget_gib: of GPU memory for weights; graphs come and go by stage if they need more.
+            vram_budget_gib: of GPU memory, for everything; what does not fit is loaded and released by
+                stage. None means that everything stays, or that there is an error.
         Raises:
             BundleError: there is no bundle, or it is not as it was built.
             UsageError: there is no such backend or device.
@@ -123,7 +123,12 @@ class Restorer:
             steps.callback(self._close_runners, list(self._runners))
             if self._session is not None:
                 steps.callback(self._session.close)
-                self._session = None
+
+    def _open_session(self, backend: DeviceBackend, budget_bytes: int | None) -> DeviceSession:
+        def runner(graph: str) -> BufferRunner:
+            return cast(BufferRunner, self._runner(graph, None))
+
+        return DeviceSession(backend, runner, self._close_runners, self._runners, self.bundle, budget_bytes)
 
     def _close_runners(self, graphs: Sequence[str]) -> None:
         for graph in graphs:
@@ -218,6 +223,29 @@ class Restorer:
             )
         return size
 
+    def gpu_memory(self, size: Size, settings: Settings) -> dict[str, Any] | None:
+        """Return what a photo needs of the GPU's memory, before it is restored.
+
+        Args:
+            size: (width, height) in pixels that it is worked at.
+            settings: of the restoration.
+        Returns:
+            Bytes by what they are for, and the same in words; see `engine.residency.describe`. None on a CPU.
+        Raises:
+            BackendError: it does not fit.
+        """
+        if self._session is None:
+            return None
+        need, residency = self._session.plan(self._work((1, 3, size[1], size[0]), settings))
+        return describe(need, residency, self._session.free_bytes)
+
+    def _work(self, shape: Sequence[int], settings: Settings) -> Work:
+        """Return the sizes of a restoration of pixels of a shape."""
+        latent = self.bundle.spec("denoise_encoder").sizes_of({"pixels": shape})
+        texts = self._texts_of(settings)
+        chunks = max(self._tokenizer.count_chunks(text) for text in texts)
+        return work_for(shape[0], (latent["h"], latent["w"]), len(texts), chunks, self.table(settings))
+
     @property
     def max_pixels(self) -> int:
         """How many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
@@ -240,8 +268,7 @@ class Restorer:
         with times.outside("everything else"):
             with times.outside("resize in"):
                 lq = np.stack([to_network(resize(source.rgb, size)) for source in sources])
-            on_device = isinstance(self._backend, DeviceBackend)
-            run = self._run_on_device if on_device else self._run_on_host
+            run = self._run_on_host if self._session is None else self._run_on_device
             restored, stage1 = run(lq, settings, seeds, noise, on_step, times)
             with times.outside("color fix"):
                 if settings.color_fix != "none" and stage1 is not None:
@@ -287,29 +314,19 @@ class Restorer:
         times: Timings,
     ) -> tuple[Pixels, Pixels | None]:
         """Do the same with everything between photo and result on the device."""
-        assert isinstance(self._backend, DeviceBackend)
-        if self._session is None:
-            self._session = DeviceSession(
-                self._backend,
-                lambda graph: cast(BufferRunner, self._runner(graph, None)),
-                self._close_runners,
-                self.bundle,
-                self._vram_budget_bytes,
-            )
-        shape = resolve(self.bundle.spec("denoise_encoder").tensor("z").shape, self._sizes(lq))
+        assert self._session is not None
+        work = self._work(lq.shape, settings)
         job = Job(
             lq,
+            work,
             lambda: self.conditioning(settings, times=times),
             self.table(settings),
-            noise_source(seeds, shape[1:], noise),
+            noise_source(seeds, (self.bundle.latent_channels, work.height, work.width), noise),
             settings.color_fix != "none",
             on_step or (lambda _: None),
         )
         with times.graph("gpu"):
             return self._session.restore(job, times)
-
-    def _sizes(self, lq: Pixels) -> dict[str, int]:
-        return self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
 
     def _history(self, settings: Settings) -> dict[str, Any]:
         return {
@@ -329,9 +346,7 @@ class Restorer:
         Returns:
             Two, or the positive alone where no step is guided; contexts are of one length.
         """
-        positive = ", ".join(text for text in (settings.prompt, settings.quality_words) if text)
-        unguided = all(is_unguided(scale) for scale in settings.cfg_scale)
-        texts = (positive,) if unguided else (positive, settings.negative_prompt)
+        texts = self._texts_of(settings)
         if texts not in self._texts:
             while len(self._texts) >= _TEXTS_KEPT:
                 del self._texts[next(iter(self._texts))]
@@ -352,21 +367,7 @@ class Restorer:
 
     def table(self, settings: Settings) -> StepTable:
         """Return the sampler's table of step weights for some settings."""
-
-        def quantize(sigma: float) -> tuple[int, float]:
-            level = nearest_level(sigma)
-            return level.timestep, level.sigma
-
-        common: dict[str, Any] = {
-            "quantize": quantize,
-            "cfg_scale": _cfg(settings),
-            "control_scale": Ramp(*settings.control_scale),
-            "pull": RestorationPull(settings.restore_pull),
-            "s_noise": settings.s_noise,
-        }
-        if settings.sampler == "edm":
-            return edm_table(trailing_sigmas(settings.steps), churn=settings.churn, **common)
-        return dpmpp2m_table(karras_sigmas(settings.steps), eta=settings.eta, **common)
+        return table_for(settings)
 
     def sample(
         self,
@@ -412,6 +413,11 @@ class Restorer:
         assert z is not None
         return z
 
+    def _texts_of(self, settings: Settings) -> tuple[str, ...]:
+        positive = ", ".join(text for text in (settings.prompt, settings.quality_words) if text)
+        unguided = all(is_unguided(scale) for scale in settings.cfg_scale)
+        return (positive,) if unguided else (positive, settings.negative_prompt)
+
     def _encode_texts(self, texts: Sequence[str], times: Timings) -> list[Conditioning]:
         count = max(self._tokenizer.count_chunks(text) for text in texts)
         pairs = [self._tokenizer.chunks(text, count) for text in texts]
@@ -438,8 +444,3 @@ class Restorer:
             with (times or Timings()).graph(f"load {graph}"):
                 runner = self._runners[graph] = self._backend.open(self.bundle, graph)
         return runner
-
-
-def _cfg(settings: Settings) -> Callable[[float], float]:
-    ramp = Ramp(*settings.cfg_scale)
-    return lambda sigma: 1.0 if is_unguided(ramp(sigma)) else ramp(sigma)

@@ -100,7 +100,9 @@ def _plan_of(graph: Graph) -> str:
     if graph.plan is None:
         return ""
     size, targets = format_bytes(graph.plan.file.bytes), ", ".join(graph.plan.targets)
-    return f"; compiled for {targets} ({size}), {graph.plan.audit.share_16_bit:.1%} of its work in 16 bits"
+    source = "by the engine inspector" if graph.plan.audit.inspected_share else "by the typed graph"
+    share = f"{graph.plan.audit.share_16_bit:.1%} of its work in 16 bits {source}"
+    return f"; compiled for {targets} ({size}), {share}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
         help="plans without weights: small, and another LoRA or checkpoint needs no compiling; "
         "compiled for the GPU at hand",
     )
+    plans.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="plans whose weights may stay in the computer's memory: for GPUs that hold not even one stage's, "
+        "with engine.restore --vram-budget",
+    )
     where = parser.add_argument_group("where and what")
     where.add_argument("--output", type=Path, metavar="DIR", help=f"of the bundle (default: {default_bundle_dir()})")
     where.add_argument("--dry-run", action="store_true", help="say what would be read, merged and written")
@@ -198,6 +206,7 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "shapes": options.shapes,
         "batch": options.batch,
         "weightless": options.weightless,
+        "weight_streaming": options.weight_streaming,
         "settings": {} if options.min_size is None else {"min_size": options.min_size},
     }
     named = [name for name in ("sdxl", "unet", "supir", "tokenizer") if getattr(options, name) is not None]

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle import FORMAT, Source, hash_file
-from engine.errors import BackendError, CheckpointError, UsageError
+from engine.errors import BackendError, CheckpointError, RestoreError, UsageError
 from engine.graphspec import PRECISION_DTYPES, Precision
 from engine.profiles import Profile
 from engine.settings import Settings, validated
@@ -28,6 +28,9 @@ from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
 from export.verify import VERIFY_SYMBOLS
 from export.weights import Layout, Weight, plan_layout
+
+if TYPE_CHECKING:
+    from engine.cuda import DeviceInfo
 
 #: A graph's structure and manifest entry are a few hundred kB; this is room for the largest.
 _ROOM_PER_GRAPH_BYTES = 8 << 20
@@ -127,6 +130,7 @@ class BuildPlan:
             "device": options.device,
             "profiles": {name: "; ".join(map(str, profiles)) for name, profiles in options.profiles.items()},
             "weightless": options.weightless,
+            "weight_streaming": options.weight_streaming,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -234,6 +238,7 @@ def _plan_options(
             ("--compute-capability", request.targets),
             ("--shapes", request.shapes),
             ("--weightless", request.weightless),
+            ("--weight-streaming", request.weight_streaming),
             ("--batch", request.batch != 1),
         ):
             if given:
@@ -245,7 +250,11 @@ def _plan_options(
         )
     if not 1 <= request.batch <= MAX_BATCH:
         raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
+    if request.weightless and request.weight_streaming:
+        # A refit of weights that lie on the host has never been tried: it needs a GPU.
+        raise UsageError("--weightless and --weight-streaming exclude each other", fix="use one of them")
     library = open_library(request.backend)
+    gpu, missing = _gpu_at_hand()
     device = None
     if library.is_rtx and not request.weightless:
         targets = check_targets(library, request.targets or DEFAULT_TARGETS)
@@ -256,13 +265,10 @@ def _plan_options(
                 where="--compute-capability",
                 fix="leave it out, or use --backend tensorrt-rtx without --weightless",
             )
-        from engine.cuda import device_info
-
-        try:
-            info = device_info(0)
-        except BackendError as error:
-            raise error.at("--weightless" if request.weightless else f"--backend {request.backend}") from None
-        targets, device = (info.compute_capability,), None if library.is_rtx else info.name
+        if gpu is None:
+            assert missing is not None
+            raise missing.at("--weightless" if request.weightless else f"--backend {request.backend}")
+        targets, device = (gpu.compute_capability,), None if library.is_rtx else gpu.name
     shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
     profiles = {
         name: profiles_for(builder.spec, shapes, request.batch, pixels_per_cell) for name, builder in builders.items()
@@ -270,7 +276,26 @@ def _plan_options(
     if request.weightless:
         _check_probe_fits(builders, profiles)
     timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
-    return PlanOptions(library, targets, device, profiles, request.weightless, timings)
+    return PlanOptions(
+        library,
+        targets,
+        device,
+        profiles,
+        request.weightless,
+        request.weight_streaming,
+        None if gpu is None else gpu.compute_capability,
+        timings,
+    )
+
+
+def _gpu_at_hand() -> tuple[DeviceInfo | None, RestoreError | None]:
+    """Return the first GPU, or why there is none."""
+    from engine.cuda import device_info
+
+    try:
+        return device_info(0), None
+    except BackendError as error:
+        return None, error
 
 
 def _check_probe_fits(builders: Mapping[str, GraphBuilder], profiles: Mapping[str, tuple[Profile, ...]]) -> None:

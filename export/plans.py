@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.backends.trt_library import TrtLibrary, make_log
+from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.bundle import File, Graph, Plan, describe_file, plan_key
 from engine.errors import BuildError, UsageError
 from engine.graphspec import DType, GraphSpec, parse_axis, resolve
 from engine.profiles import Profile
-from export.audit import audit_network
+from export.audit import audit, heavy_layers, inspect_engine
 
 #: What TensorRT-RTX compiles for if nothing else is asked: its portable plan.
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
@@ -41,6 +41,8 @@ class PlanOptions:
         device: the kind of GPU, where the library compiles for one alone.
         profiles: by graph.
         weightless: leave the weights out; they are filled in when the plan is opened.
+        weight_streaming: let weights lie on the host, where GPU memory is short.
+        gpu: compute capability of the GPU at hand, None where there is none.
         timing_cache: where TensorRT keeps what it has measured, for the next build; None for
             TensorRT-RTX, which measures nothing.
     """
@@ -50,12 +52,16 @@ class PlanOptions:
     device: str | None
     profiles: dict[str, tuple[Profile, ...]]
     weightless: bool
+    weight_streaming: bool = False
+    gpu: str | None = None
     timing_cache: Path | None = None
 
     @property
     def flags(self) -> tuple[str, ...]:
         known = dir(self.library.api.BuilderFlag)
-        wanted = (*_FLAGS, *(_WEIGHTLESS_FLAGS if self.weightless else ()))
+        # Streaming allocates as it runs: TensorRT-RTX refuses the two together, and no such step can be recorded.
+        memory = (WEIGHT_STREAMING,) if self.weight_streaming else _FLAGS
+        wanted = (*memory, *(_WEIGHTLESS_FLAGS if self.weightless else ()))
         return tuple(flag for flag in wanted if flag in known)
 
     def key(self, graph: Graph, weights: File) -> str:
@@ -105,11 +111,15 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
         BuildError: the library refuses the graph or fails, the graph is not as its spec says, or it
             is not in the precision that was asked for.
     """
-    audit = audit_network(options.library.api, _Compiler(options.library, graph.spec, folder).network, graph.spec)
-    compiler = _Compiler(options.library, graph.spec, folder)
-    path = folder / f"{graph.spec.name}.plan"
+    spec = graph.spec
+    layers = heavy_layers(options.library.api, _Compiler(options.library, spec, folder).network, spec)
+    found = audit(layers, spec)  # before minutes of compiling
+    compiler = _Compiler(options.library, spec, folder)
+    path = folder / f"{spec.name}.plan"
     with path.open("wb") as file:
         file.write(compiler.compile(options))
+    if options.gpu in options.targets:
+        found = audit(layers, spec, inspect_plan(options.library, path))
     return Plan(
         file=describe_file(path),
         library=options.library.label,
@@ -118,9 +128,22 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
         profiles=options.profiles[graph.spec.name],
         weightless=options.weightless,
         flags=options.flags,
-        audit=audit,
+        audit=found,
         key=options.key(graph, weights),
     )
+
+
+def inspect_plan(library: TrtLibrary, file: Path) -> dict[str, str]:
+    """Open a plan on the GPU at hand and ask it in which types it computes.
+
+    Args:
+        library: that compiled it.
+        file: the plan.
+    Returns:
+        As `export.audit.inspected_types`; {} if it does not open, for one because memory is short.
+    """
+    engine = library.api.Runtime(make_log(library.api)).deserialize_cuda_engine(file.read_bytes())
+    return {} if engine is None else inspect_engine(library.api, engine)
 
 
 class _Compiler:

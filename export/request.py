@@ -36,6 +36,7 @@ class BuildRequest:
         shapes: sizes to compile for, as `export.shapes.parse_shapes` reads them; "" means by `min_size`.
         batch: photos that plans can restore together.
         weightless: plans without weights, which any weights of the bundle's shapes fit.
+        weight_streaming: plans whose weights may lie on the host, where GPU memory is short.
         notice: what everybody who uses the bundle should know.
     """
 
@@ -52,5 +53,6 @@ class BuildRequest:
     shapes: str = ""
     batch: int = 1
     weightless: bool = False
+    weight_streaming: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     notice: str = ""

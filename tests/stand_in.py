@@ -21,6 +21,7 @@ import pytest
 from engine.backends.ort import open_session
 from engine.backends.ort_cuda import OrtBufferRunner
 from engine.device import STREAMS, stream_of
+from engine.residency import Activations
 from engine.step_kernels import cuda_source
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -220,6 +221,10 @@ class HostRunner(OrtBufferRunner):
     """ONNX Runtime's CPU provider on the stand-in's memory, recordable as TensorRT's runners are."""
 
     can_be_recorded = True
+    needs = Activations(0)
+
+    def activations(self, sizes) -> Activations:
+        return self.needs
 
     def enqueue_impl(self, stream, symbols, inputs, outputs) -> None:
         bound = dict(inputs), dict(outputs)
@@ -231,6 +236,23 @@ class HostBackend:
         self.device = device
         self.streams = {name: device.stream() for name in STREAMS}
         self.opened: list[str] = []
+        #: What graphs need beside their weights; if not `known`, only once they have been opened.
+        self.activations: dict[str, Activations] = {}
+        self.known = True
+        self.streamable: frozenset[str] = frozenset()
+        self.limits: list[dict[str, int]] = []
+
+    def known_activations(self, bundle, graph, sizes) -> Activations | None:
+        return self.activations.get(graph, Activations(0)) if self.known or graph in self.opened else None
+
+    def can_stream_weights(self, bundle, graph) -> bool:
+        return graph in self.streamable
+
+    def limit_weights(self, on_device) -> None:
+        self.limits.append(dict(on_device))
+
+    def reserve(self, stream, nbytes) -> None:
+        self.device.calls.append(("reserve", stream, nbytes))
 
     def open(self, bundle, graph) -> HostRunner:
         self.opened.append(graph)
@@ -238,7 +260,9 @@ class HostBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = open_session(bundle.file(entry.file), ["CPUExecutionProvider"], options)
-        return HostRunner(session, entry.spec, self.device, self.streams[stream_of(graph)], "cpu", 0)
+        runner = HostRunner(session, entry.spec, self.device, self.streams[stream_of(graph)], "cpu", 0)
+        runner.needs = self.activations.get(graph, Activations(0))
+        return runner
 
     def close(self) -> None:
         self.device.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from engine.backends.base import Runner
 from engine.device import Array, Buffer, Device, Stream
 from engine.graphspec import GraphSpec, TensorSpec, resolve
+from engine.residency import Activations
 
 
 class BufferRunner(Runner):
@@ -21,9 +22,11 @@ class BufferRunner(Runner):
 
     Attributes:
         can_be_recorded: whether the work may be captured and replayed.
+        memory_version: changes where what was recorded points to memory that is gone.
     """
 
     can_be_recorded = False
+    memory_version = 0
 
     def __init__(self, spec: GraphSpec, device: Device, stream: Stream) -> None:
         super().__init__(spec)
@@ -50,6 +53,19 @@ class BufferRunner(Runner):
         self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> None:
         """Put the graph on a stream, with buffers that are known to fit."""
+
+    def activations(self, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Return what the graph needs beside its weights.
+
+        Args:
+            sizes: that it is run at, as what its symbols stand for.
+        Raises:
+            BackendError: it cannot be run at one of them.
+        """
+        return Activations(None)
+
+    def forget_recordings(self) -> None:
+        """Learn that nothing that was recorded will be replayed again."""
 
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._device.activate()

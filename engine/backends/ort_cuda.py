@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import onnxruntime as ort
@@ -13,8 +16,11 @@ from engine.bundle import Bundle
 from engine.device import STREAMS, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec
+from engine.residency import Activations
 
 _CUDA = "CUDAExecutionProvider"
+#: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.
+INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def check_provider() -> None:
@@ -27,8 +33,23 @@ def check_provider() -> None:
         raise BackendError(
             "--device cuda: this ONNX Runtime has no CUDA provider",
             found=f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}",
-            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu; without it, --device cpu",
+            fix=f"{INSTALL}; without it, --device cpu",
         )
+
+
+@cache
+def load_cuda_libraries() -> str:
+    """Load CUDA and cuDNN from the packages that `onnxruntime-gpu[cuda,cudnn]` brings, once.
+
+    Returns:
+        What ONNX Runtime says of libraries that it has not found there: others may be the system's. It
+        prints that, and standard output is the report's.
+    """
+    said = io.StringIO()
+    if hasattr(ort, "preload_dlls"):  # from 1.21 on
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+    return " ".join(said.getvalue().split())
 
 
 class OrtCudaBackend:
@@ -59,14 +80,31 @@ class OrtCudaBackend:
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",  # float32 means float32
         }
+        missing = load_cuda_libraries()
         session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"])
         if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
             raise BackendError(
                 "ONNX Runtime's CUDA provider does not load",
                 where=graph,
-                fix="install the CUDA and cuDNN versions that onnxruntime-gpu asks for; without them, --device cpu",
+                found=missing[:300] or None,
+                fix=f"{INSTALL}, which brings the CUDA and cuDNN that it asks for; without them, --device cpu",
             )
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Tell that ONNX Runtime's own arena grows as it runs, and that nobody knows how far."""
+        return Activations(None)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """ONNX Runtime has all weights on the device."""
+        return False
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """See `DeviceBackend`; there is nothing that could be limited."""
+        assert not on_device, "no graph's weights can be streamed"
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """See `DeviceBackend`; ONNX Runtime takes its memory itself."""
 
     def close(self) -> None:
         """Give the device back."""

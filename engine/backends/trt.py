@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engine.backends.base import Runner
 from engine.backends.buffers import BufferRunner
-from engine.backends.trt_library import TrtLibrary, make_log
-from engine.bundle import Bundle, Graph, Plan, plan_key
+from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
+from engine.backends.trt_memory import MemoryNotes, PlanMemory
+from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, refit
+from engine.bundle import Bundle, Graph, Plan
+from engine.console import format_memory
 from engine.device import STREAMS, Buffer, Device, Stream, stream_of
-from engine.errors import BackendError, BundleError
 from engine.graphspec import GraphSpec, resolve
 from engine.profiles import choose_profile
+from engine.residency import Activations
 
-#: Relative L2 of a refitted plan against the merged weights in float32, by the graph's precision.
-_PROBE_BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 4e-2}
+#: Sizes whose contexts are kept: a step has two, guided and not, and a folder of photos a few shapes.
+_CONTEXTS_KEPT = 4
 
 
 class TrtBackend:
@@ -38,9 +39,15 @@ class TrtBackend:
         self._runtime = self.library.api.Runtime(self._log)
         self.streams = {name: device.stream() for name in STREAMS}
         self._arenas = {name: Arena(device, stream) for name, stream in self.streams.items()}
+        self._on_device: dict[str, int] = {}
+        self._notes: dict[Path, MemoryNotes] = {}
+        self._checked: set[tuple[str, str]] = set()
 
     def open(self, bundle: Bundle, graph: str) -> TrtRunner:
         """Return a runner for a graph's plan.
+
+        A plan without weights is refitted whenever it is opened, so also each time that it comes back
+        under `--vram-budget`; what the weights make of it is checked the first time.
 
         Raises:
             BundleError: the bundle has no plan for this library and GPU.
@@ -52,7 +59,13 @@ class TrtBackend:
         file = bundle.file(plan.file)
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
-            raise failed("open the plan", file, self._log, fix=_rebuild(bundle))
+            raise failed("open the plan", file, self._log, fix=rebuild(bundle))
+        # All that a plan says of its memory, before a part of its weights is kept on the host.
+        memory = plan_memory(engine, plan)
+        keys = {other.plan.key for other in bundle.manifest.graphs.values() if other.plan is not None}
+        self._notes_of(bundle).keep(plan, memory, keys)
+        if graph in self._on_device:
+            stream_weights(engine, self._on_device[graph], entry, self._log)
         place = stream_of(graph)
         runner = TrtRunner(
             engine,
@@ -62,13 +75,41 @@ class TrtBackend:
             self.device,
             self.streams[place],
             self._arenas[place],
-            self._cache(bundle),
+            self._beside(bundle, "kernels") if self.library.is_rtx else None,
             self._log,
+            memory,
         )
         if plan.weightless:
             refit(engine, bundle, entry, self.library.api, self._log)
-            check_probe(runner, bundle, entry)
+            once = (bundle.digest, graph)
+            if once not in self._checked:
+                check_probe(runner, bundle, entry)
+                self._checked.add(once)
         return runner
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
+        """Return what a plan needs beside its weights, None if it has to be opened for that.
+
+        Raises:
+            BundleError: as `open`.
+            BackendError: the plan does not take one of the sizes.
+        """
+        plan = check_plan(bundle, bundle.manifest.graphs[graph], self.library, self.device)
+        note = self._notes_of(bundle).get(plan)
+        return None if note is None else note.at(plan, sizes, where=graph)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """Tell whether a graph's plan was built with `--weight-streaming`."""
+        plan = bundle.manifest.graphs[graph].plan
+        return plan is not None and WEIGHT_STREAMING in plan.flags
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """See `DeviceBackend`."""
+        self._on_device = dict(on_device)
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """Set the size of a stream's arena."""
+        self._arenas[stream].resize(nbytes)
 
     def close(self) -> None:
         """Give the arenas and the device back."""
@@ -76,24 +117,33 @@ class TrtBackend:
             arena.close()
         self.device.close()
 
-    def _cache(self, bundle: Bundle) -> Path | None:
-        """Return the file in which RTX keeps the kernels that it compiles for this GPU, beside the bundle."""
-        if not self.library.is_rtx:
-            return None
+    def _notes_of(self, bundle: Bundle) -> MemoryNotes:
+        # GPUs of one capability differ in how much they run at once, and so in what they need.
+        name = "-".join("".join(letter if letter.isalnum() else " " for letter in self.device.name).split())
+        file = self._beside(bundle, f"{name}.memory")
+        if file not in self._notes:
+            self._notes[file] = MemoryNotes(file)
+        return self._notes[file]
+
+    def _beside(self, bundle: Bundle, what: str) -> Path:
+        """Return a file beside the bundle, for what holds for this library and GPUs of this capability."""
         capability = self.device.compute_capability
-        return bundle.path.with_name(f".{bundle.path.name}.{self.library.version}.sm{capability}.kernels")
+        return bundle.path.with_name(f".{bundle.path.name}.{self.library.version}.sm{capability}.{what}")
 
 
 class Arena:
     """One piece of memory for the activations of all graphs of a stream: they run one after the other.
 
-    It grows to what the largest needs, when that is opened. Recorded steps hold its address: a session
-    opens all graphs of the main stream before it records a step, and drops recordings with their graphs.
+    A session sets its size to what the largest of them needs before it records a step, for recordings
+    hold its address. Whatever needs more later moves it; `moves` counts that, so that a recording that
+    points to memory that is gone is not replayed.
     """
 
     def __init__(self, device: Device, stream: Stream) -> None:
         self._device, self._stream = device, stream
         self._buffer: Buffer | None = None
+        self._nbytes = 0
+        self.moves = 0
 
     def at_least(self, nbytes: int) -> Buffer:
         """Return the memory, of at least this size.
@@ -101,22 +151,33 @@ class Arena:
         Raises:
             BackendError: the GPU has less.
         """
-        if self._buffer is None or self._buffer.nbytes < nbytes:
-            self.close()  # before there is a larger one, so that there are never two
-            self._buffer = self._device.buffer((max(nbytes, 4) // 4 + 1,), "float32")
+        if self._buffer is None or self._nbytes < nbytes:
+            self.resize(nbytes)
+        assert self._buffer is not None
         return self._buffer
+
+    def resize(self, nbytes: int) -> None:
+        """Have the memory in this size.
+
+        Raises:
+            BackendError: the GPU has less.
+        """
+        if self._buffer is not None and self._nbytes == nbytes:
+            return
+        self.close()  # before there is another one, so that there are never two
+        self._buffer = self._device.buffer((max(nbytes, 4) // 4 + 1,), "float32")
+        self._nbytes = nbytes
 
     def close(self) -> None:
         if self._buffer is not None:
             self._stream.synchronize()
             self._buffer.close()
             self._buffer = None
+            self.moves += 1
 
 
 class TrtRunner(BufferRunner):
-    """A plan on a GPU. For each size that it is run at it has a context, which a recording may hold."""
-
-    can_be_recorded = True
+    """A plan on a GPU. It has a context for each of the last sizes, and for all that recordings hold."""
 
     def __init__(
         self,
@@ -129,27 +190,48 @@ class TrtRunner(BufferRunner):
         arena: Arena,
         cache: Path | None,
         log: Any,
+        memory: PlanMemory,
     ) -> None:
         super().__init__(spec, device, stream)
         self._engine, self._plan, self._library = engine, plan, library
-        self._arena, self._cache, self._log = arena, cache, log
-        self._contexts: dict[tuple[int, ...], Any] = {}
+        self._arena, self._cache, self._log, self._memory = arena, cache, log, memory
+        self._contexts: dict[tuple[int, ...], _Context] = {}
         self._runtime_cache: Any = None
         self._config = self._make_config()
-        arena.at_least(self.activation_bytes())
 
-    def activation_bytes(self) -> int:
-        """Return what the largest size needs, besides weights."""
-        return int(self._engine.device_memory_size_v2)
+    @property
+    def can_be_recorded(self) -> bool:  # type: ignore[override]
+        """Whether the last size that was run may be recorded: RTX knows, once it has a context."""
+        if WEIGHT_STREAMING in self._plan.flags:  # weights are copied, and memory is taken, by the host
+            return False
+        last = next(reversed(self._contexts.values()), None)
+        ask = getattr(last.raw, "is_stream_capturable", None) if last is not None else None
+        return ask is None or bool(ask(self._stream.handle))
+
+    @property
+    def memory_version(self) -> int:  # type: ignore[override]
+        return self._arena.moves
+
+    def activations(self, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        return self._memory.at(self._plan, sizes, where=self.spec.name)
+
+    def forget_recordings(self) -> None:
+        for context in self._contexts.values():
+            context.is_recorded = False
 
     def enqueue_impl(
         self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> None:
         context = self._context(symbols, stream)
+        context.is_recorded |= stream is not self._stream
+        raw = context.raw
+        # What its profile needs, with what streaming adds, if it does.
+        needed = int(self._engine.get_device_memory_size_for_profile_v2(context.profile))
+        raw.set_device_memory(self._arena.at_least(needed).address, needed)
         bound = all(
-            context.set_tensor_address(name, buffer.address) for name, buffer in (*inputs.items(), *outputs.items())
+            raw.set_tensor_address(name, buffer.address) for name, buffer in (*inputs.items(), *outputs.items())
         )
-        if not bound or not context.execute_async_v3(stream.handle):
+        if not bound or not raw.execute_async_v3(stream.handle):
             raise failed("run the graph", self.spec.name, self._log)
 
     def close(self) -> None:
@@ -158,24 +240,32 @@ class TrtRunner(BufferRunner):
         self._config = None  # the engine's child, and might hold it
         self._engine = None
 
-    def _context(self, symbols: Mapping[str, int], stream: Stream) -> Any:
+    def _context(self, symbols: Mapping[str, int], stream: Stream) -> _Context:
         key = tuple(symbols.values())
-        context = self._contexts.get(key)
+        context = self._contexts.pop(key, None)
         if context is None:
+            self._drop_contexts()
             index = choose_profile(self._plan.profiles, symbols, where=self.spec.name)
-            context = self._engine.create_execution_context(self._config)
-            if context is None:
+            raw = self._engine.create_execution_context(self._config)
+            if raw is None:
                 raise failed("make a context", self.spec.name, self._log)
-            sized = context.set_optimization_profile_async(index, stream.handle) and all(
-                context.set_input_shape(tensor.name, resolve(tensor.shape, symbols)) for tensor in self.spec.inputs
+            sized = raw.set_optimization_profile_async(index, stream.handle) and all(
+                raw.set_input_shape(tensor.name, resolve(tensor.shape, symbols)) for tensor in self.spec.inputs
             )
             if not sized:
                 raise failed("take the size", self.spec.name, self._log)
-            self._contexts[key] = context
-        needed = int(self._engine.device_memory_size_v2)
-        memory = self._arena.at_least(needed)
-        context.set_device_memory(memory.address, needed)
+            context = _Context(raw, index)
+        self._contexts[key] = context  # last in order, as the one that was used last
         return context
+
+    def _drop_contexts(self) -> None:
+        """Make room for one more context; those that were used longest ago go, but for recorded ones."""
+        idle = [key for key, context in self._contexts.items() if not context.is_recorded]
+        too_many = idle[: max(0, len(self._contexts) + 1 - _CONTEXTS_KEPT)]
+        if too_many:
+            self._stream.synchronize()  # it may still be at work for one of them
+        for key in too_many:
+            del self._contexts[key]
 
     def _make_config(self) -> Any:
         """Return how contexts are made: their activations in the arena, their kernels ready at once."""
@@ -211,116 +301,37 @@ class TrtRunner(BufferRunner):
             temporary.replace(file)
 
 
-def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> BackendError:
-    """Return the error of a library that could not do something, by what it logged last.
+@dataclass
+class _Context:
+    """An execution context of a size, under a profile, and whether a recorded step runs it."""
+
+    raw: Any
+    profile: int
+    is_recorded: bool = False
+
+
+def plan_memory(engine: Any, plan: Plan) -> PlanMemory:
+    """Return what an engine that was just opened says of its memory."""
+    return PlanMemory(
+        profiles=tuple(int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(plan.profiles))),
+        streaming_bytes=int(engine.weight_streaming_scratch_memory_size) if WEIGHT_STREAMING in plan.flags else 0,
+    )
+
+
+def stream_weights(engine: Any, on_device: int, graph: Graph, log: Any) -> None:
+    """Keep a part of an engine's weights on the host; before it has a context, which would hold them.
 
     Args:
-        action: as in "open the plan".
-        where: the graph or file.
+        engine: whose plan was built for that.
+        on_device: bytes of all its weights that may be on the device.
+        graph: that it is of.
         log: from `make_log`.
-        fix: what helps, unless memory is what is missing.
-    """
-    reason, log.last = log.last or "no reason given", ""  # the next failure has its own
-    if "memory" in reason.lower():
-        fix = "try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU"
-    return BackendError(f"TensorRT could not {action}", where=where, found=reason, fix=fix)
-
-
-def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> Plan:
-    """Return the plan of a graph, if this library can run it on this GPU.
-
     Raises:
-        BundleError: there is none, or it does not belong here; the command that makes one is named.
+        BackendError: the library refuses.
     """
-    where = f"{bundle.path}: {graph.spec.name}"
-    plan = graph.plan
-    if plan is None:
-        raise BundleError("the bundle holds no plans", where=where, fix=_rebuild(bundle, library.backend))
-    if plan.library != library.label:
-        raise BundleError(
-            "the plan belongs to another library",
-            where=where,
-            expected=library.label,
-            found=plan.library,
-            fix=_rebuild(bundle, library.backend),
-        )
-    capability = device.compute_capability
-    if capability not in plan.targets or plan.device not in (None, device.name):
-        raise BundleError(
-            "the plan is not for this GPU",
-            where=where,
-            expected=f"{device.name}, compute capability {capability}",
-            found=f"{plan.device or 'any GPU'}, compute capability {', '.join(plan.targets)}",
-            fix=_rebuild(bundle, library.backend, capability if library.is_rtx and not plan.weightless else None),
-        )
-    key = plan_key(
-        graph.file,
-        None if plan.weightless else bundle.manifest.weights,
-        library=plan.library,
-        targets=plan.targets,
-        device=plan.device,
-        profiles=plan.profiles,
-        flags=plan.flags,
-        precision=graph.spec.precision,
-    )
-    if key != plan.key:
-        raise BundleError(
-            "the plan was compiled from something else than this bundle holds",
-            where=where,
-            expected=f"key {key[:16]}…",
-            found=f"key {plan.key[:16]}…",
-            fix=_rebuild(bundle, library.backend),
-        )
-    return plan
-
-
-def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None:
-    """Fill a weightless plan with all weights of the bundle at once, never with a difference.
-
-    Raises:
-        BackendError: the library refuses, or a weight is missing.
-    """
-    refitter = api.Refitter(engine, log)
-    parser = api.OnnxParserRefitter(refitter, log)
-    done = parser.refit_from_file(str(bundle.file(graph.file)))
-    missing = refitter.get_missing_weights() if done else ()
-    if not done or missing or not refitter.refit_cuda_engine():
-        raise BackendError(
-            "the plan could not be filled with the bundle's weights",
-            where=graph.spec.name,
-            found=f"without {missing[0]} and {len(missing) - 1} others" if missing else log.last,
-            fix=_rebuild(bundle),
-        )
-
-
-def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
-    """Run a refitted plan on the bundle's probe, before it may be used for anything else.
-
-    Raises:
-        BackendError: it disagrees with the merged weights.
-    """
-    assert graph.probe is not None, "a weightless plan comes with a probe"
-    with np.load(bundle.file(graph.probe)) as probe:
-        inputs = {tensor.name: probe[tensor.name] for tensor in graph.spec.inputs}
-        expected = {tensor.name: probe[f"expected {tensor.name}"] for tensor in graph.spec.outputs}
-    found = runner.infer(inputs)
-    bound = _PROBE_BOUNDS[graph.spec.precision]
-    for name, wanted in expected.items():
-        error = float(np.linalg.norm(found[name].astype(np.float64) - wanted) / np.linalg.norm(wanted))
-        if not error <= bound:
-            raise BackendError(
-                "the refitted plan disagrees with the bundle's weights",
-                where=f"{graph.spec.name}.{name}",
-                expected=f"relative L2 up to {bound:g}",
-                found=f"{error:.3g}",
-                fix=f"{_rebuild(bundle)}, without --weightless",
-            )
-
-
-def _rebuild(bundle: Bundle, backend: str | None = None, target: str | None = None) -> str:
-    backend = backend or bundle.manifest.backend
-    options = f" --compute-capability {target}" if target else ""
-    return (
-        f"build it again, with the options it was built with: python export/build_engines.py --backend {backend}"
-        f"{options} --output {bundle.path}"
-    )
+    streamable = int(engine.streamable_weights_size)
+    fixed = max(0, graph.weights_bytes - streamable)  # those that cannot be streamed are there anyway
+    budget = min(streamable, max(0, on_device - fixed))
+    engine.weight_streaming_budget_v2 = budget
+    if int(engine.weight_streaming_budget_v2) > budget:
+        raise failed(f"stream weights within {format_memory(budget)}", graph.spec.name, log)

@@ -14,6 +14,8 @@ _MODULES = {
     "tensorrt-rtx": ("tensorrt_rtx", "pip install 'restoration-engine[tensorrt-rtx]'"),
 }
 PLAN_BACKENDS = tuple(_MODULES)
+#: The builder's flag of plans whose weights may lie on the host.
+WEIGHT_STREAMING = "WEIGHT_STREAMING"
 
 
 @dataclass(frozen=True)

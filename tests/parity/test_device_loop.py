@@ -1,5 +1,7 @@
 """The device's loop and session against the NumPy loop and the host's pipeline, and what they do not do."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,11 +9,14 @@ ort = pytest.importorskip("onnxruntime")
 
 from stand_in import HostBackend, HostDevice, needs_compiler
 
-from engine import Restorer
+from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
-from engine.bundle import open_bundle
+from engine.bundle import GRAPHS, open_bundle
+from engine.command import restore
+from engine.device import stream_of
 from engine.device_loop import LOOK_AHEAD
 from engine.errors import BackendError
+from engine.residency import Activations
 
 pytestmark = needs_compiler
 
@@ -146,6 +151,18 @@ def test_memory_is_flat_over_restorations(on_device, photo, device):
     assert device.in_use == 0
 
 
+def test_steps_are_recorded_anew_where_memory_has_moved(on_device, on_host, photo, device):
+    """As when a stage that is called by itself needs more than the recorded steps had."""
+    expected = on_host.restore(photo, steps=4).photo.rgb
+    on_device.restore(photo, steps=4)
+    on_device._runners["unet"].memory_version = 1
+    assert np.array_equal(on_device.restore(photo, steps=4).photo.rgb, expected)
+    assert len(device.of("capture")) == 2
+    assert len(device.of("close replay")) == 1
+    on_device.restore(photo, steps=4)
+    assert len(device.of("capture")) == 2
+
+
 class CancelledError(Exception):
     pass
 
@@ -179,32 +196,126 @@ def weights(bundle):
     return {name: graph.weights_bytes for name, graph in bundle.manifest.graphs.items()}
 
 
-def test_a_budget_opens_and_closes_graphs_by_stage(bundle_fp32, folder, on_host, photo):
-    bundle = open_bundle(bundle_fp32)
-    largest = weights(bundle)["controlnet"] + weights(bundle)["unet"]
+def opened_with(bundle, folder, budget, photo, **changes):
+    """A restorer's backend after two restorations of one photo, and their result."""
     backend = HostBackend(HostDevice(folder))
-    with Restorer(bundle, backend, vram_budget_bytes=largest + 1) as restorer:
-        for _ in range(2):
-            found, expected = (r.restore(photo, steps=2, restore_pull=3.0).photo.rgb for r in (restorer, on_host))
-            assert np.array_equal(found, expected)
-        assert sorted(restorer._runners) == ["vae_decoder"]
-    assert backend.opened.count("unet") == 2
-    assert backend.opened.count("vae_decoder") == 4
+    for name, value in changes.items():
+        setattr(backend, name, value)
+    with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
+        results = [restorer.restore(photo, steps=2, restore_pull=3.0).photo.rgb for _ in range(2)]
+        told = restorer.gpu_memory((128, 64), restorer.defaults.updated({"steps": 2, "restore_pull": 3.0}))
+    assert np.array_equal(*results)
     assert backend.device.in_use == 0
+    return backend, results[0], told
 
 
-@pytest.mark.parametrize(("budget", "words"), [(None, "use --vram-budget"), (1000, "use a GPU with more memory")])
+def test_a_budget_keeps_what_fits_and_loads_the_rest_by_stage(bundle_fp32, folder, on_host, photo):
+    bundle = open_bundle(bundle_fp32)
+    expected = on_host.restore(photo, steps=2, restore_pull=3.0).photo.rgb
+    backend, found, told = opened_with(bundle, folder, None, photo)
+    assert np.array_equal(found, expected)
+    assert sorted(backend.opened) == sorted(GRAPHS)  # each of them once
+    assert told["loaded_by_stage"] == []
+    fixed = told["buffers_bytes"]
+    sizes = weights(bundle)
+    for budget in (fixed + sizes["controlnet"] + sizes["unet"], fixed + sum(sizes.values()) - 1):
+        backend, found, told = opened_with(bundle, folder, budget, photo)
+        assert np.array_equal(found, expected)
+        assert told["peak_bytes"] <= budget
+        staged = told["loaded_by_stage"]
+        # The texts are kept, and so are not encoded again; of the others, what comes and goes is opened again.
+        for graph in GRAPHS:
+            assert (backend.opened.count(graph) > 1) == (graph in staged and not graph.startswith("text")), graph
+        assert staged
+
+
+def test_a_loop_that_stays_keeps_its_recordings_while_others_come_and_go(bundle_fp32, folder, photo):
+    bundle = open_bundle(bundle_fp32)
+    sizes = weights(bundle)
+    backend = HostBackend(HostDevice(folder))
+    with Restorer(bundle, backend) as restorer:
+        everything = restorer.gpu_memory((128, 64), restorer.defaults.updated({"steps": 4}))["peak_bytes"]
+    backend = HostBackend(HostDevice(folder))
+    budget = everything - min(sizes["vae_encoder"], sizes["denoise_encoder"])
+    with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
+        for _ in range(2):
+            restorer.restore(photo, steps=4)
+    assert backend.opened.count("unet") == 1
+    assert backend.opened.count("denoise_encoder") == 2
+    assert len(backend.device.of("capture")) == 1
+
+
+def test_memory_for_activations_has_its_size_before_the_first_step(bundle_fp32, folder, photo):
+    """Recorded steps hold its address; it is that of the stream's largest graph."""
+    bundle = open_bundle(bundle_fp32)
+    needs = {graph: Activations(1000 + place) for place, graph in enumerate(GRAPHS)}
+    for known in (True, False):
+        backend, _, told = opened_with(bundle, folder, None, photo, activations=needs, known=known)
+        assert sorted(backend.opened) == sorted(GRAPHS)
+        reserved = [call for call in backend.device.of("reserve") if call[0] == "reserve"]
+        main = max(needs[graph].bytes for graph in GRAPHS if stream_of(graph) == "main")
+        side = max(needs[graph].bytes for graph in GRAPHS if stream_of(graph) == "side")
+        assert set(reserved) == {("reserve", "main", main), ("reserve", "side", side)}
+        assert told["activations_bytes"] == main + side
+        calls = backend.device.calls
+        assert calls.index(reserved[0]) < calls.index(("launch", "main", "prepare_step"))
+
+
+def test_what_only_an_opened_graph_tells_costs_one_opening_where_not_all_fit(bundle_fp32, folder, photo):
+    bundle = open_bundle(bundle_fp32)
+    needs = {graph: Activations(1000) for graph in GRAPHS}
+    known, _, told = opened_with(bundle, folder, None, photo, activations=needs)
+    budget = told["peak_bytes"] - 1
+    known, first, told = opened_with(bundle, folder, budget, photo, activations=needs)
+    unknown, second, told_too = opened_with(bundle, folder, budget, photo, activations=needs, known=False)
+    assert np.array_equal(first, second)
+    assert told == told_too
+    # Weights alone would fit: what was opened to ask it stays where it may.
+    assert len(unknown.opened) <= len(known.opened) + len(GRAPHS)
+
+
+def test_weights_are_streamed_where_not_even_a_phase_fits(bundle_fp32, folder, on_host, photo):
+    bundle = open_bundle(bundle_fp32)
+    sizes = weights(bundle)
+    _, expected, told = opened_with(bundle, folder, None, photo)
+    budget = told["buffers_bytes"] + sizes["controlnet"] + sizes["unet"] - 1000
+    with pytest.raises(BackendError, match="out of GPU memory: needs"):
+        opened_with(bundle, folder, budget, photo)
+    backend, found, told = opened_with(bundle, folder, budget, photo, streamable=frozenset({"unet"}))
+    assert np.array_equal(found, expected)
+    assert told["streamed"] == ["unet"]
+    assert backend.limits[0] == {"unet": sizes["unet"] - 1000}
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"), [(None, "use --vram-budget"), (1000, "raise --vram-budget, or work at a smaller size")]
+)
 def test_too_little_memory_is_told_before_anything_is_loaded(bundle_fp32, folder, photo, budget, words):
     bundle = open_bundle(bundle_fp32)
     everything = sum(weights(bundle).values())
     backend = HostBackend(HostDevice(folder, total_bytes=everything - 1))
+    backend.known = False
     with (
         Restorer(bundle, backend, vram_budget_bytes=budget) as restorer,
-        pytest.raises(BackendError, match="out of GPU memory") as caught,
+        pytest.raises(BackendError, match="out of GPU memory: needs .* MiB, .* MiB") as caught,
     ):
         restorer.restore(photo, steps=1)
     assert words in str(caught.value)
     assert backend.opened == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 3}, {"steps": 2, "cfg_scale": (1.0, 1.0)}, {"steps": 2, "prompt": "a b " * 90}]
+)
+def test_buffers_are_what_was_said_before(bundle_fp32, folder, photo, changes):
+    """Everything that a restoration has allocated when it ends, but for what this one has no use for."""
+    backend = HostBackend(HostDevice(folder))
+    with Restorer(open_bundle(bundle_fp32), backend) as restorer:
+        settings = restorer.defaults.updated({"restore_pull": 2.0, **changes})
+        told = restorer.gpu_memory((128, 64), settings)["buffers_bytes"]
+        restorer.restore(photo, **settings.model_dump())
+        latent = 4 * 8 * 16 * 4  # "z", which only a loop that leaves needs
+        assert told - latent == backend.device.in_use
 
 
 def test_the_stages_work_on_their_own(on_device, on_host, photo):
@@ -220,5 +331,43 @@ def test_the_stages_work_on_their_own(on_device, on_host, photo):
 
 def test_device_times_are_told_beside_the_others(on_device, photo):
     result = on_device.restore(photo, steps=2)
-    assert set(result.timings.device_ms) == {"denoise encoder", "stage 1", "steps", "vae decoder"}
+    assert set(result.timings.device_ms) == {"denoise encoder", "stage 1", "noise and texts", "steps", "vae decoder"}
     assert "gpu" in result.timings.graphs_ms
+
+
+def test_networks_are_timed_alone_as_steps_run_them_and_change_nothing(on_device, on_host, photo, device):
+    expected = on_host.restore(photo, steps=3).photo.rgb
+    on_device.restore(photo, steps=3)
+    device.calls.clear()
+    assert on_device._session.time_networks(5, guided=True) > 0
+    assert [call[0] for call in device.calls if call[0] in ("replay", "record")] == [
+        *["replay"] * 2,
+        "record",
+        *["replay"] * 5,
+        "record",
+    ]
+    assert device.of("launch") == []  # the sampler's kernels
+    assert device.of("close replay")
+    assert np.array_equal(on_device.restore(photo, steps=3).photo.rgb, expected)
+
+
+def test_the_command_says_what_a_size_needs_before_it_starts(
+    bundle_fp32, folder, photo_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "make_backend", lambda name, **options: HostBackend(HostDevice(folder)))
+    out = tmp_path / "out.png"
+    arguments = [str(photo_path), "-o", str(out), "--bundle", str(bundle_fp32), "--steps", "1", "--min-size", "64"]
+    assert restore([*arguments, "--upscale", "0.25", "--json"]) == 0
+    said = capsys.readouterr()
+    (report,) = json.loads(said.out)
+    memory = report["gpu_memory"]
+    (line,) = [line for line in said.err.splitlines() if "of GPU memory" in line]
+    assert memory["text"] in line
+    parts = sum(memory[f"{name}_bytes"] for name in ("weights", "activations", "buffers"))
+    assert parts == memory["peak_bytes"] > 0
+    budget = (memory["peak_bytes"] - 1) / 2**30
+    options = ["--upscale", "0.25", "--json", "--quiet", "--overwrite", "--vram-budget", str(budget)]
+    assert restore([*arguments, *options]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)[0]["gpu_memory"]["loaded_by_stage"]
+    assert "of GPU memory" not in said.err

@@ -20,12 +20,13 @@ from conftest import ROOT, Silent
 from onnx import helper
 
 from engine import Restorer
-from engine.backends.trt import check_plan
 from engine.backends.trt_library import TrtLibrary, open_library
+from engine.backends.trt_plan import check_plan
 from engine.bundle import Audit, Bundle, Plan, describe_file, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
 from export import build as build_module
-from export.audit import audit_network
+from export import plans as plans_module
+from export.audit import audit, heavy_layers
 from export.build import build
 from export.plan import make_plan
 from export.plans import PlanOptions, check_targets, compile_plan, known_targets
@@ -92,6 +93,27 @@ def test_float32_is_compiled_too_and_the_oldest_target_has_no_bfloat16(build_pla
     old = make_plan(_request(wide.path.parent / "old", targets=("7.5",)))
     assert old.builders["vae_decoder"].spec.precision == "fp32"
     assert old.builders["unet"].spec.precision == "fp16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_every_graph_of_the_demo_becomes_a_plan_with_one_command(run_build, tmp_path, precision):
+    """For all the default GPUs, at a fixed size and over a range."""
+    started = time.monotonic()
+    done = run_build(
+        "--backend", "tensorrt-rtx", "--precision", precision, "--output", tmp_path / "b", "--json", "--quiet"
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    print(f"\n{precision}: {seconds:.0f} s")
+    graphs = json.loads(done.stdout)["manifest"]["graphs"]
+    assert len(graphs) == GRAPHS
+    for name, graph in graphs.items():
+        assert graph["plan"]["targets"] == ["8.6", "8.9", "12.0"]
+        assert len(graph["plan"]["profiles"]) == (1 if name.startswith("text") else 2)
+        assert graph["plan"]["audit"]["share_16_bit"] >= (0.95 if precision == "fp16" else 0.0), name
+    if precision == "fp16":  # what plans are in by default
+        assert seconds < 180
 
 
 def _request(output, **changes):
@@ -277,9 +299,51 @@ def test_work_in_float32_fails_a_16_bit_build_by_the_layer(bundle_fp32, library)
     spec = wide.spec("text_encoder").model_copy(update={"precision": "fp16"})
     compiler = _Compiler(library, wide.spec("text_encoder"), wide.path)
     with pytest.raises(BuildError, match="too much of the graph's work is in float32") as caught:
-        audit_network(library.api, compiler.network, spec)
+        audit(heavy_layers(library.api, compiler.network, spec), spec)
     assert caught.value.where.startswith("text_encoder: ")
     assert caught.value.found == "0.0%"
+
+
+def test_a_plan_that_opens_here_is_asked_itself(text_graph, planned, library, monkeypatch):
+    """With a GPU that the plan is for; its word counts more than the graph's."""
+    plan = text_graph.entry.plan
+    asked = []
+
+    def inspect(engine_of, file):
+        asked.append((engine_of.label, file.name, file.stat().st_size > 10_000))
+        return told
+
+    def compile_here(gpu):
+        options = PlanOptions(library, plan.targets, None, {"text_encoder": plan.profiles}, False, gpu=gpu)
+        return compile_plan(text_graph.entry, text_graph.folder, planned.manifest.weights, options).audit
+
+    monkeypatch.setattr(plans_module, "inspect_plan", inspect)
+    spec = text_graph.entry.spec
+    layers = heavy_layers(library.api, plans_module._Compiler(library, spec, text_graph.folder).network, spec)
+    nodes = {node.name for node in onnx.load(text_graph.file, load_external_data=False).graph.node}
+    assert {layer.node for layer in layers} <= nodes  # what the inspector names them by
+    told = {}
+    assert compile_here("12.0").inspected_share == 0.0  # a GPU that this plan is not for
+    assert asked == []
+    told = {layer.node: "half" for layer in layers[:-1]}
+    assert 0.5 < compile_here("8.9").inspected_share < 1.0
+    assert asked == [(library.label, "text_encoder.plan", True)]
+    told = {layer.node: "float" for layer in layers[:2]}
+    with pytest.raises(BuildError, match="too much of the graph's work is in float32"):
+        compile_here("8.9")
+
+
+# -- weights on the host --------------------------------------------------------------------------
+
+
+def test_plans_whose_weights_can_be_streamed_are_compiled_here_and_say_so(text_graph, planned, library):
+    plan = text_graph.entry.plan
+    options = PlanOptions(library, plan.targets, None, {"text_encoder": plan.profiles}, False, weight_streaming=True)
+    found = compile_plan(text_graph.entry, text_graph.folder, planned.manifest.weights, options)
+    assert found.flags == ("WEIGHT_STREAMING",)  # RTX refuses it together with memory that only we allocate
+    assert plan.flags == ("REQUIRE_USER_ALLOCATION",)
+    assert found.key != plan.key
+    assert found.file.bytes > text_graph.entry.weights_bytes
 
 
 # -- weightless -----------------------------------------------------------------------------------
@@ -296,7 +360,7 @@ def pretend(monkeypatch, library):
         compiled.append(graph.spec.name)
         file = folder / f"{graph.spec.name}.plan"
         file.write_bytes(b"a plan without weights")
-        audit = Audit(flops={"half": 1}, share_16_bit=1.0, symbols={})
+        share = Audit(flops={"half": 1}, share_16_bit=1.0, symbols={})
         return Plan(
             file=describe_file(file),
             library=options.library.label,
@@ -305,7 +369,7 @@ def pretend(monkeypatch, library):
             profiles=options.profiles[graph.spec.name],
             weightless=True,
             flags=options.flags,
-            audit=audit,
+            audit=share,
             key=options.key(graph, weights),
         )
 
@@ -424,6 +488,8 @@ def test_what_can_be_compiled_for_is_asked_of_the_library(library):
     ("changes", "words"),
     [
         ({"backend": "onnxruntime", "weightless": True}, "--weightless is about plans"),
+        ({"backend": "onnxruntime", "weight_streaming": True}, "--weight-streaming is about plans"),
+        ({"weightless": True, "weight_streaming": True}, "--weightless and --weight-streaming exclude each other"),
         ({"backend": "onnxruntime", "targets": ("8.9",)}, "--compute-capability is about plans"),
         ({"backend": "onnxruntime", "shapes": "512"}, "--shapes is about plans"),
         ({"backend": "onnxruntime", "batch": 2}, "--batch is about plans"),

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine.backends import trt
-from engine.backends.trt import Arena, TrtRunner, check_probe, refit
+from engine.backends import trt, trt_plan
+from engine.backends.trt import Arena, TrtBackend, TrtRunner, stream_weights
 from engine.backends.trt_library import TrtLibrary
+from engine.backends.trt_memory import MemoryNotes, PlanMemory
+from engine.backends.trt_plan import check_probe, refit
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec, TensorSpec
 from engine.profiles import Profile, Range
+from engine.residency import Activations
 
 SPEC = GraphSpec(
     name="unet",
@@ -58,10 +61,17 @@ class Context:
 
 
 class Engine:
-    device_memory_size_v2 = 4096
+    """One whose second profile needs more; streaming adds to both."""
+
+    streamable_weights_size, weight_streaming_scratch_memory_size = 1000, 64
 
     def __init__(self):
         self.contexts, self.config = [], None
+        self.weight_streaming_budget_v2 = self.streamable_weights_size
+
+    def get_device_memory_size_for_profile_v2(self, index):
+        streams = self.weight_streaming_budget_v2 < self.streamable_weights_size
+        return (4096, 65536)[index] + (self.weight_streaming_scratch_memory_size if streams else 0)
 
     def create_execution_context(self, config):
         self.config = config
@@ -85,10 +95,12 @@ def engine():
 @pytest.fixture
 def runner(engine, device):
     api = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"))
-    plan = SimpleNamespace(profiles=PROFILES)
+    plan = SimpleNamespace(profiles=PROFILES, flags=())
     log = SimpleNamespace(last="out of memory")
     arena = Arena(device, STREAM)
-    return TrtRunner(engine, SPEC, plan, TrtLibrary("tensorrt", api, "10"), device, STREAM, arena, None, log)
+    library = TrtLibrary("tensorrt", api, "10")
+    memory = PlanMemory(profiles=(4096, 65536))
+    return TrtRunner(engine, SPEC, plan, library, device, STREAM, arena, None, log, memory)
 
 
 def tensors(rows, height, width):
@@ -137,7 +149,62 @@ def test_a_size_without_a_profile_a_wrong_type_and_a_failure_are_told(runner, en
     assert "--vram-budget" in str(caught.value)
 
 
-def test_an_arena_is_one_piece_that_grows_when_nothing_uses_it(device):
+def test_memory_for_activations_is_that_of_the_profile_and_moves_when_it_has_to(runner, device):
+    runner.enqueue(STREAM, *tensors(2, 8, 8))
+    (small,) = device.made
+    assert 4096 <= small.nbytes < 65536
+    version = runner.memory_version
+    runner.enqueue(STREAM, *tensors(4, 16, 16))
+    assert small.closed
+    assert device.made[-1].nbytes >= 65536
+    assert runner.memory_version != version  # what was recorded before points to what is gone
+    version = runner.memory_version
+    runner.enqueue(STREAM, *tensors(2, 8, 8))
+    assert (runner.memory_version, len(device.made)) == (version, 2)
+    assert runner.activations([{"B": 2, "h": 8, "w": 8}]) == Activations(4096)
+    assert runner.activations([{"B": 2, "h": 8, "w": 8}, {"B": 4, "h": 8, "w": 8}]) == Activations(65536)
+    with pytest.raises(BackendError, match="not compiled for this size"):
+        runner.activations([{"B": 9, "h": 8, "w": 8}])
+
+
+RECORDING = SimpleNamespace(handle=43)
+
+
+def sizes_with_a_context(runner):
+    return [key[1:] for key in runner._contexts]
+
+
+def test_contexts_of_the_last_sizes_are_kept_and_of_what_is_recorded(engine, runner, device, monkeypatch):
+    waited = []
+    monkeypatch.setattr(runner, "_stream", SimpleNamespace(handle=42, synchronize=lambda: waited.append(1)))
+    own = runner._stream
+    kept = trt._CONTEXTS_KEPT
+    runner.enqueue(RECORDING, *tensors(2, 8, 8))
+    sides = list(range(9, 9 + kept + 2))
+    for side in sides:
+        runner.enqueue(own, *tensors(2, side, side))
+    assert sizes_with_a_context(runner) == [(8, 8), *((side, side) for side in sides[-(kept - 1) :])]
+    assert len(waited) == len(sides) - (kept - 1)  # none goes while the stream may be at work for it
+    # What was used last stays longest.
+    runner.enqueue(own, *tensors(2, sides[-3], sides[-3]))
+    runner.enqueue(own, *tensors(2, 30, 30))
+    assert sizes_with_a_context(runner) == [(8, 8), (sides[-1],) * 2, (sides[-3],) * 2, (30, 30)]
+    made = len(engine.contexts)
+    runner.enqueue(own, *tensors(2, 8, 8))
+    assert len(engine.contexts) == made
+    runner.forget_recordings()
+    for side in (20, 21, 22, 23):
+        runner.enqueue(own, *tensors(2, side, side))
+    assert (8, 8) not in sizes_with_a_context(runner)
+
+
+def test_more_recorded_contexts_than_are_kept_all_stay(runner):
+    for side in range(8, 8 + trt._CONTEXTS_KEPT + 2):
+        runner.enqueue(RECORDING, *tensors(2, side, side))
+    assert len(sizes_with_a_context(runner)) == trt._CONTEXTS_KEPT + 2
+
+
+def test_an_arena_is_one_piece_of_the_size_that_was_set_or_more(device):
     waited = []
     arena = Arena(device, SimpleNamespace(synchronize=lambda: waited.append(len(device.made))))
     first = arena.at_least(100)
@@ -146,8 +213,169 @@ def test_an_arena_is_one_piece_that_grows_when_nothing_uses_it(device):
     assert second is not first
     assert first.closed
     assert waited == [1]  # before there was a second one
-    arena.close()
+    arena.resize(1000)
+    assert not second.closed
+    arena.resize(200)  # another size of photos needs less
     assert second.closed
+    assert device.made[-1].nbytes < 1000
+    arena.close()
+    assert all(buffer.closed for buffer in device.made)
+    assert arena.moves == 3
+
+
+def test_a_step_is_recorded_unless_the_library_or_the_plan_forbids_it(runner, engine, monkeypatch):
+    assert runner.can_be_recorded
+    runner.enqueue(STREAM, *tensors(2, 8, 8))
+    assert runner.can_be_recorded
+    assert engine.contexts[0].calls[-1] == ("is_stream_capturable", 42)
+    engine.contexts[0].works = False
+    assert not runner.can_be_recorded
+    runner.enqueue(STREAM, *tensors(4, 16, 16))
+    assert runner.can_be_recorded  # of the size that was run last
+    monkeypatch.setattr(runner._plan, "flags", ("WEIGHT_STREAMING",))
+    assert not runner.can_be_recorded
+
+
+# -- weights on the host --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("on_device", "budget"), [(1200, 1000), (700, 500), (200, 0), (100, 0)])
+def test_weights_are_streamed_beyond_what_may_be_on_the_device(engine, on_device, budget):
+    """Of 1200 bytes, 200 cannot be streamed."""
+    graph = SimpleNamespace(spec=SPEC, weights_bytes=1200)
+    stream_weights(engine, on_device, graph, SimpleNamespace(last=""))
+    assert engine.weight_streaming_budget_v2 == budget
+
+
+def test_a_library_that_does_not_stream_is_told():
+    class Stubborn:
+        streamable_weights_size = 1000
+        weight_streaming_budget_v2 = property(lambda self: 1000, lambda self, value: None)
+
+    graph = SimpleNamespace(spec=SPEC, weights_bytes=1000)
+    with pytest.raises(BackendError, match="unet: TensorRT could not stream weights within"):
+        stream_weights(Stubborn(), 500, graph, SimpleNamespace(last="not built for it"))
+
+
+# -- the backend: what is asked once --------------------------------------------------------------
+
+
+class Streams:
+    """A device whose streams do nothing."""
+
+    name, compute_capability = "a GPU", "8.9"
+
+    def __init__(self):
+        self.closed = False
+
+    def stream(self):
+        return STREAM
+
+    def activate(self):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def backend(bundle, monkeypatch):
+    """A backend whose runtime opens `Engine`, and a plan that belongs to it; says what was done."""
+    done = []
+    engines = []
+
+    class Runtime:
+        def __init__(self, log):
+            pass
+
+        def deserialize_cuda_engine(self, data):
+            engines.append(Engine())
+            done.append("open")
+            return engines[-1]
+
+    api = SimpleNamespace(
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"), Runtime=Runtime, ILogger=object
+    )
+    monkeypatch.setattr(trt, "check_plan", lambda bundle, graph, library, device: graph.plan)
+    monkeypatch.setattr(trt, "refit", lambda *rest: done.append("refit"))
+    monkeypatch.setattr(trt, "check_probe", lambda *rest: done.append("probe"))
+    monkeypatch.setattr(trt, "make_log", lambda api: SimpleNamespace(last=""))
+    made = TrtBackend(TrtLibrary("tensorrt", api, "10"), Streams())
+    made.done, made.engines = done, engines
+    return made
+
+
+@pytest.fixture
+def planned(bundle):
+    (bundle.path / "unet.plan").write_bytes(b"a plan")
+    plan = SimpleNamespace(
+        file="unet.plan", profiles=PROFILES, weightless=True, flags=("REFIT", "WEIGHT_STREAMING"), key="k"
+    )
+    graph = SimpleNamespace(spec=SPEC, plan=plan, weights_bytes=1200)
+    bundle.manifest.graphs = {"unet": graph}
+    bundle.digest = "d"
+    return bundle
+
+
+SIZES = [{"B": 2, "h": 8, "w": 8}]
+
+
+def test_a_refitted_plan_is_refitted_each_time_and_checked_once(backend, planned):
+    for _ in range(3):
+        backend.open(planned, "unet").close()
+    assert backend.done == ["open", "refit", "probe", "open", "refit", "open", "refit"]
+    planned.digest = "other weights"
+    backend.open(planned, "unet")
+    assert backend.done[-3:] == ["open", "refit", "probe"]
+
+
+def test_a_probe_that_fails_is_run_again(backend, planned, monkeypatch):
+    def fail(*rest):
+        backend.done.append("probe")
+        raise BackendError("disagrees")
+
+    monkeypatch.setattr(trt, "check_probe", fail)
+    for _ in range(2):
+        with pytest.raises(BackendError, match="disagrees"):
+            backend.open(planned, "unet")
+    assert backend.done.count("probe") == 2
+
+
+def test_what_a_plan_needs_is_known_after_it_was_opened_once_and_next_time_too(backend, planned):
+    assert backend.known_activations(planned, "unet", SIZES) is None
+    backend.open(planned, "unet")
+    assert backend.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
+    again = TrtBackend(backend.library, Streams())
+    assert again.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
+    (file,) = planned.path.parent.glob(f".{planned.path.name}.10.sm8.9.a-GPU.memory")
+    file.write_text("damaged")
+    assert TrtBackend(backend.library, Streams()).known_activations(planned, "unet", SIZES) is None
+    file.unlink()
+
+
+def test_a_budget_for_weights_is_set_before_there_is_a_context(backend, planned):
+    assert backend.can_stream_weights(planned, "unet")
+    backend.limit_weights({"unet": 700})
+    backend.open(planned, "unet")
+    assert backend.engines[-1].weight_streaming_budget_v2 == 500
+    assert backend.engines[-1].contexts == []
+    # What is noted is without streaming, which is counted apart.
+    assert backend.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
+    backend.limit_weights({})
+    backend.open(planned, "unet")
+    assert backend.engines[-1].weight_streaming_budget_v2 == 1000
+
+
+def test_notes_of_plans_that_are_gone_are_dropped(tmp_path):
+    notes = MemoryNotes(tmp_path / "notes")
+    plan = SimpleNamespace(key="old", profiles=PROFILES)
+    notes.keep(plan, PlanMemory(profiles=(1, 2)), {"old"})
+    assert notes.get(plan) == PlanMemory(profiles=(1, 2))
+    new = SimpleNamespace(key="new", profiles=PROFILES)
+    notes.keep(new, PlanMemory(profiles=(3, 4)), {"new"})
+    reread = MemoryNotes(tmp_path / "notes")
+    assert (reread.get(plan), reread.get(new)) == (None, PlanMemory(profiles=(3, 4)))
+    assert MemoryNotes(tmp_path / "no folder" / "notes").get(new) is None
 
 
 # -- weightless plans -----------------------------------------------------------------------------
@@ -228,7 +456,7 @@ def test_a_refitted_plan_must_agree_with_the_probe(bundle):
 
 
 def test_the_bound_of_each_precision_is_looser_than_its_rounding():
-    assert trt._PROBE_BOUNDS["fp32"] < trt._PROBE_BOUNDS["fp16"] < trt._PROBE_BOUNDS["bf16"] < 0.1
+    assert trt_plan._PROBE_BOUNDS["fp32"] < trt_plan._PROBE_BOUNDS["fp16"] < trt_plan._PROBE_BOUNDS["bf16"] < 0.1
 
 
 # -- TensorRT's timing cache ----------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""Everything that only a GPU can show, in one run: the tests in tests/gpu, with their numbers.
+
+    python benchmarks/gpu_session.py                      where a GPU is at hand
+    python benchmarks/gpu_session.py --tests -k parity    with options for pytest
+
+It writes the GPU, the driver, the libraries, the date, and of each test the outcome, the reason of a skip
+or failure, its seconds and the numbers that it recorded, into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from engine.console import run_command
+from engine.cuda import CudaDevice, driver_version
+from engine.errors import UsageError
+
+_ROOT = Path(__file__).parent.parent
+_PACKAGES = ("tensorrt", "tensorrt-rtx", "onnxruntime-gpu", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        BackendError: there is no GPU.
+        UsageError: pytest is not installed, or found no tests.
+    """
+    options = _parser().parse_args(arguments)
+    gpu = describe_gpu()  # before anything is built for it
+    tests, status = run_tests([str(_ROOT / "tests" / "gpu"), *options.tests])
+    machine, counts = describe_machine(), summary(tests)
+    report = {"machine": machine, "gpu": gpu, "summary": counts, "tests": tests}
+    name = f"gpu-{plain_name(gpu['name'])}-{machine['date']}.json"
+    file = options.json or _ROOT / "benchmarks" / "results" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{gpu['name']}: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}")
+    print(f"written: {file}")
+    return status
+
+
+def describe_gpu() -> dict[str, Any]:
+    """Return what the GPU, its driver and its libraries are.
+
+    Raises:
+        BackendError: there is none.
+    """
+    with CudaDevice(0) as device:
+        free, total = device.memory_bytes()
+        found = {
+            "name": device.name,
+            "compute_capability": device.compute_capability,
+            "memory_bytes": total,
+            "free_bytes": free,
+            "driver": _driver(),
+            "driver_cuda_version": driver_version(),
+        }
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {**found, "versions": versions}
+
+
+def run_tests(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """Run pytest here and return what became of each test, and the exit status.
+
+    Args:
+        arguments: for pytest.
+    Raises:
+        UsageError: it is not installed, or found no tests.
+    """
+    try:
+        import pytest
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this runs tests, and pytest is not installed", fix="pip install -e '.[export,test]'"
+        ) from error
+    notes = _Notes()
+    status = int(pytest.main(["-rsA", *arguments], plugins=[notes]))
+    if not notes.tests:
+        raise UsageError("no tests were run", where="--tests", found=" ".join(arguments))
+    return list(notes.tests.values()), status
+
+
+def summary(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Count the outcomes."""
+    counts: dict[str, int] = {}
+    for test in tests:
+        counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def plain_name(text: str) -> str:
+    """Return a name as files have it, such as "nvidia-h200"."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
+
+
+def _driver() -> str | None:
+    """Return what the driver calls itself; only Linux has this file."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+class _Notes:
+    """A plugin of pytest that keeps what tests recorded."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Take one of a test's three phases; the first that does not pass is its outcome."""
+        test = self.tests.setdefault(
+            report.nodeid, {"test": report.nodeid, "outcome": "passed", "seconds": 0.0, "numbers": {}}
+        )
+        test["seconds"] = round(test["seconds"] + report.duration, 3)
+        if report.when in ("call", "teardown"):
+            test["numbers"] = dict(report.user_properties)
+        if report.outcome != "passed" and test["outcome"] == "passed":
+            expected = hasattr(report, "wasxfail")
+            test["outcome"] = "expected failure" if expected else report.outcome
+            test["reason"] = report.wasxfail if expected else _reason(report)
+
+
+def _reason(report: Any) -> str:
+    """Return the last line of why a test was skipped or failed."""
+    if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longrepr).strip()[:1000]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpu_session.py",
+        allow_abbrev=False,
+        description=(__doc__ or "").split("\n\n")[0],
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME-DATE.json")
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, default=[], help="options for pytest, such as -k memory")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
