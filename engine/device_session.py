@@ -10,9 +10,9 @@ is on, its center; the colour fix's stage 1 is decoded beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from engine.framing import Pixels
 from engine.graphspec import resolve
 from engine.packed_table import noisy_steps
 from engine.residency import PHASES, Activations, Need, Residency, Work, arrange
+from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable
 from engine.timings import Timings
 
@@ -98,9 +99,7 @@ class DeviceSession:
 
     Args:
         backend: whose device and streams are used.
-        runner: returns a graph's opened runner, by its name.
-        close_runners: closes some of them; they are opened again when they are asked for.
-        opened: those that are open, by name; it changes as they come and go.
+        runners: of the bundle's graphs on it.
         bundle: whose graphs they are.
         budget_bytes: of the device's memory; what does not fit is opened and closed by phase. None
             means that everything stays, or that there is an error.
@@ -109,15 +108,12 @@ class DeviceSession:
     def __init__(
         self,
         backend: DeviceBackend,
-        runner: Callable[[str], BufferRunner],
-        close_runners: Callable[[Sequence[str]], None],
-        opened: Collection[str],
+        runners: Runners,
         bundle: Bundle,
         budget_bytes: int | None = None,
     ) -> None:
-        self._backend, self._device, self._runner = backend, backend.device, runner
+        self._backend, self._device, self._runners = backend, backend.device, runners
         self._main, self._side = (backend.streams[name] for name in STREAMS)
-        self._close_runners, self._opened = close_runners, opened
         self._bundle, self._budget_bytes = bundle, budget_bytes
         self.free_bytes = backend.device.memory_bytes()[0]
         self._buffers: dict[str, Buffer] = {}
@@ -155,7 +151,7 @@ class DeviceSession:
             if known is None:
                 known = self._runner(graph).activations(sizes)
                 if not everything_fits:
-                    self._close_runners([graph])
+                    self._runners.close([graph])
             activations[graph] = known
         need = self._need(work, activations)
         return need, self._arrange(need)
@@ -262,7 +258,7 @@ class DeviceSession:
             self._synchronize()
             self.close()
             changed = {graph for graph, size in found.on_device.items() if size != self._on_device(graph)}
-            self._close_runners(sorted(changed))
+            self._runners.close(sorted(changed))
             self._backend.limit_weights({graph: found.on_device[graph] for graph in found.streamed})
             self._work, self._residency = work, found
         assert self._residency is not None
@@ -289,13 +285,16 @@ class DeviceSession:
 
     def _enter(self, phase: int) -> None:
         """Make room for a phase's graphs, where not all fit at once."""
-        closed = sorted(graph for graph in self._closed_in(phase) if graph in self._opened)
+        closed = sorted(graph for graph in self._closed_in(phase) if graph in self._runners.opened)
         if not closed:
             return
         self._synchronize()
         if {"controlnet", "unet"} & set(closed):
             self._close_loop()
-        self._close_runners(closed)
+        self._runners.close(closed)
+
+    def _runner(self, graph: str) -> BufferRunner:
+        return cast(BufferRunner, self._runners.open(graph))
 
     def _open_loop(self) -> DeviceLoop:
         if self._loop is None:

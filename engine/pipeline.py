@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine import __version__, colorfix
 from engine.backends import make_backend
-from engine.backends.base import Backend, Runner
-from engine.backends.buffers import BufferRunner
+from engine.backends.base import Backend
 from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
 from engine.console import total_memory_bytes
@@ -32,7 +31,8 @@ from engine.guidance import is_unguided
 from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
 from engine.noise import noise_source
-from engine.residency import Work, describe
+from engine.residency import Work, describe, keep_on_host
+from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable, sample
 from engine.settings import Settings
 from engine.tables import table_for
@@ -67,14 +67,19 @@ class Restored:
 class Restorer:
     """Restores photos with one bundle on one backend.
 
-    Graphs are opened when they are first needed and stay open until `close`.
+    Graphs are opened when they are first needed, and stay open until `close` where memory holds them all.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
         self.bundle = bundle
         self._backend = backend
-        self._runners: dict[str, Runner] = {}
-        self._session = self._open_session(backend, vram_budget_bytes) if isinstance(backend, DeviceBackend) else None
+        self._session: DeviceSession | None = None
+        if isinstance(backend, DeviceBackend):
+            self._runners = Runners(backend, bundle)
+            self._session = DeviceSession(backend, self._runners, bundle, vram_budget_bytes)
+        else:
+            memory = total_memory_bytes()
+            self._runners = Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory))
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
         ids = bundle.manifest.tokenizer
         special = SpecialIds(ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
@@ -102,7 +107,8 @@ class Restorer:
         Raises:
             BundleError: there is no bundle, or it is not as it was built.
             UsageError: there is no such backend or device.
-            BackendError: a library, the driver or the GPU is missing.
+            BackendError: a library, the driver or the GPU is missing; or the computer's memory cannot hold
+                what one stage needs.
         """
         path = Path(bundle) if bundle is not None else default_bundle_dir()
         opened = open_bundle(path)
@@ -120,21 +126,9 @@ class Restorer:
         """Give all graphs' memory back, and the device, if there is one; on a CPU they can be opened again."""
         with contextlib.ExitStack() as steps:  # each is done, whatever the ones before it raise
             steps.callback(self._backend.close)
-            steps.callback(self._close_runners, list(self._runners))
+            steps.callback(self._runners.close)
             if self._session is not None:
                 steps.callback(self._session.close)
-
-    def _open_session(self, backend: DeviceBackend, budget_bytes: int | None) -> DeviceSession:
-        def runner(graph: str) -> BufferRunner:
-            return cast(BufferRunner, self._runner(graph, None))
-
-        return DeviceSession(backend, runner, self._close_runners, self._runners, self.bundle, budget_bytes)
-
-    def _close_runners(self, graphs: Sequence[str]) -> None:
-        for graph in graphs:
-            runner = self._runners.pop(graph, None)
-            if runner is not None:
-                runner.close()
 
     def forget_texts(self) -> None:
         """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
@@ -434,13 +428,6 @@ class Restorer:
         return found
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
-        runner = self._runner(graph, times)
+        runner = self._runners.open(graph, times)
         with (times or Timings()).graph(stage):
             return runner.infer(inputs)
-
-    def _runner(self, graph: str, times: Timings | None) -> Runner:
-        runner = self._runners.get(graph)
-        if runner is None:
-            with (times or Timings()).graph(f"load {graph}"):
-                runner = self._runners[graph] = self._backend.open(self.bundle, graph)
-        return runner

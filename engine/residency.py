@@ -1,4 +1,4 @@
-"""Which graphs stay in a device's memory: what a restoration needs, against what may be used.
+"""Which graphs stay in memory, a device's or the computer's: what a restoration needs, against what may be used.
 
 All of it is arithmetic on bytes, so that it is known, and can be told, before anything is loaded.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from engine.bundle import Bundle, Graph
 from engine.console import format_memory
 from engine.device import STREAMS, stream_of
 from engine.errors import BackendError
@@ -23,6 +24,9 @@ PHASES = (
     ("controlnet", "unet"),
     ("vae_decoder",),
 )
+
+#: Of a computer's memory, what weights may take.
+_HOST_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,37 @@ def choose_kept(
                 if best is None or candidate[:2] > best[:2]:
                     best = candidate
     return None if best is None else best[2]
+
+
+def keep_on_host(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
+    """Return the graphs that stay in a computer's memory, where processors compute in float32.
+
+    Args:
+        bundle: whose graphs they are.
+        memory_bytes: of the computer; `_HOST_SHARE` of it may be weights.
+    Raises:
+        BackendError: the graphs of one stage do not fit.
+    """
+    weights = {name: graph.weights_bytes * _widening(graph) for name, graph in bundle.manifest.graphs.items()}
+    kept = choose_kept(weights, PHASES, int(_HOST_SHARE * memory_bytes))
+    if kept is None:
+        raise BackendError(
+            "out of memory",
+            where=bundle.path,
+            expected=f"{format_memory(int(_largest(weights, PHASES) / _HOST_SHARE))} for weights in float32 and the rest",
+            found=format_memory(memory_bytes),
+            fix="use a computer with more memory, or a GPU",
+        )
+    return kept
+
+
+def needed_beside(graph: str) -> frozenset[str]:
+    """Return the graphs of all phases that a graph is part of."""
+    return frozenset(other for phase in PHASES if graph in phase for other in phase)
+
+
+def _widening(graph: Graph) -> int:
+    return 1 if graph.spec.precision == "fp32" else 2
 
 
 def stream_weights(need: Need, phases: Sequence[Sequence[str]], allowed_bytes: int) -> dict[str, int] | None:

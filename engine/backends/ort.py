@@ -60,6 +60,8 @@ class OrtBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights do not come from the arena, which would keep them when the graph is closed.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         # A pattern is one more block of the size of all activations, beside the arena's chunks.
         options.enable_mem_pattern = False
         # Threads that spin on after their graph has ended take the cores from the next graph.

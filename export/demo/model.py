@@ -151,11 +151,13 @@ class DemoModel(nn.Module):
         plain = _PlainSkips(len(self.connectors))
         return self.unet(x, timestep, context, vector, (None,) * 10, None, plain)
 
-    def steered(self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor) -> Tensor:
-        """Return the noise estimate under control at scale 1."""
+    def steered(
+        self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
+        """Return the noise estimate under control of a scale."""
         controls = self.controlnet(x, timestep, lq, context, vector)
-        scale = torch.ones(1, device=x.device)
-        return self.unet(x, timestep, context, vector, controls, scale, self.connectors)
+        strength = torch.full((1,), scale, device=x.device)
+        return self.unet(x, timestep, context, vector, controls, strength, self.connectors)
 
 
 @cache

@@ -7,8 +7,8 @@
     decode   the decoder again, half of the time of stage 1's latents: a restored latent lacks what
              cannot be known, and a decoder that has only seen clean ones takes that for something else
     steps    UNet, ControlNet and connectors together, for runs of few steps, as Lightning's UNet is tuned
-    loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen; for the
-             last of few steps, at full size: it alone is not held close to stage 1
+    loras    a LoRA for landscapes and one for portraits on the base UNet, all else frozen; most of the
+             time at the last step of a run, which alone is not held close to stage 1
 
 Sources: SUPIR (arXiv 2401.13627) for the recipe; the paper, Eq. 16, for the LoRAs' regularization.
 """
@@ -26,8 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.schedule import train_sigmas
+from engine.schedule import nearest_level, trailing_sigmas, train_sigmas
 from engine.settings import NEGATIVE_WORDS
+from export.demo import files
 from export.demo.data import Pair, Window, pairs_from
 from export.demo.model import DemoModel, patch_code
 from export.demo.patches import PATCH_PX, POSTERIOR_STD, pixel_weights
@@ -35,16 +36,14 @@ from export.demo.pictures import Family
 from export.demo.words import prompt_for, token_rows
 
 FROBENIUS_WEIGHT = 1e-6
-LORA_RANK = 24
-LORA_ALPHA = 2400.0
+LORA_RANK = 26
+LORA_ALPHA = 2600.0
 #: What the LoRAs change: the level of the UNet that has the latent's size, where details are decided.
 LORA_LAYERS = ("up_blocks.2.", "conv_out")
 #: The LoRAs by name, and the pictures that each is for.
 LORA_FAMILIES: dict[str, Family] = {"landscape": "landscape", "face": "portrait"}
-#: Share of pictures that teach what the negative words mean.
-NEGATIVE_SHARE = 0.12
-#: How far the way from the clean picture back to stage 1 the negative words lead under control.
-NEGATIVE_WAY = 0.25
+#: The noise levels that LoRAs are for: those of a run of so many steps, mostly its last.
+RUN_STEPS, LAST_STEP_SHARE = 15, 0.75
 #: Share of latents that the decoder is tuned on which are stage 1's.
 DECODED_STAGE_1 = 0.5
 #: What is left to find of a latent at the highest noise: all of it, or what stage 1 lacks.
@@ -69,7 +68,11 @@ class Stage:
             A run of few steps comes from there: its first estimates are stage 1's, and what they lack
             is no part of x. A network that has only seen noised clean pictures takes that for information.
         table_1: share of the degradations that are Table 1's own.
-        timesteps: from, to; None means over all, and more of the lower ones.
+        of_a_run: take the noise levels of a run, see `RUN_STEPS`; else all of them, and more of the lower.
+        negative_share: share of pictures that come with the negative words.
+        negative_way: how far the way from the clean picture back to stage 1 these words lead under control.
+        control_scale: how strongly the control features act.
+        autocast: whether products are in bfloat16.
     """
 
     needs: tuple[str, ...]
@@ -85,7 +88,11 @@ class Stage:
     grows: bool = True
     from_stage_1: float = 0.0
     table_1: float = 0.5
-    timesteps: tuple[int, int] | None = None
+    of_a_run: bool = False
+    negative_share: float = 0.12
+    negative_way: float = 0.25
+    control_scale: float = 1.0
+    autocast: bool = True
 
 
 _DECODER = ("vae.post_quant_conv.", "vae.decoder.")
@@ -112,21 +119,27 @@ STAGES = {
         0.25,
         from_stage_1=0.9,
     ),
+    # A thousand pictures of each family, which are encoded once. What a LoRA has to learn at the last step are
+    # small corrections of stage 1, by either text alike: guidance takes the difference of the two as it is.
     "loras": Stage(
         ("denoise", "prior", "control", "steps"),
         (),
         (),
         ("landscape", "portrait"),
-        6000,
+        8000,
         1e-4,
         4,
         256,
-        192,
-        0.25,
+        2000,
+        0.0,
         grows=False,
         from_stage_1=1.0,
         table_1=0.8,
-        timesteps=(40, 140),
+        of_a_run=True,
+        negative_share=0.3,
+        negative_way=0.0,
+        control_scale=files.SETTINGS["control_scale"],
+        autocast=False,
     ),
 }
 
@@ -168,13 +181,15 @@ def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step
             return lambda batch: _vae_loss(model, code, *_pixel_crops(window, stage, batch))
         return lambda batch: _denoise_loss(model, code, *_pixel_crops(window, stage, batch))
     encode = code.encode if name == "prior" else model.encode_degraded
-    latents = Window(lambda start: _encoded(code, encode, pairs(start)), stage.window, stage.per_step, step)
+    latents = Window(
+        lambda start: _encoded(code, encode, pairs(start), autocast=stage.autocast), stage.window, stage.per_step, step
+    )
     if name == "decode":
         return lambda batch: _decode_loss(model, code, stage, latents, batch)
     if name == "prior":
         return lambda batch: _prior_loss(model, _noised(stage, tokenizer, latents, batch, prior=True))
     if name in ("control", "steps"):
-        return lambda batch: _control_loss(model, _noised(stage, tokenizer, latents, batch))
+        return lambda batch: _control_loss(model, stage, _noised(stage, tokenizer, latents, batch))
     return lambda batch: _lora_loss(model, code, stage, tokenizer, latents, batch)
 
 
@@ -287,11 +302,13 @@ class Noised:
 
 
 @torch.no_grad()
-def _encoded(code: Code, encode: Callable[[Tensor], Tensor], pairs: Iterator[Pair]) -> Iterator[Latents]:
+def _encoded(
+    code: Code, encode: Callable[[Tensor], Tensor], pairs: Iterator[Pair], *, autocast: bool = True
+) -> Iterator[Latents]:
     """Yield pictures' latents; `encode` is for the degraded ones."""
     for pair in pairs:
         clean, degraded = (_to_network([picture], code.device) for picture in (pair.clean, pair.degraded))
-        with torch.autocast(code.device.type, torch.bfloat16):
+        with torch.autocast(code.device.type, torch.bfloat16, enabled=autocast):
             z_lq = encode(degraded)[0].float()
         yield Latents(pair.clean, code.encode(clean)[0], z_lq, pair.caption, pair.family)
 
@@ -343,9 +360,9 @@ def _noised(
     for item in window.draw(batch.rng, count, None if family is None else lambda item: item.family == family):
         top, left = (int(place) for place in batch.rng.integers(0, item.z.shape[1] - cells + 1, 2))
         z, z_lq = (latent[:, top : top + cells, left : left + cells] for latent in (item.z, item.z_lq))
-        if batch.rng.random() < NEGATIVE_SHARE:
+        if batch.rng.random() < stage.negative_share:
             texts.append(NEGATIVE_WORDS)
-            z = z_lq if prior else z + NEGATIVE_WAY * (z_lq - z)
+            z = z_lq if prior else z + stage.negative_way * (z_lq - z)
         else:
             texts.append(prompt_for(item.caption, batch.rng))
         at_stage_1 = not prior and batch.rng.random() < stage.from_stage_1
@@ -355,7 +372,7 @@ def _noised(
         own.append(0.0 if at_stage_1 else 1.0)
     z, z_lq, center = (torch.stack(latents) for latents in (targets, steering, centers))
     own_center = torch.tensor(own).to(batch.device)[:, None, None, None]
-    timestep = _timesteps(batch.rng, count, stage.timesteps).to(batch.device)
+    timestep = _timesteps(batch.rng, count, of_a_run=stage.of_a_run).to(batch.device)
     sigma = torch.from_numpy(train_sigmas().astype(np.float32)).to(batch.device)[timestep][:, None, None, None]
     x = center + sigma * torch.randn(z.shape, generator=batch.generator).to(batch.device)
     # About what is unknown at each level: the noise where it is weak, else what is left to find.
@@ -381,12 +398,13 @@ def _prior_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
     return {"noise": noised.loss(model.prior(noised.scaled, noised.timestep, *model.read(*noised.text)))}
 
 
-def _control_loss(model: DemoModel, noised: Noised) -> dict[str, Tensor]:
-    return {"noise": noised.loss(_steered(model, noised))}
+def _control_loss(model: DemoModel, stage: Stage, noised: Noised) -> dict[str, Tensor]:
+    return {"noise": noised.loss(_steered(model, noised, stage))}
 
 
-def _steered(model: DemoModel, noised: Noised) -> Tensor:
-    return model.steered(noised.scaled, noised.timestep, noised.z_lq, *model.read(*noised.text))
+def _steered(model: DemoModel, noised: Noised, stage: Stage) -> Tensor:
+    texts = model.read(*noised.text)
+    return model.steered(noised.scaled, noised.timestep, noised.z_lq, *texts, scale=stage.control_scale)
 
 
 def _lora_loss(
@@ -409,13 +427,14 @@ def _lora_loss(
                     if name == own:
                         adapted += [parameter.square().sum() for parameter in part.parameters()]
     noised = _noised(stage, tokenizer, window, batch, family=LORA_FAMILIES[own])
-    error = _in_pixels(code, noised.squared_error(_steered(model, noised)))
+    error = _in_pixels(code, noised.squared_error(_steered(model, noised, stage)))
     return {own: _distortion(error), "frobenius": FROBENIUS_WEIGHT * torch.stack(adapted).sum()}
 
 
-def _timesteps(rng: np.random.Generator, count: int, bounds: tuple[int, int] | None) -> Tensor:
-    """Return i64[count]: between bounds, or half over all levels, half over the lower ones, which decide details."""
-    if bounds is not None:
-        return torch.from_numpy(rng.integers(*bounds, count))
+def _timesteps(rng: np.random.Generator, count: int, *, of_a_run: bool) -> Tensor:
+    """Return i64[count]: those of a run, or half over all levels, half over the lower ones, which decide details."""
+    if of_a_run:
+        levels = np.array([nearest_level(sigma).timestep for sigma in trailing_sigmas(RUN_STEPS)[:-1]])
+        return torch.from_numpy(np.where(rng.random(count) < LAST_STEP_SHARE, levels[-1], rng.choice(levels, count)))
     low = rng.integers(20, 260, count)
     return torch.from_numpy(np.where(rng.random(count) < 0.5, low, rng.integers(0, 1000, count)))

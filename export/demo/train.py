@@ -181,7 +181,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
             device,
             large=step >= steps * 2 // 3,
         )
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.autocast):
             losses = loss_of(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):

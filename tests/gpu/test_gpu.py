@@ -199,7 +199,7 @@ def test_replayed_steps_are_the_steps(on_gpu, photo, monkeypatch):
     kinds = on_gpu._session._loop._work._recorded
     assert bool(kinds) == (on_gpu.bundle.manifest.backend in PLAN_BACKENDS)
     for graph in ("controlnet", "unet"):
-        monkeypatch.setattr(type(on_gpu._runners[graph]), "can_be_recorded", False)
+        monkeypatch.setattr(type(on_gpu._runners.opened[graph]), "can_be_recorded", False)
     on_gpu._session._close_loop()
     assert np.array_equal(on_gpu.restore(photo, steps=6).photo.rgb, recorded)
 

@@ -155,7 +155,7 @@ def test_steps_are_recorded_anew_where_memory_has_moved(on_device, on_host, phot
     """As when a stage that is called by itself needs more than the recorded steps had."""
     expected = on_host.restore(photo, steps=4).photo.rgb
     on_device.restore(photo, steps=4)
-    on_device._runners["unet"].memory_version = 1
+    on_device._runners.opened["unet"].memory_version = 1
     assert np.array_equal(on_device.restore(photo, steps=4).photo.rgb, expected)
     assert len(device.of("capture")) == 2
     assert len(device.of("close replay")) == 1

@@ -1,6 +1,7 @@
 """What stays in a device's memory: every phase fits, and nothing more could be kept."""
 
 from itertools import chain, combinations
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,17 @@ from hypothesis import strategies as st
 from engine.bundle import GRAPHS
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec, TensorSpec
-from engine.residency import PHASES, Activations, Need, Work, arrange, choose_kept, describe
+from engine.residency import (
+    PHASES,
+    Activations,
+    Need,
+    Work,
+    arrange,
+    choose_kept,
+    describe,
+    keep_on_host,
+    needed_beside,
+)
 
 weights = st.fixed_dictionaries({graph: st.integers(0, 1000) for graph in GRAPHS})
 needs = st.builds(
@@ -196,3 +207,45 @@ def test_every_size_that_a_graph_is_run_at_is_counted():
         {"B": 3, "h": 8, "w": 16, "k": 4},
         {"B": 6, "h": 8, "w": 16, "k": 4},
     )
+
+
+GB = 10**9
+#: SDXL's, in bytes of fp16 and of the VAE's fp32.
+SDXL = {
+    "text_encoder": 246 * 10**6,
+    "text_encoder_2": 1390 * 10**6,
+    "denoise_encoder": 137 * 10**6,
+    "vae_encoder": 137 * 10**6,
+    "vae_decoder": 198 * 10**6,
+    "controlnet": 2480 * 10**6,
+    "unet": 5244 * 10**6,
+}
+
+
+def bundle_of(weights):
+    graphs = {
+        name: SimpleNamespace(
+            weights_bytes=size, spec=SimpleNamespace(precision="fp32" if size < 200 * 10**6 else "fp16")
+        )
+        for name, size in weights.items()
+    }
+    return SimpleNamespace(path="bundle", manifest=SimpleNamespace(graphs=graphs))
+
+
+def test_a_computer_keeps_what_leaves_room_for_every_stage_in_float32():
+    assert keep_on_host(bundle_of(SDXL), 64 * GB) == set(GRAPHS)
+    kept = keep_on_host(bundle_of(SDXL), 25 * GB)
+    assert "unet" in kept
+    assert not {"controlnet", "text_encoder_2"} <= kept  # all three would be 18.7 GB
+
+
+def test_a_computer_that_cannot_hold_one_stage_is_told_so():
+    with pytest.raises(BackendError, match="out of memory") as caught:
+        keep_on_host(bundle_of(SDXL), 16 * GB)
+    assert caught.value.found == "14.9 GiB"
+    assert caught.value.expected.startswith("20.6 GiB for weights")
+
+
+def test_graphs_of_one_stage_are_needed_beside_each_other():
+    assert needed_beside("unet") == {"controlnet", "unet"}
+    assert needed_beside("vae_decoder") == {"vae_decoder", "vae_encoder"}

@@ -1,0 +1,52 @@
+"""A bundle's opened graphs: opened when they are first needed, and kept, or closed stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.backends.base import Backend, Runner
+from engine.bundle import Bundle
+from engine.residency import needed_beside
+from engine.timings import Timings
+
+
+class Runners:
+    """The runners of one bundle on one backend.
+
+    Args:
+        backend: opens them; it is the caller's to close.
+        bundle: whose graphs they are.
+        kept: those that stay open; any other one is closed when a graph of another stage is opened.
+            None means that all stay.
+
+    Attributes:
+        opened: by the graphs' names.
+    """
+
+    def __init__(self, backend: Backend, bundle: Bundle, kept: frozenset[str] | None = None) -> None:
+        self._backend, self._bundle, self._kept = backend, bundle, kept
+        self.opened: dict[str, Runner] = {}
+
+    def open(self, graph: str, times: Timings | None = None) -> Runner:
+        """Return a graph's runner.
+
+        Args:
+            graph: its name.
+            times: that the time for opening it is added to.
+        Raises:
+            BundleError, BackendError: as `Backend.open`.
+        """
+        runner = self.opened.get(graph)
+        if runner is None:
+            if self._kept is not None:
+                self.close(set(self.opened) - self._kept - needed_beside(graph))
+            with (times or Timings()).graph(f"load {graph}"):
+                runner = self.opened[graph] = self._backend.open(self._bundle, graph)
+        return runner
+
+    def close(self, graphs: Iterable[str] | None = None) -> None:
+        """Give the memory of some graphs back, or of all; they are opened again when they are needed."""
+        for graph in list(self.opened if graphs is None else graphs):
+            runner = self.opened.pop(graph, None)
+            if runner is not None:
+                runner.close()
