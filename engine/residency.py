@@ -203,10 +203,11 @@ def keep_on_host(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
     weights = {name: graph.weights_bytes * _widening(graph) for name, graph in bundle.manifest.graphs.items()}
     kept = choose_kept(weights, PHASES, int(_HOST_SHARE * memory_bytes))
     if kept is None:
+        needed = int(_largest(weights, PHASES) / _HOST_SHARE)
         raise BackendError(
             "out of memory",
             where=bundle.path,
-            expected=f"{format_memory(int(_largest(weights, PHASES) / _HOST_SHARE))} for weights in float32 and the rest",
+            expected=f"{format_memory(needed)} for weights in float32 and the rest",
             found=format_memory(memory_bytes),
             fix="use a computer with more memory, or a GPU",
         )
