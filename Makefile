@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo plans gpu test slow lint format benchmark quality train clean
+.PHONY: help demo plans gpu test slow full-size lint format benchmark quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: ## Run the tests (about 5 minutes on 2 cores)
 
 slow: ## Run all tests, those that take minutes included
 	python -m pytest --slow
+
+full-size: ## Check everything at SDXL's size: an hour, 24 GB of memory, 60 GB of disk
+	python -m pytest tests/full_size --full-size -s
 
 lint: ## Check style, types and the direction of imports
 	ruff check .

@@ -64,16 +64,19 @@ class Delta:
     rank: int
     scaling: float
 
-    def matrix(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the change as f32 of the weight's shape, not scaled by the LoRA's own scale.
+    def add_to(self, weight: Tensor, scale: float) -> None:
+        """Add the change to a weight, in place: one product that accumulates, without a matrix in between.
 
+        Args:
+            weight: f32[out, in, …], contiguous.
+            scale: the LoRA's own.
         Raises:
             LoraError: a value is not finite.
         """
         up, down = (_finite(tensor).flatten(1) for tensor in (self.up, self.down))
-        # With a middle, the kernel lies there: (out, r) · (r, r, kh, kw) · (r, in).
-        product = up @ down if self.mid is None else torch.einsum("or,rskl,si->oikl", up, _finite(self.mid), down)
-        return self.scaling * product.reshape(shape)
+        if self.mid is not None:  # the kernel lies there: (out, r) · (r, r, kh, kw) · (r, in)
+            down = torch.einsum("rskl,si->rikl", _finite(self.mid), down).flatten(1)
+        weight.view(len(weight), -1).addmm_(up, down, alpha=scale * self.scaling)
 
 
 @dataclass
@@ -152,9 +155,9 @@ def merge_into(weight: Tensor, target: str, loras: Iterable[LoadedLora]) -> Tens
     active = [lora for lora in loras if lora.scale != 0.0 and target in lora.deltas]
     if not active:
         return weight
-    merged = weight.to(torch.float32, copy=True)
+    merged = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for lora in active:
-        merged += lora.scale * lora.deltas[target].matrix(tuple(weight.shape))
+        lora.deltas[target].add_to(merged, lora.scale)
     return merged
 
 

@@ -22,13 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `s
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+    parser.addoption("--full-size", action="store_true", help="run the tests that take an hour and 60 GB of disk")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+    for marker, option, reason in (
+        ("slow", "--slow", "takes minutes: run with --slow"),
+        ("full_size", "--full-size", "takes an hour and 60 GB of disk: make full-size"),
+    ):
+        if not config.getoption(option):
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
