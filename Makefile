@@ -20,7 +20,7 @@ test: ## Run the tests (about 5 minutes on 2 cores)
 slow: ## Run all tests, those that take minutes included
 	python -m pytest --slow
 
-full-size: ## Check everything at SDXL's size: an hour, 24 GB of memory, 60 GB of disk
+full-size: ## Check everything at SDXL's size: an hour, 24 GB of memory, 40 GB of disk
 	python -m pytest tests/full_size --full-size -s
 
 lint: ## Check style, types and the direction of imports

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `s
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
-    parser.addoption("--full-size", action="store_true", help="run the tests that take an hour and 60 GB of disk")
+    parser.addoption("--full-size", action="store_true", help="run the tests that take an hour and 40 GB of disk")
 
 
 def pytest_collection_modifyitems(config, items):
     for marker, option, reason in (
         ("slow", "--slow", "takes minutes: run with --slow"),
-        ("full_size", "--full-size", "takes an hour and 60 GB of disk: make full-size"),
+        ("full_size", "--full-size", "takes an hour and 40 GB of disk: make full-size"),
     ):
         if not config.getoption(option):
             for item in items:

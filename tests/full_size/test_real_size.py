@@ -1,7 +1,7 @@
 """SDXL's and SUPIR's own sizes, with synthetic weights in their files' layouts: `make full-size`.
 
 Latency, memory, layout, merging and building do not depend on the values. It takes about an hour on two
-cores, 24 GB of memory and 60 GB of disk, in $RESTORE_FULL_SIZE or a temporary folder; the figures go to
+cores, 24 GB of memory and 40 GB of disk, in $RESTORE_FULL_SIZE or a temporary folder; the figures go to
 `full-size.json` there.
 """
 
@@ -29,7 +29,7 @@ from export.tokenizer import FILE
 pytestmark = [pytest.mark.full_size, pytest.mark.timeout(7200)]
 
 GB, GIB = 1e9, 2**30
-DISK_GB, MEMORY_GB = 60, 22
+DISK_GB, MEMORY_GB = 40, 22
 RANK = 64
 
 
