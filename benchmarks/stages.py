@@ -1,0 +1,111 @@
+"""The stages of a restoration: which launches of graphs each consists of, and which time is whose.
+
+On a CPU each graph's time is taken by itself. On a device a clock stands around the whole loop, so
+ControlNet and UNet are one stage there, "steps"; and stages on two streams overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.pipeline import Restorer
+from engine.settings import Settings
+
+TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
+CONTROLNET, UNET, STEPS, DECODER = "controlnet", "unet", "steps", "vae decoder"
+OPENING, COLOR_FIX, ELSE = "opening graphs", "color fix", "everything else"
+#: In the order of a restoration, with what a person calls them.
+LABELS = {
+    TEXT: "text",
+    ENCODER: "denoise encode",
+    STAGE_1: "stage-1 decode",
+    STAGE_1_ENCODER: "stage-1 encode",
+    CONTROLNET: "ControlNet",
+    UNET: "UNet",
+    STEPS: "steps (ControlNet, UNet)",
+    DECODER: "decode",
+    COLOR_FIX: "colour fix",
+    OPENING: "opening graphs",
+    ELSE: "everything else",
+}
+#: Stages that are taken once for every sampling step.
+PER_STEP = (CONTROLNET, UNET, STEPS)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A graph that runs `count` times at one size.
+
+    Attributes:
+        symbols: what each symbol of the graph's spec stands for.
+    """
+
+    stage: str
+    graph: str
+    symbols: dict[str, int]
+    count: int = 1
+
+
+def plan_launches(restorer: Restorer, settings: Settings, size_px: int, batch: int) -> list[Launch]:
+    """Return what one restoration of square photos launches, with texts that were not encoded before.
+
+    Args:
+        restorer: that restores them; it encodes the texts, if it has not yet.
+        settings: of the restoration.
+        size_px: the side that is worked at.
+        batch: how many photos go together.
+    """
+    bundle = restorer.bundle
+    texts = restorer.conditioning(settings)
+    chunks = bundle.spec("unet").sizes_of({"context": (1, *texts[0].context.shape)})["k"]
+    cells = size_px // bundle.pixels_per_cell
+    image = {"B": batch, "h": cells, "w": cells}
+    table = restorer.table(settings)
+    launches = [Launch(TEXT, graph, {"B": len(texts) * chunks}) for graph in ("text_encoder", "text_encoder_2")]
+    launches.append(Launch(ENCODER, "denoise_encoder", image))
+    if settings.color_fix != "none" or table.uses_center:
+        launches.append(Launch(STAGE_1, "vae_decoder", image))
+    if table.uses_center:
+        launches.append(Launch(STAGE_1_ENCODER, "vae_encoder", image))
+    for passes in (1, 2):  # a guided step sees every photo with both texts
+        steps = sum(step.guided == (passes == 2) for step in table.steps)
+        rows = {**image, "B": passes * batch, "k": chunks}
+        launches += [Launch(graph, graph, rows, steps) for graph in (CONTROLNET, UNET) if steps]
+    return [*launches, Launch(DECODER, "vae_decoder", image)]
+
+
+def split_times(
+    graphs_ms: Mapping[str, float], outside_ms: Mapping[str, float], device_ms: Mapping[str, float], total_ms: float
+) -> dict[str, float]:
+    """Return each stage's milliseconds in one restoration.
+
+    All but those `beside` add up to the total: "everything else" is what is left.
+
+    Args:
+        graphs_ms, outside_ms, device_ms: from `engine.timings.Timings`.
+        total_ms: of the whole restoration.
+    """
+    clock = device_ms or graphs_ms
+    times = {stage: clock[stage] for stage in LABELS if stage in clock}
+    if device_ms and TEXT in graphs_ms:  # the host waits for the text, and takes its time
+        times[TEXT] = graphs_ms[TEXT]
+    opening = sum(ms for stage, ms in graphs_ms.items() if stage.startswith("load "))
+    if opening and not device_ms:  # on a device they are opened while others run
+        times[OPENING] = opening
+    times[COLOR_FIX] = outside_ms.get(COLOR_FIX, 0.0)
+    apart = beside(times)
+    times[ELSE] = total_ms - sum(ms for stage, ms in times.items() if stage not in apart)
+    return {stage: times[stage] for stage in LABELS if stage in times}
+
+
+def beside(stages: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
+    """Return the stages that run beside others, so that their times do not add to the total.
+
+    On a device text and stage 1 have a stream of their own (`engine.device_session`); only the
+    restoration pull, whose center is encoded from stage 1, makes the steps wait for it.
+    """
+    if STEPS not in stages:
+        return ()
+    return (TEXT,) if STAGE_1_ENCODER in stages else (TEXT, STAGE_1)
