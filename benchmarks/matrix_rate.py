@@ -35,6 +35,11 @@ class MatrixRate:
     tflops: dict[Precision, float]
     how: str
 
+    def or_faster(self, other: MatrixRate) -> MatrixRate:
+        """Return, for each precision, the faster of two measurements."""
+        faster = {precision: max(rate, other.tflops[precision]) for precision, rate in self.tflops.items()}
+        return MatrixRate(faster, self.how)
+
 
 def given_rate(tflops: float, precisions: Sequence[Precision]) -> MatrixRate:
     """Return the rate that the user states, for all precisions alike."""
