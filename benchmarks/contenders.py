@@ -163,7 +163,8 @@ def _work(connection: Connection, name: str, place: Place, configuration: Config
     """Be the other process: one restoration per message."""
     try:
         contender = _Contender(name, place, configuration)
-        connection.send({"gpu": contender.gpu, "import_ms": contender.import_ms, "open_ms": contender.open()})
+        open_ms = contender.open()
+        connection.send({"gpu": contender.gpu, "import_ms": contender.import_ms, "open_ms": open_ms})
         while True:
             task = connection.recv()
             open_ms = contender.reopen() if task["again"] else 0.0
@@ -194,7 +195,7 @@ class _Contender:
         seeds = range(configuration.batch)
         self._photos = [np.random.default_rng(seed).random(shape, dtype=np.float32) for seed in seeds]
         self._launches: list[Any] | None = None
-        self.gpu: str | None = None
+        self.gpu: dict[str, Any] | None = None
 
     def open(self) -> float:
         """Open the bundle and return the milliseconds that it took; graphs are opened as they are needed."""
@@ -221,8 +222,10 @@ class _Contender:
         open_ms = (time.perf_counter() - started) * 1e3
         self._memory = None
         if isinstance(backend, DeviceBackend):
-            self.gpu = backend.device.name
+            from benchmarks.machine import describe_device
+
             self._memory = DeviceMemory(backend.device)
+            self.gpu = self.gpu or describe_device(backend.device)
         return open_ms
 
     def reopen(self) -> float:

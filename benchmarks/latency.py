@@ -131,12 +131,9 @@ def _report(
                 "contenders": figures,
             }
         )
-    machine = describe_machine()
-    gpus: Any = machine["gpus"]
     return {
-        "machine": machine,
+        "machine": describe_machine(),
         "gpu": measured[0][1][ENGINE]["gpu"],
-        "gpu_driver": gpus[0]["driver_version"] if gpus else None,  # one driver for all of a machine's GPUs
         "bundle": {
             "name": bundle.manifest.name,
             "digest": bundle.digest,

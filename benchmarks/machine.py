@@ -7,19 +7,20 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from engine.cuda import driver_version
+from engine.device import Device
 
 PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 #: What runs on GPUs; named where it is installed.
 GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "triton")
-_ASKED = ("name", "driver_version", "memory.total", "power.limit")
 
 
 def describe_machine() -> dict[str, object]:
-    """Return processor, cores, memory, GPUs, system and versions, as plain data."""
+    """Return processor, cores, memory, system and versions, as plain data."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -35,25 +36,31 @@ def describe_machine() -> dict[str, object]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
-        "gpus": describe_gpus(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
     }
 
 
-def describe_gpus() -> list[dict[str, str]]:
-    """Return name, driver and limits of each GPU as `nvidia-smi` tells them; none where there is no such program."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader"]
+def describe_device(device: Device) -> dict[str, Any]:
+    """Return name, compute capability, memory and driver of a GPU, as plain data."""
+    free, total = device.memory_bytes()
+    return {
+        "name": device.name,
+        "compute_capability": device.compute_capability,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "driver": _driver(),
+        "driver_cuda_version": driver_version(),
+    }
+
+
+def _driver() -> str | None:
+    """Return what the driver calls itself; only Linux has this file."""
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # a driver that does not answer: then nothing is known of it
-        return []
-    lines = [line.split(", ") for line in told.splitlines()]
-    return [dict(zip(_ASKED, line, strict=True)) for line in lines if len(line) == len(_ASKED)]
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def _processor() -> str:

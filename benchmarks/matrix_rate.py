@@ -82,6 +82,9 @@ def _gpu_library(gpu: int) -> tuple[str, Callable[[str], Callable[[], None]]]:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        from engine.backends.ort_cuda import load_cuda_libraries
+
+        load_cuda_libraries()
         return "ONNX Runtime (CUDA)", lambda dtype: _onnx_product(dtype, _GPU_SIDE, _GPU_CHAIN, gpu, 0)
     raise BackendError(
         "nothing here can measure the GPU's matrix rate",

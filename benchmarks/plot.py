@@ -13,6 +13,7 @@ from benchmarks.stages import (
     ELSE,
     ENCODER,
     LABELS,
+    NOISE,
     OPENING,
     STAGE_1,
     STAGE_1_ENCODER,
@@ -33,6 +34,7 @@ _COLORS = {
     STEPS: "#f07f2e",
     DECODER: "#08519c",
     COLOR_FIX: "#59a14f",
+    NOISE: "#edc948",
     OPENING: "#d4a6c8",
     ELSE: "#969696",
 }
@@ -92,9 +94,9 @@ def make_figure(report: dict[str, Any]) -> Any:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
     bundle = report["bundle"]
     figure.suptitle(
-        f"One restoration: {report['gpu'] or machine['processor']}, {machine['date']}\n"
+        f"One restoration: {report['gpu']['name'] if report['gpu'] else machine['processor']}, {machine['date']}\n"
         f"bundle {bundle['name']} ({bundle['precision']}), {report['backend']}, medians of {report['repeats']}; "
-        "floor: FLOPs over the measured matrix rate",
+        "floor: FLOPs over the matrix rate",
         fontsize=10,
     )
     return figure
@@ -123,7 +125,7 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
             left += ms
         total, floor = contender["total"]["median_ms"], contender["total"]["floor_ms"]
         panel.plot([floor / scale] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
-        words = f"  {_number(total / scale)} {unit}, {contender['total']['floor_share']:.0%} of floor"
+        words = f"  {_number(total / scale)} {unit} (floor: {contender['total']['floor_share']:.0%})"
         panel.text(max(total, left) / scale, place, words, va="center", fontsize=8)
     panel.set_yticks(range(len(contenders)), list(contenders), fontsize=9)
     panel.set_ylim(len(contenders) - 0.4, -0.6)  # the engine is above

@@ -54,18 +54,24 @@ def _head(report: dict[str, Any]) -> list[str]:
         "",
         f"- `{machine['command']}`",
         f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
-        f"{report['gpu'] or 'no GPU used'}"
-        + (f", driver {report['gpu_driver'] or 'not told: no nvidia-smi'}" if report["gpu"] else ""),
+        f"{_gpu(report['gpu'])}",
         f"- Python {machine['python']}, {versions}",
         f"- bundle {bundle['name']}, {bundle['precision']} (VAE {bundle['vae_precision']}), digest {bundle['digest']}, "
         f"backend {report['backend']}",
         f"- {_count(report['warmup'], 'restoration')} for warm-up, then {report['repeats']} counted, contenders in "
         f"turns; threads: {report['threads'] or 'one per core'}",
         f"- floor: counted FLOPs over the matrix rate: {rates} ({report['floor']['how']}); "
-        "of floor: what share of that rate is reached",
+        "floor / median: what share of that rate is reached",
         "- GB/s: weights, inputs and outputs of every launch over its time, a lower bound: what stays inside a graph "
         "is not in it",
     ]
+
+
+def _gpu(gpu: dict[str, Any] | None) -> str:
+    if gpu is None:
+        return "no GPU used"
+    driver = gpu["driver"] or f"driver for CUDA {gpu['driver_cuda_version']}"
+    return f"{gpu['name']} (compute capability {gpu['compute_capability']}, {_mib(gpu['memory_bytes'])} MiB), {driver}"
 
 
 def _stages(name: str, contender: dict[str, Any]) -> list[str]:

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.device_session import work_for
 from engine.pipeline import Restorer
 from engine.settings import Settings
 
 TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
 CONTROLNET, UNET, STEPS, DECODER = "controlnet", "unet", "steps", "vae decoder"
+NOISE = "noise and texts"
 OPENING, COLOR_FIX, ELSE = "opening graphs", "color fix", "everything else"
 #: In the order of a restoration, with what a person calls them.
 LABELS = {
@@ -22,6 +24,7 @@ LABELS = {
     ENCODER: "denoise encode",
     STAGE_1: "stage-1 decode",
     STAGE_1_ENCODER: "stage-1 encode",
+    NOISE: "noise and texts, uploaded",
     CONTROLNET: "ControlNet",
     UNET: "UNet",
     STEPS: "steps (ControlNet, UNet)",
@@ -58,22 +61,26 @@ def plan_launches(restorer: Restorer, settings: Settings, size_px: int, batch: i
         batch: how many photos go together.
     """
     bundle = restorer.bundle
-    texts = restorer.conditioning(settings)
+    texts, table = restorer.conditioning(settings), restorer.table(settings)
     chunks = bundle.spec("unet").sizes_of({"context": (1, *texts[0].context.shape)})["k"]
     cells = size_px // bundle.pixels_per_cell
-    image = {"B": batch, "h": cells, "w": cells}
-    table = restorer.table(settings)
-    launches = [Launch(TEXT, graph, {"B": len(texts) * chunks}) for graph in ("text_encoder", "text_encoder_2")]
-    launches.append(Launch(ENCODER, "denoise_encoder", image))
+    work = work_for(batch, (cells, cells), len(texts), chunks, table)
+
+    def launch(stage: str, graph: str) -> Launch:
+        (symbols,) = work.sizes(bundle.spec(graph))
+        return Launch(stage, graph, symbols)
+
+    launches = [launch(TEXT, "text_encoder"), launch(TEXT, "text_encoder_2"), launch(ENCODER, "denoise_encoder")]
     if settings.color_fix != "none" or table.uses_center:
-        launches.append(Launch(STAGE_1, "vae_decoder", image))
+        launches.append(launch(STAGE_1, "vae_decoder"))
     if table.uses_center:
-        launches.append(Launch(STAGE_1_ENCODER, "vae_encoder", image))
-    for passes in (1, 2):  # a guided step sees every photo with both texts
-        steps = sum(step.guided == (passes == 2) for step in table.steps)
-        rows = {**image, "B": passes * batch, "k": chunks}
-        launches += [Launch(graph, graph, rows, steps) for graph in (CONTROLNET, UNET) if steps]
-    return [*launches, Launch(DECODER, "vae_decoder", image)]
+        launches.append(launch(STAGE_1_ENCODER, "vae_encoder"))
+    for graph in (CONTROLNET, UNET):
+        # A guided step passes twice: it sees every photo with both texts.
+        for passes, symbols in zip(work.passes, work.sizes(bundle.spec(graph)), strict=True):
+            steps = sum(step.guided == (passes == 2) for step in table.steps)
+            launches.append(Launch(graph, graph, symbols, steps))
+    return [*launches, launch(DECODER, "vae_decoder")]
 
 
 def split_times(
@@ -87,10 +94,9 @@ def split_times(
         graphs_ms, outside_ms, device_ms: from `engine.timings.Timings`.
         total_ms: of the whole restoration.
     """
-    clock = device_ms or graphs_ms
+    # On a device the text's time is the host's, which waits for it; its other graphs' are one figure.
+    clock = {**device_ms, TEXT: graphs_ms.get(TEXT, 0.0)} if device_ms else graphs_ms
     times = {stage: clock[stage] for stage in LABELS if stage in clock}
-    if device_ms and TEXT in graphs_ms:  # the host waits for the text, and takes its time
-        times[TEXT] = graphs_ms[TEXT]
     opening = sum(ms for stage, ms in graphs_ms.items() if stage.startswith("load "))
     if opening and not device_ms:  # on a device they are opened while others run
         times[OPENING] = opening

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stages import COLOR_FIX, CONTROLNET, ELSE, OPENING, PER_STEP, STEPS, UNET, beside, split_times
+from benchmarks.stages import COLOR_FIX, CONTROLNET, ELSE, NOISE, OPENING, PER_STEP, STEPS, UNET, beside, split_times
 from engine.graphspec import Precision
 
 #: What issues ask for; printed with what was found. On CPUs of the engine, against eager PyTorch:
 AIM_FASTER, AIM_MEMORY, AIM_OUTSIDE = 1.3, 0.6, 0.02
 #: and on GPUs: against torch.compile, and against the floor.
 AIM_COMPILED, AIM_FLOORS = 1.5, 2.0
-_NO_GRAPHS = (COLOR_FIX, OPENING, ELSE)
+_NO_GRAPHS = (COLOR_FIX, NOISE, OPENING, ELSE)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from engine.bundle import Bundle
 from engine.device import STREAMS, Array, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec, Precision
+from engine.residency import Activations
 from export.graphs import call_arguments
 
 
@@ -208,6 +209,21 @@ class TorchDeviceBackend:
         with _translated(graph), self._memory.on(stream):
             module = _ready(load_weights(builder, bundle, self._memory.place), self._compiled)
         return _TorchBufferRunner(builder.spec, self.device, stream, module, self._memory)
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Tell that PyTorch's own allocator grows as it runs, and that nobody knows how far."""
+        return Activations(None)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """PyTorch has all weights on the device."""
+        return False
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """See `DeviceBackend`; there is nothing that could be limited."""
+        assert not on_device, "no graph's weights can be streamed"
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """See `DeviceBackend`; PyTorch takes its memory itself."""
 
     def close(self) -> None:
         """Give the device back."""
