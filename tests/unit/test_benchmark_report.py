@@ -199,7 +199,7 @@ def test_the_picture_shows_each_contender_of_each_configuration(tmp_path):
     found = {"engine": summary([on_host()]), "torch": summary([on_host(2.0)])}
     made = report(found, configurations=[f"configuration {index}" for index in range(7)])
     figure = plot.make_figure(made)
-    panels = [panel for panel in figure.axes if panel.axison]
+    panels = sorted((panel for panel in figure.axes if panel.axison), key=lambda panel: panel.get_title(loc="left"))
     assert [panel.get_title(loc="left") for panel in panels] == [f"configuration {index}" for index in range(7)]
     for panel in panels:
         assert [label.get_text() for label in panel.get_yticklabels()] == ["engine", "torch"]
