@@ -141,6 +141,12 @@ def _onnx_product(dtype: str, side: int, chain: int, gpu: int | None, threads: i
     if gpu is not None:
         provider[1]["device_id"] = str(gpu)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    if gpu is not None and "CUDAExecutionProvider" not in session.get_providers():  # it falls back without a word
+        raise BackendError(
+            "ONNX Runtime's CUDA provider does not load",
+            where="the GPU's matrix rate",
+            fix="install what onnxruntime-gpu asks for, or give the rate: --matrix-tflops",
+        )
     binding = session.io_binding()
     random = np.random.default_rng(0)
     for name, scale in (("left", 1.0), ("right", side**-0.5)):  # the product's values stay about 1

@@ -107,23 +107,17 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
     longest = max(contender["total"]["median_ms"] for contender in contenders.values())
     unit, scale = ("s", 1e3) if longest >= 2000 else ("ms", 1.0)
     for place, contender in enumerate(contenders.values()):
+        total, floor = contender["total"]["median_ms"], contender["total"]["floor_ms"]
         left = 0.0
         for stage, ms in _parts(contender).items():
-            panel.barh(
-                place,
-                ms / scale,
-                left=left / scale,
-                height=0.62,
-                color=_COLORS[stage],
-                edgecolor="white",
-                linewidth=0.5,
-            )
-            if ms > _LEAST_LABELLED * longest:
+            color = _COLORS[stage]
+            panel.barh(place, ms / scale, left=left / scale, height=0.62, color=color, edgecolor="white", linewidth=0.5)
+            start, stop = _clear_of(floor, left, left + ms)
+            if stop - start > _LEAST_LABELLED * longest:
                 ink = "black" if stage in _PALE else "white"
-                middle = (left + ms / 2) / scale
+                middle = (start + stop) / 2 / scale
                 panel.text(middle, place, _number(ms / scale), ha="center", va="center", fontsize=7, color=ink)
             left += ms
-        total, floor = contender["total"]["median_ms"], contender["total"]["floor_ms"]
         panel.plot([floor / scale] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
         words = f"  {_number(total / scale)} {unit} (floor: {contender['total']['floor_share']:.0%})"
         panel.text(max(total, left) / scale, place, words, va="center", fontsize=8)
@@ -134,6 +128,13 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
     panel.set_title(result["configuration"], fontsize=9, loc="left")
     panel.tick_params(axis="x", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _clear_of(mark: float, start: float, stop: float) -> tuple[float, float]:
+    """Return the larger part of a stretch that a mark cuts in two, where a number is not crossed out."""
+    if not start < mark < stop:
+        return start, stop
+    return (start, mark) if mark - start > stop - mark else (mark, stop)
 
 
 def _number(value: float) -> str:

@@ -20,7 +20,7 @@ _STAGE_HEAD = (
     "TFLOP/s",
     "GB/s",
     "floor, ms",
-    "of floor",
+    "floor / median",
 )
 
 

@@ -170,6 +170,7 @@ def test_the_report_says_what_repeats_it():
     ):
         assert words in text
     assert "| UNet | 3 | 60.0 | 60.0 | 20.00 | 0.003 | 0.05 | 0.05 | 30.0 | 50.0% |" in text
+    assert "| floor, ms | floor / median |" in text
     assert "| **total** |" in text
     assert "Faster than torch: 1.95 × (aim: at least 1.30 ×, reached)" in text
     assert "Of its memory: 100% (aim: at most 60%, missed)" in text
@@ -219,6 +220,12 @@ def test_the_picture_shows_each_contender_of_each_configuration(tmp_path):
         assert picture.format == "PNG"
         assert picture.size[0] > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > len(LABELS)
+
+
+def test_numbers_stand_clear_of_the_floor():
+    assert plot._clear_of(5, 6, 9) == (6, 9)
+    assert plot._clear_of(7, 6, 9) == (7, 9)
+    assert plot._clear_of(8.5, 6, 9) == (6, 8.5)
 
 
 def test_long_times_are_drawn_in_seconds():
