@@ -33,7 +33,7 @@ format: ## Bring the code into style
 	ruff check --fix .
 	ruff format .
 
-benchmark: ## Measure the engine against eager PyTorch
+benchmark: ## Measure a restoration by stage, against the floor and eager PyTorch
 	python benchmarks/latency.py --baseline torch --size 256 512
 
 quality: ## Judge the default bundle on photos, as the paper's Table 1

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_device, describe_machine
 from engine.console import run_command
-from engine.cuda import CudaDevice, driver_version
+from engine.cuda import CudaDevice
 from engine.errors import UsageError
 
 _ROOT = Path(__file__).parent.parent
@@ -54,15 +54,7 @@ def describe_gpu() -> dict[str, Any]:
         BackendError: there is none.
     """
     with CudaDevice(0) as device:
-        free, total = device.memory_bytes()
-        found = {
-            "name": device.name,
-            "compute_capability": device.compute_capability,
-            "memory_bytes": total,
-            "free_bytes": free,
-            "driver": _driver(),
-            "driver_cuda_version": driver_version(),
-        }
+        found = describe_device(device)
     versions = {}
     for package in _PACKAGES:
         try:
@@ -104,14 +96,6 @@ def summary(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
 def plain_name(text: str) -> str:
     """Return a name as files have it, such as "nvidia-h200"."""
     return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
-
-
-def _driver() -> str | None:
-    """Return what the driver calls itself; only Linux has this file."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
 
 
 class _Notes:

@@ -1,225 +1,203 @@
-"""How long a restoration takes, per stage: the engine, and the same networks in eager PyTorch.
+"""How long a restoration takes and why: the engine by stage, against the floor and against PyTorch.
 
-    python benchmarks/latency.py --baseline torch --size 256 512 --json latency.json
+    python benchmarks/latency.py --baseline torch --size 256 512 --json latency.json --plot latency.png
 
-Each contender is a process of its own, so its peak memory is its own. They take turns, restoration
-by restoration, so that what else the machine does falls on both. The first one of each size is
-warm-up: it opens the graphs, and is not counted. Figures are medians.
+Every combination of --size, --batch, --steps and --cfg is measured. Each contender is a process of its
+own, so its peak memory and its cold start are its own. They take turns, restoration by restoration, so
+that what else the machine does falls on all. The first restorations are warm-up and not counted: they
+open the graphs, or compile them. Figures are medians. FLOPs are counted over the bundle's networks; the
+floor is what they take at the device's matrix rate, which is measured before and after.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import multiprocessing
-import statistics
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from benchmarks import paper
+from benchmarks.contenders import BASELINES, ENGINE, Configuration, Counts, Place, measure
 from benchmarks.machine import describe_machine
-from engine.bundle import default_bundle_dir, open_bundle
+from benchmarks.matrix_rate import MatrixRate, given_rate, measure_rate
+from benchmarks.plot import check_matplotlib, draw
+from benchmarks.report import to_markdown
+from benchmarks.stages import UNET, Launch
+from benchmarks.summary import summarize, works_of
+from engine.backends import BACKENDS, gpu_index
+from engine.bundle import Bundle, default_bundle_dir, open_bundle
 from engine.console import run_command
-from engine.errors import BackendError
-
-#: What issue 1 asks for; printed with what was found.
-AIM_FASTER, AIM_MEMORY, AIM_OUTSIDE = 1.3, 0.6, 0.02
-_STAGES = ("text", "denoise encoder", "stage 1", "controlnet", "unet", "vae decoder")
+from engine.errors import BackendError, UsageError
+from engine.guidance import is_unguided
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = _parser().parse_args(arguments)
-    bundle = open_bundle(options.bundle or default_bundle_dir())  # said before two processes say it
-    contenders = ["engine"] + ([options.baseline] if options.baseline else [])
-    results = [
-        {"size_px": size, "steps": options.steps, **_measure(contenders, size, options)} for size in options.size
+    if options.plot:
+        check_matplotlib()
+    if importlib.util.find_spec("torch") is None:
+        raise BackendError("FLOPs are counted with torch, which is not installed", fix="pip install -e '.[export]'")
+    bundle = open_bundle(options.bundle or default_bundle_dir())  # said before several processes say it
+    backend = options.backend or bundle.manifest.backend
+    place = Place(bundle.path, backend, gpu_index(backend, options.device), options.threads, options.vram_budget)
+    grid = [
+        Configuration(size, batch, steps, cfg == "on")
+        for size, batch, steps, cfg in itertools.product(options.size, options.batch, options.steps, options.cfg)
     ]
-    report = {
+    _check(grid, bundle)
+    contenders = [ENGINE, *dict.fromkeys(options.baseline)]
+    counts = Counts(options.warmup, options.repeats)
+    rate = _matrix_rate(bundle, place, options.matrix_tflops)
+    measured: list[tuple[Configuration, dict[str, dict[str, Any]]]] = []
+    try:
+        for configuration in grid:
+            measured.append((configuration, measure(contenders, place, configuration, counts, quiet=options.quiet)))
+        # A shared machine, or a GPU that has warmed up, has another speed by now; a floor is the faster.
+        rate = rate.or_faster(_matrix_rate(bundle, place, options.matrix_tflops))
+    finally:  # an error at one size is no reason to lose the others
+        if measured:
+            _write(_report(bundle, place, counts, rate, measured), options)
+    return 0
+
+
+def _check(grid: Sequence[Configuration], bundle: Bundle) -> None:
+    for size in dict.fromkeys(configuration.size_px for configuration in grid):
+        if size % bundle.size_multiple:
+            raise UsageError(
+                "nothing is worked at that size",
+                where="--size",
+                expected=f"a multiple of {bundle.size_multiple}",
+                found=size,
+            )
+    scale = bundle.manifest.defaults.cfg_scale
+    if any(configuration.cfg for configuration in grid) and all(is_unguided(end) for end in scale):
+        raise UsageError(
+            "the bundle's own settings do not guide",
+            where="--cfg on",
+            expected="a cfg_scale other than 1",
+            found=f"{scale.start:g}:{scale.end:g}",
+            fix="measure with --cfg off",
+        )
+
+
+def _matrix_rate(bundle: Bundle, place: Place, given_tflops: float | None) -> MatrixRate:
+    precisions = list(dict.fromkeys(graph.spec.precision for graph in bundle.manifest.graphs.values()))
+    if place.gpu is not None and "fp16" in precisions:
+        precisions.append("bf16")  # a baseline's VAE
+    if given_tflops is not None:
+        return given_rate(given_tflops, precisions)
+    # In a process of its own, which gives its memory back.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_rate, precisions, place.gpu, place.threads).result()
+
+
+def _report(
+    bundle: Bundle,
+    place: Place,
+    counts: Counts,
+    rate: MatrixRate,
+    measured: Sequence[tuple[Configuration, dict[str, dict[str, Any]]]],
+) -> dict[str, Any]:
+    from benchmarks.flops import WorkCounter
+    from benchmarks.networks import bundle_builders
+    from benchmarks.torch_backend import baseline_vae_precision
+
+    engine = WorkCounter(bundle_builders(bundle))
+    baseline = WorkCounter(bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, place.gpu)))
+    results = []
+    for configuration, contenders in measured:
+        figures = {}
+        for name, contender in contenders.items():
+            launches = [Launch(**launch) for launch in contender["launches"]]
+            works = works_of(launches, engine if name == ENGINE else baseline)
+            figures[name] = summarize(contender, works, rate.tflops, configuration.batch)
+        steps = [launch for launch in launches if launch.graph == UNET]
+        guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch)
+        results.append(
+            {
+                "configuration": str(configuration),
+                **asdict(configuration),
+                "guided_steps": guided,
+                "text_chunks": steps[0].symbols["k"],
+                "launches": [asdict(launch) for launch in launches],
+                "contenders": figures,
+            }
+        )
+    return {
         "machine": describe_machine(),
+        "gpu": measured[0][1][ENGINE]["gpu"],
         "bundle": {
             "name": bundle.manifest.name,
             "digest": bundle.digest,
             "precision": bundle.manifest.precision,
+            "vae_precision": bundle.spec("vae_decoder").precision,
             "parameters_bytes": bundle.manifest.weights.bytes,
         },
-        "threads": options.threads,
-        "repeats": options.repeats,
+        "backend": place.backend,
+        "threads": place.threads,
+        "vram_budget_gib": place.vram_budget_gib,
+        **asdict(counts),
+        "floor": asdict(rate),
+        "paper_table_3_seconds": paper.TABLE_3,
         "results": results,
     }
+
+
+def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
     print(to_markdown(report))
+    for file in (options.json, options.plot):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
-
-
-def _measure(contenders: Sequence[str], size: int, options: argparse.Namespace) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")  # no library of one contender in the other
-    bundle = options.bundle or default_bundle_dir()
-    workers: dict[str, tuple[Any, Connection]] = {}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    try:
-        for name in contenders:
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, name, bundle, options.threads), daemon=True)
-            process.start()
-            there.close()  # so that the end of the process is the end of the pipe
-            workers[name] = process, here
-            _answer(name, process, here)  # ready: one imports its libraries while the other waits
-        rounds = options.repeats + 1
-        for _ in tqdm(range(rounds), desc=f"{size} px", unit="round", file=sys.stderr, disable=options.quiet):
-            for name, (process, connection) in workers.items():
-                connection.send({"size": size, "steps": options.steps})
-                runs[name].append(_answer(name, process, connection))
-    finally:
-        for process, connection in workers.values():
-            connection.close()
-            process.join(timeout=5)
-            process.kill()
-    return {"contenders": {name: _summary(found) for name, found in runs.items()}}
-
-
-def _answer(name: str, process: Any, connection: Connection) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = connection.recv()
-    except EOFError:
-        process.join(timeout=5)
-        raise BackendError(
-            "the process ended",
-            where=name,
-            found=f"exit status {process.exitcode}",
-            fix="if that is -9, memory ran out: measure a smaller --size",
-        ) from None
-    if "error" in answer:
-        raise BackendError("the process failed", where=name, found=answer["error"])
-    return answer
-
-
-def _work(connection: Connection, name: str, bundle_path: Path, threads: int) -> None:
-    """Be the other process: one restoration per message."""
-    try:
-        import numpy as np
-
-        from engine import Restorer
-        from engine.backends import make_backend
-        from engine.console import peak_memory_bytes
-
-        bundle = open_bundle(bundle_path)
-        if name == "torch":
-            from benchmarks.torch_backend import TorchBackend
-
-            restorer = Restorer(bundle, TorchBackend(bundle, threads))
-        else:
-            restorer = Restorer(bundle, make_backend("onnxruntime", threads=threads))
-        connection.send({})
-        while True:
-            task = connection.recv()
-            size = task["size"]
-            photo = np.random.default_rng(0).random((size, size, 3), dtype=np.float32)
-            restorer.forget_texts()
-            result = restorer.restore(photo, min_size=size, steps=task["steps"])
-            connection.send(
-                {
-                    "graphs_ms": result.timings.graphs_ms,
-                    "outside_ms": result.timings.outside_ms,
-                    "total_ms": result.timings.total_ms,
-                    "peak_memory_bytes": peak_memory_bytes(),
-                }
-            )
-    except (EOFError, KeyboardInterrupt):
-        return
-    except Exception as error:
-        connection.send({"error": f"{type(error).__name__}: {error}"})
-
-
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    counted = runs[1:]
-
-    def medians(group: str) -> dict[str, float]:
-        return {
-            stage: round(statistics.median(run[group].get(stage, 0.0) for run in counted), 2)
-            for stage in counted[-1][group]
-        }
-
-    outside = statistics.median(sum(run["outside_ms"].values()) / run["total_ms"] for run in counted)
-    totals = [run["total_ms"] for run in counted]
-    return {
-        "graphs_ms": medians("graphs_ms"),
-        "outside_ms": medians("outside_ms"),
-        "total_ms": round(statistics.median(totals), 1),
-        "totals_ms": [round(total, 1) for total in totals],
-        "first_ms": round(runs[0]["total_ms"], 1),
-        "outside_share": round(outside, 4),
-        "peak_memory_bytes": max(run["peak_memory_bytes"] or 0 for run in runs),
-    }
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """Return the report as tables for a person."""
-    machine = report["machine"]
-    lines = [
-        f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"Python {machine['python']}, onnxruntime {machine['versions']['onnxruntime']}, "
-        f"torch {machine['versions']['torch']}",
-        f"bundle {report['bundle']['name']} ({report['bundle']['precision']}), medians of {report['repeats']} "
-        f"restorations in turns; `{machine['command']}`",
-    ]
-    for result in report["results"]:
-        lines += ["", f"### {result['size_px']} × {result['size_px']} px, {result['steps']} steps", ""]
-        lines += _table(result["contenders"])
-    return "\n".join(lines)
-
-
-def _table(contenders: dict[str, dict[str, Any]]) -> list[str]:
-    engine, *others = contenders
-    base = contenders[others[0]] if others else None
-    rows = [
-        [stage, *(contender["graphs_ms"].get(stage, 0.0) for contender in contenders.values())] for stage in _STAGES
-    ]
-    rows.append(["outside graphs", *(sum(contender["outside_ms"].values()) for contender in contenders.values())])
-    rows.append(["**total**", *(contender["total_ms"] for contender in contenders.values())])
-    rows.append(["first, graphs opened in it", *(contender["first_ms"] for contender in contenders.values())])
-    head = ["ms", *contenders] + (["ratio"] if base else [])
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    for label, *values in rows:
-        ratio = [f"{values[1] / values[0]:.2f}"] if base and values[0] else [""] * bool(base)
-        lines.append(f"| {' | '.join([str(label), *(f'{value:.0f}' for value in values), *ratio])} |")
-    peaks = [contender["peak_memory_bytes"] / 2**20 for contender in contenders.values()]
-    ratio = [f"{peaks[1] / peaks[0]:.2f}"] if base else []
-    lines.append(f"| {' | '.join(['peak memory, MiB', *(f'{peak:.0f}' for peak in peaks), *ratio])} |")
-    lines += ["", f"Outside the graphs: {_aim(contenders[engine]['outside_share'], AIM_OUTSIDE, '{:.1%}', less=True)}."]
-    if base:
-        faster = base["total_ms"] / contenders[engine]["total_ms"]
-        memory = contenders[engine]["peak_memory_bytes"] / base["peak_memory_bytes"]
-        lines.append(f"Faster than {others[0]}: {_aim(faster, AIM_FASTER, '{:.2f} ×', less=False)}.")
-        lines.append(f"Of its memory: {_aim(memory, AIM_MEMORY, '{:.0%}', less=True)}.")
-    return lines
-
-
-def _aim(found: float, aim: float, form: str, *, less: bool) -> str:
-    reached = found <= aim if less else found >= aim
-    bound = "at most" if less else "at least"
-    return f"{form.format(found)} (aim: {bound} {form.format(aim)}, {'reached' if reached else 'missed'})"
+    if options.plot:
+        draw(report, options.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/latency.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks/latency.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=f"default: {default_bundle_dir()}")
-    parser.add_argument("--baseline", choices=("torch",), help="the same networks in eager PyTorch, in turns")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
     parser.add_argument(
-        "--size", type=_positive, nargs="+", default=[512], metavar="PX", help="sides (default: %(default)s)"
+        "--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N; by default as python -m engine.restore"
     )
-    parser.add_argument("--steps", type=_positive, default=15, help="default: %(default)s")
+    parser.add_argument(
+        "--baseline",
+        choices=BASELINES,
+        nargs="+",
+        default=[],
+        help="the same networks in PyTorch, eager or under torch.compile, in turns; on a GPU in the bundle's "
+        "precision, and all contenders' weights are there at once",
+    )
+    grid = parser.add_argument_group("what is restored; every combination is measured")
+    grid.add_argument("--size", type=_positive, nargs="+", default=[512], metavar="PX", help="sides (default: 512)")
+    grid.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="photos (default: 1)")
+    grid.add_argument("--steps", type=_positive, nargs="+", default=[15], metavar="N", help="default: 15")
+    grid.add_argument(
+        "--cfg", choices=("on", "off"), nargs="+", default=["on"], help="guidance: the bundle's own, or none"
+    )
     parser.add_argument("--repeats", type=_positive, default=7, help="counted restorations (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of both; default: one per core")
+    parser.add_argument("--warmup", type=_positive, default=1, help="restorations before them (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of all contenders; default: one per core")
+    parser.add_argument("--vram-budget", type=float, metavar="GIB", help="of the engine, as python -m engine.restore")
+    parser.add_argument(
+        "--matrix-tflops", type=_rate, metavar="TFLOPS", help="the device's matrix rate; default: it is measured"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the stages as bars (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -228,6 +206,16 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return rate
 
 
 if __name__ == "__main__":

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
+
+from engine.cuda import driver_version
+from engine.device import Device
 
 PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+#: What runs on GPUs; named where it is installed.
+GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "triton")
 
 
 def describe_machine() -> dict[str, object]:
@@ -20,6 +27,9 @@ def describe_machine() -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    for package in GPU_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -30,6 +40,27 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def describe_device(device: Device) -> dict[str, Any]:
+    """Return name, compute capability, memory and driver of a GPU, as plain data."""
+    free, total = device.memory_bytes()
+    return {
+        "name": device.name,
+        "compute_capability": device.compute_capability,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "driver": _driver(),
+        "driver_cuda_version": driver_version(),
+    }
+
+
+def _driver() -> str | None:
+    """Return what the driver calls itself; only Linux has this file."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def _processor() -> str:

@@ -1,73 +1,273 @@
-"""Eager PyTorch as a backend: the same networks and weights behind the same pipeline, to compare with."""
+"""PyTorch as a backend: the same networks and weights behind the same pipeline, to compare with.
+
+On a CPU it takes the pipeline's arrays. On a GPU it takes the place of TensorRT in the engine's own loop:
+buffers, streams and the sampler's kernels are the engine's, and nothing goes by the host. So what differs
+is the networks alone, and PyTorch is given a better loop than it mostly has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
-from engine.backends.base import Runner
+from benchmarks.networks import bundle_builders, load_weights
+from engine.backends.base import Backend, Runner
+from engine.backends.buffers import BufferRunner
 from engine.bundle import Bundle
-from engine.device import Array
+from engine.device import STREAMS, Array, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
-from export.architecture import infer_architecture
-from export.graphs import GraphBuilder, call_arguments, graph_builders
-from export.verify import load_module
+from engine.graphspec import GraphSpec, Precision
+from engine.residency import Activations
+from export.graphs import call_arguments
+
+
+def make_torch_backend(bundle: Bundle, gpu: int | None, *, compiled: bool = False, threads: int = 0) -> Backend:
+    """Return the backend that a bundle's networks run on in PyTorch.
+
+    Args:
+        bundle: whose weights and architecture are used.
+        gpu: its number, None for the CPU.
+        compiled: whether the networks go through `torch.compile`; eager otherwise.
+        threads: that one operator may use on a CPU; 0 leaves torch's own choice.
+    Raises:
+        BackendError: PyTorch cannot run it there, or a compiler is missing.
+    """
+    if compiled:
+        check_compiler(gpu)
+    if gpu is None:
+        return TorchBackend(bundle, threads, compiled=compiled)
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "this PyTorch cannot use the GPU",
+            found=f"torch {torch.__version__}",
+            fix="install PyTorch's CUDA build, or measure without --baseline",
+        )
+    from engine.cuda import CudaDevice
+
+    return TorchDeviceBackend(bundle, CudaDevice(gpu), CudaMemory(gpu), compiled=compiled)
+
+
+def baseline_vae_precision(bundle: Bundle, gpu: int | None) -> Precision:
+    """Return the precision of the baseline's VAE: SDXL's overflows in fp16, and bf16 is what a GPU has for it."""
+    own = bundle.spec("vae_decoder").precision
+    return "bf16" if gpu is not None and bundle.manifest.precision == "fp16" else own
+
+
+def check_compiler(gpu: int | None) -> None:
+    """Find out whether `torch.compile` has what it needs: it fails late, and not in the user's words.
+
+    Raises:
+        BackendError: a compiler or a header is missing.
+    """
+    variable, names = ("CC", ("gcc", "cc", "clang")) if gpu is not None else ("CXX", ("g++", "clang++"))
+    named = os.environ.get(variable)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = {
+        f"a compiler: {', '.join(names)}, or ${variable}": not any(map(shutil.which, [named] if named else names)),
+        f"Python's headers: {header}": not header.is_file(),
+        "triton": gpu is not None and importlib.util.find_spec("triton") is None,
+    }
+    if any(missing.values()):
+        raise BackendError(
+            "torch.compile needs what is not installed",
+            where="--baseline torch-compile",
+            expected="; ".join(what for what, absent in missing.items() if absent),
+            fix="install it, or leave that baseline out",
+        )
 
 
 class TorchBackend:
-    """Eager PyTorch in float32, attention by `scaled_dot_product_attention`.
+    """PyTorch on a CPU, in float32, attention by `scaled_dot_product_attention`.
 
     Args:
         bundle: whose weights and architecture are used.
         threads: that one operator may use; 0 leaves torch's own choice.
+        compiled: as for `make_torch_backend`.
     Raises:
         BackendError: the bundle is of another precision.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 0, *, compiled: bool = False) -> None:
+        # PyTorch's CPU operators for fp16 are slow, and ONNX Runtime computes fp16 graphs in float32.
         if bundle.manifest.precision != "fp32":
             raise BackendError(
-                "eager PyTorch is compared in float32",
+                "PyTorch is compared in float32 on CPUs",
                 where=bundle.path,
                 found=bundle.manifest.precision,
                 fix="measure a bundle built with --precision fp32",
             )
         if threads:
             torch.set_num_threads(threads)
-        self._weights = bundle.file(bundle.manifest.weights)
-        with safe_open(self._weights, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        end_id = bundle.manifest.tokenizer.end_id
-        self._builders = graph_builders(
-            infer_architecture(shapes),
-            bundle.manifest.precision,
-            end_id,
-            vae_precision=bundle.spec("vae_decoder").precision,
-        )
+        self._builders, self._compiled = bundle_builders(bundle), compiled
 
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Return the module that a graph was exported from; `bundle` is the one it was made with."""
-        return _TorchRunner(self._builders[graph], self._weights)
+        builder = self._builders[graph]
+        return _TorchRunner(builder.spec, _ready(load_weights(builder, bundle, "cpu"), self._compiled))
 
     def close(self) -> None:
         """Modules share nothing."""
 
 
 class _TorchRunner(Runner):
-    def __init__(self, builder: GraphBuilder, weights: Path) -> None:
-        super().__init__(builder.spec)
-        self._module: torch.nn.Module | None = load_module(builder, weights)
+    def __init__(self, spec: GraphSpec, module: Any) -> None:
+        super().__init__(spec)
+        self._module: Any = module
 
     @torch.inference_mode()
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        assert self._module is not None, f"{self.spec.name} was closed"
-        outputs = self._module(*call_arguments(self.spec, tensors))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {tensor.name: value.numpy() for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+        outputs = _call(self._module, self.spec, {name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: value.numpy() for name, value in outputs.items()}
 
     def close(self) -> None:
         self._module = None
+
+
+class Memory(Protocol):
+    """How torch gets at a device's buffers and streams.
+
+    Attributes:
+        place: torch's name of the device.
+    """
+
+    place: str
+
+    def tensor(self, buffer: Buffer) -> torch.Tensor:
+        """Return the buffer as a tensor, without a copy."""
+        ...
+
+    def on(self, stream: Stream) -> Any:
+        """Return a context in which torch's work goes on that stream."""
+        ...
+
+
+class CudaMemory:
+    """NVIDIA's: tensors by address, streams by handle."""
+
+    def __init__(self, gpu: int) -> None:
+        self._device = torch.device("cuda", gpu)
+        self.place = str(self._device)
+
+    def tensor(self, buffer: Buffer) -> torch.Tensor:
+        return torch.as_tensor(_CudaArray(buffer), device=self._device)
+
+    def on(self, stream: Stream) -> Any:
+        theirs = torch.cuda.ExternalStream(stream.handle, device=self._device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(theirs)
+
+
+class _CudaArray:
+    """A buffer as libraries exchange them. Source: Numba's "CUDA Array Interface", version 3."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": buffer.shape,
+            "typestr": np.dtype(buffer.dtype).str,
+            "data": (buffer.address, False),
+            "version": 3,
+        }
+
+
+class TorchDeviceBackend:
+    """PyTorch on a device's buffers, in the bundle's precision, its VAE in bf16 where that is fp16.
+
+    Args:
+        bundle: whose weights and architecture are used.
+        device: that everything is on; closed with the backend.
+        memory: how torch gets at it.
+        compiled: as for `make_torch_backend`.
+    Raises:
+        BackendError: the bundle is in bf16.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, memory: Memory, *, compiled: bool = False) -> None:
+        if bundle.manifest.precision == "bf16":
+            raise BackendError(
+                "the engine exchanges no bf16 with graphs",
+                where=bundle.path,
+                fix="measure a bundle built with --precision fp16, or fp32",
+            )
+        self.device, self._memory, self._compiled = device, memory, compiled
+        self.streams = {name: device.stream() for name in STREAMS}
+        self._builders = bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, 0))
+        torch.backends.cudnn.benchmark = True  # sizes stay what they are: let it choose the fastest
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in the engine
+
+    def open(self, bundle: Bundle, graph: str) -> BufferRunner:
+        """Return the module that a graph was exported from; `bundle` is the one it was made with."""
+        self.device.activate()
+        builder, stream = self._builders[graph], self.streams[stream_of(graph)]
+        with _translated(graph), self._memory.on(stream):
+            module = _ready(load_weights(builder, bundle, self._memory.place), self._compiled)
+        return _TorchBufferRunner(builder.spec, self.device, stream, module, self._memory)
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Tell that PyTorch's own allocator grows as it runs, and that nobody knows how far."""
+        return Activations(None)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """PyTorch has all weights on the device."""
+        return False
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """See `DeviceBackend`; there is nothing that could be limited."""
+        assert not on_device, "no graph's weights can be streamed"
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """See `DeviceBackend`; PyTorch takes its memory itself."""
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.device.close()
+
+
+class _TorchBufferRunner(BufferRunner):
+    def __init__(self, spec: GraphSpec, device: Device, stream: Stream, module: Any, memory: Memory) -> None:
+        super().__init__(spec, device, stream)
+        self._module, self._memory = module, memory
+
+    def enqueue_impl(
+        self, stream: Stream, symbols: Mapping[str, int], inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> None:
+        assert stream is self._stream, f"{self.spec.name} is bound to one stream"
+        with _translated(self.spec.name), self._memory.on(stream), torch.inference_mode():
+            tensors = {name: self._memory.tensor(buffer) for name, buffer in inputs.items()}
+            for name, value in _call(self._module, self.spec, tensors).items():
+                # On a GPU under a thousandth of a step: 0.1 GB of control features at 1024 pixels.
+                self._memory.tensor(outputs[name]).copy_(value)
+
+    def close(self) -> None:
+        self._module = None
+
+
+def _ready(module: torch.nn.Module, compiled: bool) -> Any:
+    return torch.compile(module, dynamic=False) if compiled else module
+
+
+def _call(module: Any, spec: GraphSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    assert module is not None, f"{spec.name} was closed"
+    outputs = module(*call_arguments(spec, tensors))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
+
+
+@contextmanager
+def _translated(graph: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            "out of GPU memory",
+            where=f"PyTorch: {graph}",
+            found=str(error).split(".")[0],
+            fix="measure a smaller --size or --batch, or one --baseline at a time: all contenders share the GPU",
+        ) from error

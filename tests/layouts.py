@@ -1,4 +1,4 @@
-"""The demo's checkpoints rewritten in every layout that people have."""
+"""The demo's checkpoints rewritten in every layout that people have, and shapes of files that are not here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint import open_sdxl
+from export.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm, open_sdxl
+
+
+def our_shapes(manifest: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by our names, as `checkpoint` sorts the files of a manifest."""
+    files = json.loads(manifest.read_text())["files"]
+    shapes = {}
+    for file, prefixes in (("sdxl.safetensors", _SDXL_PREFIXES), ("supir.safetensors", _SUPIR_PREFIXES)):
+        lazy = {name: LazyTensor(name, Path(file), tuple(shape), lambda: None) for name, shape in files[file].items()}
+        checkpoint = _sort_ldm(Checkpoint("test", "LDM", ()), lazy, prefixes)
+        assert checkpoint.ignored == []
+        shapes |= {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    return shapes
 
 
 def our_tensors(sdxl: Path) -> dict[str, torch.Tensor]:

@@ -27,19 +27,11 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backen
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError("impossible number of threads", expected=f"0 to {MAX_THREADS}", found=threads)
-    if name not in BACKENDS:
-        raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
-    place = _DEVICE.fullmatch(device)
-    if place is None:
-        raise UsageError("no such device", expected="auto, cpu, cuda or cuda:N", found=device)
-    on_cpu = device == "cpu" or (device == "auto" and name == "onnxruntime")
-    if on_cpu and name in PLAN_BACKENDS:
-        raise UsageError(f"--backend {name} runs on GPUs", expected="cuda or cuda:N", found=device)
-    if on_cpu:
+    index = gpu_index(name, device)
+    if index is None:
         from engine.backends.ort import OrtBackend
 
         return OrtBackend(threads)
-    index = int(place["index"] or 0)
     if name == "onnxruntime":
         from engine.backends.ort_cuda import OrtCudaBackend, check_provider
 
@@ -53,3 +45,22 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backen
     from engine.cuda import CudaDevice
 
     return TrtBackend(library, CudaDevice(index))
+
+
+def gpu_index(name: str, device: str = "auto") -> int | None:
+    """Return the number of the GPU that a backend would run on, None for the CPU; nothing is opened.
+
+    Args:
+        name, device: as for `make_backend`.
+    Raises:
+        UsageError: there is no such backend or device, or the backend does not run there.
+    """
+    if name not in BACKENDS:
+        raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
+    place = _DEVICE.fullmatch(device)
+    if place is None:
+        raise UsageError("no such device", expected="auto, cpu, cuda or cuda:N", found=device)
+    on_cpu = device == "cpu" or (device == "auto" and name == "onnxruntime")
+    if on_cpu and name in PLAN_BACKENDS:
+        raise UsageError(f"--backend {name} runs on GPUs", expected="cuda or cuda:N", found=device)
+    return None if on_cpu else int(place["index"] or 0)

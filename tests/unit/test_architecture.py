@@ -1,29 +1,17 @@
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch", reason="needs the export extra")
 
+from layouts import our_shapes
+
 from engine.errors import CheckpointError
 from export.architecture import Architecture, TextArch, UNetArch, VaeArch, infer_architecture
-from export.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm
 from export.graphs import graph_builders
 
 DATA = Path(__file__).parent.parent / "data"
 ROOT = Path(__file__).parent.parent.parent
-
-
-def our_shapes(manifest):
-    """Shapes by our names, as `checkpoint` sorts the files of a manifest."""
-    files = json.loads(manifest.read_text())["files"]
-    shapes = {}
-    for file, prefixes in (("sdxl.safetensors", _SDXL_PREFIXES), ("supir.safetensors", _SUPIR_PREFIXES)):
-        lazy = {name: LazyTensor(name, Path(file), tuple(shape), lambda: None) for name, shape in files[file].items()}
-        checkpoint = _sort_ldm(Checkpoint("test", "LDM", ()), lazy, prefixes)
-        assert checkpoint.ignored == []
-        shapes |= {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    return shapes
 
 
 @pytest.fixture(scope="module")
