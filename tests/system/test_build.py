@@ -64,7 +64,7 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
     done = run_build(**place)
     assert done.returncode == 0, done.stderr
-    assert "merged LoRA landscape × 1: rank 24, alpha 2400, " in done.stdout
+    assert "merged LoRA landscape × 1: rank 26, alpha 2600, " in done.stdout
     assert done.stdout.count("agrees with torch") == 7
     assert "100 %" in done.stderr
     assert "left" in done.stderr
