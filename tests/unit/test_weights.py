@@ -58,8 +58,8 @@ def test_offsets_point_at_the_values(tmp_path):
 
 def test_merging_comes_before_the_cast(tmp_path):
     class Delta:
-        def matrix(self, shape):
-            return torch.full(shape, 1e-4)
+        def add_to(self, weight, scale):
+            weight += scale * 1e-4
 
     lora = LoadedLora("l", Path("l"), 2.0, {"matrix": Delta()})
     base = sources(matrix=torch.ones(32, 64, dtype=torch.float16))
