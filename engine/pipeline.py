@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from engine import __version__, colorfix
 from engine.backends import make_backend
 from engine.backends.base import Backend
-from engine.bundle import APP_NAME, Bundle, default_bundle_dir, open_bundle
+from engine.bundle import Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
-from engine.console import total_memory_bytes
 from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
 from engine.errors import ImageError, UsageError
 from engine.framing import PhotoLike, Pixels, as_photo, finish, to_network
 from engine.geometry import Size, result_size, working_size
 from engine.guidance import is_unguided
+from engine.host_memory import total_memory_bytes
 from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
 from engine.noise import noise_source
+from engine.places import APP_NAME
 from engine.residency import Work, describe, keep_on_host
 from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable, sample
