@@ -25,7 +25,7 @@ from engine.bundle import default_bundle_dir
 from engine.console import peak_memory_bytes
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.imageio import READ_SUFFIXES, check_output, list_images, read_history, read_photo, write_photo
-from engine.options import add_settings, given_settings, path_option, whole_number
+from engine.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.photo import Photo
 from engine.settings import Settings
 
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--vram-budget",
-        type=_gibibytes,
+        type=gibibytes,
         metavar="GIB",
         help="GPU memory that may be used; networks that do not fit are loaded and released by stage, which is slower",
     )
@@ -303,13 +303,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_settings(parser)
     return parser
-
-
-def _gibibytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10_000:
-        raise argparse.ArgumentTypeError(f"expected gibibytes such as 8 or 7.5, got {text!r}")
-    return value

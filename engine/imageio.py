@@ -90,7 +90,7 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
         OutputError: an unknown format, a file that is there, a folder that is missing or not
             writable, or a format that cannot hold the photo.
     """
-    file_format = _format_of(path.suffix, path)
+    _format_of(path.suffix, path)
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
         raise OutputError("exists already", where=path, fix="choose another name with -o, or allow it with --overwrite")
     folder = path.parent
@@ -102,7 +102,7 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
     if not os.access(folder, os.W_OK):
         raise OutputError("no permission to write there", where=folder, fix="choose another place with -o")
     if photo is not None:
-        _check_alpha(photo, file_format, path)
+        check_format(photo, path.suffix, path)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -140,14 +140,25 @@ def encode_photo(photo: Photo, suffix: str, history: Mapping[str, Any], where: o
     Raises:
         OutputError: an unknown format, or one that cannot hold the photo.
     """
-    file_format = _format_of(suffix, where)
-    _check_alpha(photo, file_format, where)
+    file_format = check_format(photo, suffix, where)
     try:
         return _encode(photo, file_format, json.dumps(history, ensure_ascii=True))
     except (OSError, ValueError) as error:  # such as EXIF over 64 kB in a JPEG
         raise OutputError(
             f"cannot be stored as {file_format}", where=where, found=str(error), fix="write a PNG instead"
         ) from error
+
+
+def check_format(photo: Photo, suffix: str, where: object = "image") -> str:
+    """Return Pillow's name of the format that an ending means, which must hold all that belongs to the photo.
+
+    Raises:
+        OutputError: an unknown format, or one that cannot hold the photo.
+    """
+    file_format = _format_of(suffix, where)
+    if photo.alpha is not None and file_format == "JPEG":
+        raise OutputError("JPEG cannot hold the photo's transparency", where=where, fix="write a PNG or WebP instead")
+    return file_format
 
 
 def write_file(path: Path, encoded: bytes) -> None:
@@ -277,11 +288,6 @@ def _to_image(photo: Photo) -> Image.Image:
 
 def _to_u8(pixels: Pixels) -> NDArray[np.uint8]:
     return np.rint(pixels.clip(0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
-
-
-def _check_alpha(photo: Photo, file_format: str, where: object) -> None:
-    if photo.alpha is not None and file_format == "JPEG":
-        raise OutputError("JPEG cannot hold the photo's transparency", where=where, fix="write a PNG or WebP instead")
 
 
 def _format_of(suffix: str, where: object) -> str:

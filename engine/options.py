@@ -98,3 +98,14 @@ def _scale(text: str) -> ScaleRange:
         return parse_scale(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected S or S:END, such as 2 or 4:1, got {text!r}") from None
+
+
+def gibibytes(text: str) -> float:
+    """Return an amount of memory in GiB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100_000:
+        raise argparse.ArgumentTypeError(f"expected gibibytes such as 8 or 7.5, got {text!r}")
+    return value
