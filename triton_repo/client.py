@@ -1,286 +1,144 @@
-"""Restore photos through a server: a command, and the class behind it.
+"""Restore photos through a server: a command, and the classes behind it.
 
     python triton_repo/client.py photo.jpg -o restored.png
-    python triton_repo/client.py photo.jpg -o restored.png --stream --previews previews/ --preview-every 5
+    python triton_repo/client.py photo.jpg -o restored.png --previews previews/ --preview-every 5
+
+In a program:
 
     from triton_repo.client import Client
 
     with Client("localhost:8001") as client:
         result = client.restore(Path("photo.jpg").read_bytes(), steps=8, seed=7)
         Path("restored.png").write_bytes(result.image)
-
-A request has a deadline. It is sent again only where the server was not reached or had no room (UNAVAILABLE), and
-never where it may have been worked on in vain.
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import json
-import queue
-import random
+import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import grpc
-import numpy as np
-import tritonclient.grpc as triton
-import tritonclient.grpc.aio as triton_aio
-from tritonclient.utils import InferenceServerException
+from tqdm import tqdm
 
-from engine.errors import ImageError, UsageError
-from triton_repo.protocol import (
-    EVENT,
-    IMAGE,
-    OPTIONS,
-    RESTORE,
-    RESTORE_STREAM,
-    RESTORED,
-    SETTINGS,
-    BusyError,
-    ServerError,
-    StoppedError,
+from engine.console import run_command
+from engine.errors import ImageError, OutputError, UsageError, from_os_error
+from engine.imageio import check_output, write_file
+from engine.options import add_settings, given_settings, path_option, whole_number
+from triton_repo.connection import (
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    AsyncClient,
+    Client,
+    Event,
+    Result,
 )
 
-DEFAULT_URL = "localhost:8001"
-DEFAULT_TIMEOUT_S = 300.0
-DEFAULT_RETRIES = 4
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-_ENSEMBLE = f"in ensemble '{RESTORE}', "
-#: A restored photo may be larger than gRPC's default of 4 MB.
-_MAX_MESSAGE = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+__all__ = ["AsyncClient", "Client", "Event", "Result", "main"]
+
+#: Results that are written, by the ending of their names.
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".tif": "tiff", ".tiff": "tiff"}
+_FORMATS[".avif"] = "avif"
 
 
-@dataclass(frozen=True)
-class Result:
-    """A restored photo.
-
-    Attributes:
-        image: the encoded file.
-        history: engine, bundle and settings that it was made with, as in its metadata.
-    """
-
-    image: bytes
-    history: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a stream tells.
-
-    Attributes:
-        kind: "accepted", "progress", "preview" or "result".
-        step, steps: that are done, of how many; 0 before the first.
-        eta_s: seconds until the last step, from the mean of those that are done.
-        image: a JPEG for a preview, the encoded file for the result.
-        history: of the result.
-    """
-
-    kind: str
-    step: int = 0
-    steps: int = 0
-    eta_s: float | None = None
-    image: bytes = b""
-    history: dict[str, Any] | None = None
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises RestoreError where nothing can be done."""
+    options = _parser().parse_args(arguments)
+    if options.previews is not None and not options.previews.is_dir():
+        raise OutputError("no such folder", where=options.previews, fix="create it first")
+    output = options.output or options.image.with_name(f"{options.image.stem}.restored.png")
+    check_output(output, overwrite=options.overwrite)
+    image = _read(options.image)
+    asked = {**given_settings(options), "format": _FORMATS[output.suffix.lower()]}
+    with Client(options.url, timeout_s=options.timeout, retries=options.retries) as client:
+        if options.wait:
+            client.wait(options.wait)
+        started = time.monotonic()
+        streamed = options.stream or options.previews is not None
+        result = _follow(client, image, asked, options) if streamed else client.restore(image, **asked)
+        elapsed_s = time.monotonic() - started
+    write_file(output, result.image)
+    if options.json:
+        report = {"input": str(options.image), "output": str(output), **result.history, "seconds": round(elapsed_s, 3)}
+        print(json.dumps(report, indent=1))
+    elif not options.quiet:
+        print(f"{output}  ({elapsed_s:.1f} s, seed {result.history['settings']['seed']})")
+    return 0
 
 
-class Client:
-    """Restores photos through a server; a context manager.
-
-    Args:
-        url: host and gRPC port.
-        timeout_s: for each request, its retries included; the server stops sampling when it is over.
-        retries: of a request whose server was not reached or had no room.
-    """
-
-    def __init__(
-        self, url: str = DEFAULT_URL, *, timeout_s: float = DEFAULT_TIMEOUT_S, retries: int = DEFAULT_RETRIES
-    ) -> None:
-        self._url, self._timeout_s, self._retries = url, timeout_s, retries
-        self._client = triton.InferenceServerClient(url, channel_args=_MAX_MESSAGE)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._client.close()
-
-    def is_ready(self) -> bool:
-        """Tell whether the server restores photos now."""
-        try:
-            return bool(self._client.is_model_ready(RESTORE, client_timeout=5.0))
-        except InferenceServerException:
-            return False
-
-    def wait(self, patience_s: float) -> None:
-        """Wait until the server is ready.
-
-        Raises:
-            ServerError: it is not, in `patience_s` seconds.
-        """
-        until = time.monotonic() + patience_s
-        while not self.is_ready():
-            if time.monotonic() > until:
-                raise ServerError("is not ready", where=self._url, fix="start it: python triton_repo/serve.py")
-            time.sleep(0.2)
-
-    def restore(self, image: bytes, **options: Any) -> Result:
-        """Restore one photo.
-
-        Args:
-            image: the encoded file.
-            **options: settings, and `format`; see `triton_repo.protocol.Delivery`.
-        Raises:
-            UsageError, ImageError: the server refuses the request.
-            BusyError: it has no room, or is not there, after all retries.
-            StoppedError: the deadline has passed. ServerError: it failed.
-        """
-
-        def attempt(left_s: float) -> triton.InferResult:
-            inputs = _inputs(triton, image, {"timeout_s": left_s, **options})
-            return self._client.infer(RESTORE, inputs, client_timeout=left_s)
-
-        deadline = time.monotonic() + self._timeout_s
-        for pause_s in _pauses(self._retries):
-            try:
-                return _result(attempt(_left(deadline)))
-            except InferenceServerException as error:
-                if not _may_retry(error) or pause_s is None or time.monotonic() + pause_s > deadline:
-                    raise _translated(error, self._url) from None
-                time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
-
-    def stream(self, image: bytes, **options: Any) -> Iterator[Event]:
-        """Restore one photo and tell how it goes; who stops iterating stops the restoration.
-
-        Args:
-            image, **options: as for `restore`, and `preview_every`.
-        Yields:
-            What happens; the last is the result.
-        Raises:
-            As `restore`; nothing is sent again.
-        """
-        # A connection of its own: closing a stream that is cancelled must not touch the others.
-        deadline = time.monotonic() + self._timeout_s
-        answers: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
-        client = triton.InferenceServerClient(self._url, channel_args=_MAX_MESSAGE)
-        over = False
-        try:
-            client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=self._timeout_s)
-            options = {"timeout_s": self._timeout_s, **options}
-            client.async_stream_infer(RESTORE_STREAM, _inputs(triton, image, options), enable_empty_final_response=True)
-            while True:
-                try:
-                    result, error = answers.get(timeout=_left(deadline) + 1.0)
-                except queue.Empty:
-                    raise StoppedError("the deadline has passed", where=self._url) from None
-                if error is not None:
-                    raise _translated(error, self._url) from None
-                if result.get_response().parameters["triton_final_response"].bool_param:
-                    over = True
-                    return
-                yield _event(result)
-        finally:
-            client.stop_stream(cancel_requests=not over)
-            client.close()
+def _follow(client: Client, image: bytes, asked: dict[str, Any], options: argparse.Namespace) -> Result:
+    """Restore a photo with a bar over its steps."""
+    if options.previews is not None:
+        asked["preview_every"] = options.preview_every
+    with tqdm(unit="step", disable=options.quiet, file=sys.stderr) as bar:
+        for event in client.stream(image, **asked):
+            if event.kind == "progress":
+                bar.total = event.steps
+                bar.update(event.step - bar.n)
+            elif event.kind == "preview":
+                write_file(options.previews / f"{options.image.stem}.{event.step:04d}.jpg", event.image)
+            elif event.kind == "result":
+                assert event.history is not None
+                return Result(event.image, event.history)
+    raise OutputError("the stream has ended without a result", where=options.url)
 
 
-class AsyncClient:
-    """The same for asyncio; `async with` opens and closes it. Arguments are those of `Client`."""
-
-    def __init__(
-        self, url: str = DEFAULT_URL, *, timeout_s: float = DEFAULT_TIMEOUT_S, retries: int = DEFAULT_RETRIES
-    ) -> None:
-        self._url, self._timeout_s, self._retries = url, timeout_s, retries
-        self._client: Any = None
-
-    async def __aenter__(self) -> AsyncClient:
-        self._client = triton_aio.InferenceServerClient(self._url, channel_args=_MAX_MESSAGE)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
-
-    async def restore(self, image: bytes, **options: Any) -> Result:
-        """Restore one photo; as `Client.restore`. A cancelled task takes its request back."""
-
-        def attempt(left_s: float) -> Awaitable[Any]:
-            inputs = _inputs(triton_aio, image, {"timeout_s": left_s, **options})
-            answer: Awaitable[Any] = self._client.infer(RESTORE, inputs, client_timeout=left_s)
-            return answer
-
-        deadline = time.monotonic() + self._timeout_s
-        for pause_s in _pauses(self._retries):
-            try:
-                return _result(await attempt(_left(deadline)))
-            except InferenceServerException as error:
-                if not _may_retry(error) or pause_s is None or time.monotonic() + pause_s > deadline:
-                    raise _translated(error, self._url) from None
-                await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+def _read(path: Path) -> bytes:
+    """Return a file's bytes; whether they are a photo, the server finds out."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError("no such file", where=path, fix="check the path") from None
+    except IsADirectoryError:
+        raise UsageError("is a folder", where=path, fix="name a photo") from None
+    except OSError as error:
+        raise from_os_error(error, path, "read the photo") from error
 
 
-def _inputs(library: Any, image: bytes, options: dict[str, Any]) -> list[Any]:
-    """Return the two inputs of a request."""
-    given = []
-    for name, value in ((IMAGE, image), (OPTIONS, json.dumps(options).encode())):
-        tensor = library.InferInput(name, [1], "BYTES")
-        tensor.set_data_from_numpy(np.array([value], dtype=np.object_))
-        given.append(tensor)
-    return given
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python triton_repo/client.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", type=path_option, metavar="IMG")
+    parser.add_argument("-o", "--output", type=path_option, metavar="FILE", help="default: IMG.restored.png beside IMG")
+    parser.add_argument("--overwrite", action="store_true", help="replace a result that exists")
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help="default: %(default)s")
+    server.add_argument("--timeout", type=_seconds, default=DEFAULT_TIMEOUT_S, metavar="S", help="default: %(default)g")
+    server.add_argument(
+        "--retries",
+        type=whole_number(0, 100),
+        default=DEFAULT_RETRIES,
+        metavar="N",
+        help="where the server is not reached or has no room; default: %(default)s",
+    )
+    server.add_argument("--wait", type=_seconds, metavar="S", help="for the server to be ready")
+    told = parser.add_argument_group("what is told")
+    told.add_argument("--stream", action="store_true", help="show a bar over the steps")
+    told.add_argument("--previews", type=path_option, metavar="DIR", help="write previews there; implies --stream")
+    told.add_argument("--preview-every", type=whole_number(1, 1000), default=5, metavar="N", help="steps; default: 5")
+    told.add_argument("--json", action="store_true", help="print settings, seed and seconds as JSON")
+    told.add_argument("--quiet", action="store_true", help="no bar, no name of the result")
+    add_settings(parser)
+    return parser
 
 
-def _result(answer: Any) -> Result:
-    return Result(answer.as_numpy(RESTORED)[0], json.loads(answer.as_numpy(SETTINGS)[0]))
-
-
-def _event(answer: Any) -> Event:
-    told = json.loads(answer.as_numpy(EVENT)[0])
-    known = {name: told[name] for name in ("kind", "step", "steps", "eta_s", "history") if name in told}
-    return Event(image=answer.as_numpy(RESTORED)[0], **known)
-
-
-def _left(deadline: float) -> float:
-    """Return the seconds until a deadline, and a moment after it."""
-    return max(0.001, deadline - time.monotonic())
-
-
-def _pauses(retries: int) -> Iterator[float | None]:
-    """Yield how long to wait after each attempt: longer each time, and not all clients alike; None is not again."""
-    for number in range(retries):
-        yield min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**number) * random.uniform(0.5, 1.5)
-    yield None
-
-
-def _may_retry(error: InferenceServerException) -> bool:
-    return bool(error.status() == str(grpc.StatusCode.UNAVAILABLE))
-
-
-def _translated(error: InferenceServerException, url: str) -> Exception:
-    """Return the server's status as one of our errors; its text says where, expected, found, and what to do."""
-    text = str(error.message()).replace(_ENSEMBLE, "", 1)
-    kinds: dict[str, Callable[..., Exception]] = {
-        "StatusCode.INVALID_ARGUMENT": ImageError if text.startswith(f"{IMAGE}: ") else UsageError,
-        "StatusCode.UNAVAILABLE": BusyError,
-        "StatusCode.CANCELLED": StoppedError,
-        "StatusCode.DEADLINE_EXCEEDED": StoppedError,
-    }
-    if error.status() == "StatusCode.UNAVAILABLE" and "connect" in text:
-        return BusyError("no server answers", where=url, fix="start one: python triton_repo/serve.py")
-    if error.status() == "StatusCode.DEADLINE_EXCEEDED":
-        return StoppedError("the deadline has passed", where=url, fix="give it longer: --timeout")
-    return kinds.get(str(error.status()), ServerError)(text)
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds such as 60, got {text!r}")
+    return value
 
 
 if __name__ == "__main__":
-    import sys
-
-    from engine.console import run_command
-    from triton_repo.client_command import main
-
     sys.exit(run_command(main))

@@ -9,6 +9,7 @@ Where NVIDIA's container does not bring the server, it is installed from a wheel
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="restoration-triton-") as folder:
         repository = options.repository or Path(folder) / "repository"
         render(request_of(options, options.bundle or default_bundle_dir(), repository))
-        log = options.log or Path(folder) / "server.log"
+        log = options.log or Path(tempfile.gettempdir()) / f"restoration-triton-{os.getpid()}.log"
         ports = Ports(options.grpc_port, options.http_port, options.metrics_port)
         _say("starting: every network is opened and run once")
         cache_mib = 0 if options.no_cache else 64
@@ -44,11 +45,14 @@ def main(arguments: Sequence[str]) -> int:
                 f"metrics {options.address}:{ports.metrics}; Ctrl-C ends it"
             )
             try:
-                server.process.wait()
+                status = server.process.wait()
             except KeyboardInterrupt:
                 _say("stopping")
-                return 0
-            raise BackendError("the server has ended by itself", where=log, found=server.why())
+            else:
+                raise BackendError("the server has ended by itself", found=f"status {status}", fix=f"see {log}")
+        if options.log is None:
+            log.unlink()  # it went well: nobody will read it
+    return 0
 
 
 def _say(line: str) -> None:

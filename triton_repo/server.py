@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,10 @@ from pathlib import Path
 
 from engine.errors import BackendError, UsageError
 from triton_repo.environment import Programs
+from triton_repo.watch import folder_of
 
 #: Interfaces that read this computer's memory, write files or change models: nobody has the key to them.
 RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
-#: Of gRPC, beside the health of this server; what a client may send is limited by `preprocess` too.
 _STOP_S = 20
 
 
@@ -171,6 +172,7 @@ class Server:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlive their server
+        shutil.rmtree(folder_of(self.process.pid), ignore_errors=True)
 
     def _check_ports(self) -> None:
         if len(set(self.ports)) != 3:

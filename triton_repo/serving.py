@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -81,13 +80,12 @@ class Serving(BaseModel):
             else min(self.max_pixels, pixels_in_memory(bundle, memory // _ATTENTION_SHARE))
         )
 
-    def settings(self, defaults: Settings, changes: dict[str, Any]) -> Settings:
-        """Return a request's settings.
+    def check(self, settings: Settings) -> None:
+        """Refuse settings beyond what this server takes on.
 
         Raises:
-            UsageError: one is impossible, or beyond what this server takes on.
+            UsageError: too many steps, or too long a text.
         """
-        settings = defaults.updated(changes)
         if settings.steps > self.max_steps:
             raise UsageError(
                 "too many steps",
@@ -104,4 +102,3 @@ class Serving(BaseModel):
                     expected=f"up to {self.max_text} characters on this server",
                     found=f"{length} characters",
                 )
-        return settings

@@ -27,9 +27,14 @@ _HEAD = struct.Struct("<III")
 _PATIENCE_S = 10.0
 
 
+def folder_of(server_pid: int) -> Path:
+    """Return the folder of a server's sockets."""
+    return Path(tempfile.gettempdir()) / f"restoration-{os.getuid()}-{server_pid}"
+
+
 def _folder() -> Path:
     """Return the folder of this server's sockets; its processes share a parent."""
-    folder = Path(tempfile.gettempdir()) / f"restoration-{os.getuid()}-{os.getppid()}"
+    folder = folder_of(os.getppid())
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
 from engine.backends import make_backend
 from engine.errors import ImageError
-from triton_repo.models.common import Metrics, array, failure, pb_utils, response
+from triton_repo.models.common import Metrics, array, failure, response
 from triton_repo.models.device import device_of
 from triton_repo.serving import Serving
 

@@ -29,7 +29,8 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         started = time.monotonic()
         changes, delivery = parse_options(blob(request, OPTIONS))
-        settings = self._serving.settings(self._bundle.manifest.defaults, changes)
+        settings = self._bundle.manifest.defaults.updated(changes)
+        self._serving.check(settings)
         encoded = blob(request, IMAGE)
         if len(encoded) > self._serving.max_image_bytes:
             raise ImageError(

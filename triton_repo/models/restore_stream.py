@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from engine.framing import finish
 from engine.imageio import encode_photo
 from engine.photo import Photo
-from triton_repo.models.common import Metrics, array, call, failure, pb_utils, response, strings
+from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
 from triton_repo.serving import Serving
 from triton_repo.watch import Watch

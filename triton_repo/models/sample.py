@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from engine.backends import make_backend
@@ -22,7 +23,7 @@ from engine.pipeline import Restorer
 from engine.sampler import Latent, Progress, StepTable
 from engine.settings import Settings
 from engine.timings import Timings
-from triton_repo.models.common import Metrics, array, call, failure, parsed, pb_utils, response
+from triton_repo.models.common import Metrics, array, call, failure, parsed, response
 from triton_repo.models.device import device_of
 from triton_repo.protocol import Run, StoppedError
 from triton_repo.serving import Serving
@@ -76,7 +77,7 @@ class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        serving = Serving.of(args)
+        serving = self._serving = Serving.of(args)
         bundle = serving.open_bundle()
         backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._restorer = Restorer(bundle, backend)
@@ -102,20 +103,19 @@ class TritonPythonModel:
                 for job in batch:
                     if job.watched is not None:
                         job.watched.close()
-        results = {job.index: job.z for job in jobs}
         errors |= {job.index: job.error for job in jobs if job.error is not None}
-        return [
-            pb_utils.InferenceResponse(error=failure(errors[index], self._metrics))
-            if index in errors
-            else response(z=results[index])
-            for index in range(len(requests))
-        ]
+        answers = {
+            index: pb_utils.InferenceResponse(error=failure(error, self._metrics)) for index, error in errors.items()
+        }
+        answers |= {job.index: response(z=job.z) for job in jobs if job.error is None and job.z is not None}
+        return [answers[index] for index in range(len(requests))]
 
     def finalize(self) -> None:
         self._restorer.close()
 
     def _job(self, index: int, request: Any) -> Job:
         settings, run = parsed(request, "settings", Settings), parsed(request, "run", Run)
+        self._serving.check(settings)
         context, vector = array(request, "context"), array(request, "vector")
         z_lq = array(request, "z_lq")
         pixels = z_lq.shape[2] * z_lq.shape[3] * self._restorer.bundle.pixels_per_cell**2
