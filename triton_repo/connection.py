@@ -82,7 +82,7 @@ class Client:
 
     Args:
         url: host and gRPC port.
-        timeout_s: for each request, its retries included; the server stops sampling when it is over.
+        timeout_s: for each request, its retries included; the server stops sampling as long after it got it.
         retries: of a request whose server was not reached or had no room.
     """
 
@@ -133,7 +133,7 @@ class Client:
         """
 
         def attempt(left_s: float) -> triton.InferResult:
-            inputs = _inputs(triton, image, {"timeout_s": left_s, **options})
+            inputs = _inputs(triton, image, {"timeout_s": self._timeout_s, **options})
             return self._client.infer(RESTORE, inputs, client_timeout=left_s)
 
         deadline = time.monotonic() + self._timeout_s
@@ -201,7 +201,7 @@ class AsyncClient:
         """Restore one photo; as `Client.restore`. A cancelled task takes its request back."""
 
         def attempt(left_s: float) -> Awaitable[Any]:
-            inputs = _inputs(triton_aio, image, {"timeout_s": left_s, **options})
+            inputs = _inputs(triton_aio, image, {"timeout_s": self._timeout_s, **options})
             answer: Awaitable[Any] = self._client.infer(RESTORE, inputs, client_timeout=left_s)
             return answer
 

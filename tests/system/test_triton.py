@@ -153,11 +153,11 @@ def test_photos_share_batches_and_each_is_what_it_is_alone(server, client, direc
 
 
 def test_equal_requests_are_answered_from_the_cache_and_another_seed_is_not(server, client):
-    first = client.restore(PHOTO, steps=1, seed=21, timeout_s=100)
+    first = client.restore(PHOTO, steps=1, seed=21)
     steps = counted(server, "restoration_steps_total")
-    assert client.restore(PHOTO, steps=1, seed=21, timeout_s=100) == first
+    assert client.restore(PHOTO, steps=1, seed=21) == first
     assert counted(server, "restoration_steps_total") == steps
-    other = client.restore(PHOTO, steps=1, seed=22, timeout_s=100)
+    other = client.restore(PHOTO, steps=1, seed=22)
     assert counted(server, "restoration_steps_total") == steps + 1
     assert other.image != first.image
 

@@ -71,23 +71,8 @@ def test_labels_select_what_they_mean():
 
 def test_compose_has_a_gpu_a_probe_and_ports_for_this_computer_alone():
     (service,) = COMPOSE["services"].values()
-    known = set(
-        [
-            "build",
-            "image",
-            "command",
-            "ports",
-            "volumes",
-            "shm_size",
-            "mem_limit",
-            "deploy",
-            "healthcheck",
-            "stop_grace_period",
-            "restart",
-            "cap_drop",
-            "security_opt",
-        ]
-    )
+    known = {"build", "image", "command", "ports", "volumes", "shm_size", "mem_limit", "deploy", "healthcheck"}
+    known |= {"stop_grace_period", "restart", "cap_drop", "security_opt"}
     assert set(service) <= known
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
