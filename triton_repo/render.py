@@ -32,6 +32,17 @@ from triton_repo.serving import Serving
 _MARK = ".rendered"
 #: Of the memory, what copies of weights may take.
 _WEIGHTS_SHARE = 0.7
+#: Fields of `Serving` that are options: name, bounds, and what they mean.
+_LIMITS = (
+    ("threads", 0, 256, "of a CPU; default: one per core"),
+    ("max_batch", 1, 64, "photos of one size that are restored together; default: {standard}, 1 is off"),
+    ("max_pixels", 4096, 1 << 28, "that a photo is worked at; default: a square of twice the bundle's size, or 1024²"),
+    ("max_photo_pixels", 1, 1 << 30, "of photos and of results; default: {standard}"),
+    ("max_image_bytes", 1, 1 << 30, "of an encoded photo; default: {standard}"),
+    ("max_steps", 1, 1000, "of a restoration; default: {standard}"),
+    ("max_text", 1, 16_000, "characters of a text; default: {standard}"),
+    ("max_streams", 1, 1000, "at once; default: {standard}"),
+)
 _MODEL = '''"""Rendered by triton_repo/render.py; the member is `triton_repo.models.{module}`."""
 
 from triton_repo.models.{module} import TritonPythonModel
@@ -206,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a bundle is served."""
-    default, limits = Layout(), Serving.model_fields
+    default = Layout()
     serving = parser.add_argument_group("serving")
     serving.add_argument(
         "--backend",
@@ -228,14 +239,6 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="of the computer or of each GPU that serves; default: this computer's",
     )
-    serving.add_argument("--threads", type=whole_number(0, 256), default=0, metavar="N", help="default: one per core")
-    serving.add_argument(
-        "--max-batch",
-        type=whole_number(1, 64),
-        default=limits["max_batch"].default,
-        metavar="N",
-        help="photos of one size that are restored together (default: %(default)s; 1 is off)",
-    )
     serving.add_argument(
         "--queue-delay-ms",
         type=whole_number(0, 10_000),
@@ -251,46 +254,20 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         help="requests that wait; more are refused (default: %(default)s)",
     )
     serving.add_argument("--no-cache", action="store_true", help="compute equal requests again")
-    serving.add_argument(
-        "--max-pixels",
-        type=whole_number(4096, 1 << 28),
-        metavar="N",
-        help="that a photo may be worked at; default: a square of twice the bundle's size, or 1024²",
-    )
-    serving.add_argument(
-        "--max-photo-pixels",
-        type=whole_number(1, 1 << 30),
-        metavar="N",
-        default=limits["max_photo_pixels"].default,
-        help="of photos and results (default: %(default)s)",
-    )
-    serving.add_argument(
-        "--max-image-bytes",
-        type=whole_number(1, 1 << 30),
-        metavar="N",
-        default=limits["max_image_bytes"].default,
-        help="of an encoded photo (default: %(default)s)",
-    )
-    serving.add_argument(
-        "--max-steps",
-        type=whole_number(1, 1000),
-        metavar="N",
-        default=limits["max_steps"].default,
-        help="default: %(default)s",
-    )
-    serving.add_argument(
-        "--max-text",
-        type=whole_number(1, 16_000),
-        metavar="N",
-        default=limits["max_text"].default,
-        help="characters of a text (default: %(default)s)",
-    )
+    bounds = parser.add_argument_group("bounds of a request")
+    for name, low, high, meaning in _LIMITS:
+        standard = Serving.model_fields[name].default
+        bounds.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole_number(low, high),
+            metavar="N",
+            help=meaning.format(standard=standard),
+        )
 
 
 def request_of(options: argparse.Namespace, bundle: Path, output: Path, served_from: Path | None = None) -> Request:
     """Return what the options of `add_layout` ask for."""
-    names = ("threads", "max_batch", "max_photo_pixels", "max_image_bytes", "max_steps", "max_text", "max_pixels")
-    limits = {name: value for name in names if (value := getattr(options, name)) is not None}
+    limits = {name: value for name, *_ in _LIMITS if (value := getattr(options, name)) is not None}
     memory = None if options.memory is None else int(options.memory * 2**30)
     layout = Layout(
         options.backend,

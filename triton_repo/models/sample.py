@@ -51,16 +51,25 @@ class Job:
     error: Exception | None = None
     z: Latent | None = None
 
-    def check(self, progress: Progress, row: int) -> None:
+    def check_wanted(self, step: int) -> None:
+        """Find out whether somebody still waits for the result.
+
+        Raises:
+            StoppedError: nobody does.
+        """
+        where = f"step {step} of {len(self.table.steps)}"
+        if self.run.deadline is not None and time.monotonic() > self.run.deadline:
+            raise StoppedError("its time is over", where=where)
+        if self.request.is_cancelled():
+            raise StoppedError("was cancelled", where=where)
+
+    def report(self, progress: Progress, row: int) -> None:
         """Tell the stream of a step that is done, and note whether the job is to end."""
         if self.error is not None:
             return
         try:
             step, steps = progress.step.index + 1, len(self.table.steps)
-            if self.run.deadline is not None and time.monotonic() > self.run.deadline:
-                raise StoppedError("its time is over", where=f"step {step} of {steps}")
-            if self.request.is_cancelled():
-                raise StoppedError("was cancelled", where=f"step {step} of {steps}")
+            self.check_wanted(step)
             if self.watched is not None:
                 wanted = self.run.preview_every and step % self.run.preview_every == 0 and step < steps
                 estimate = progress.denoised[row] if wanted and progress.denoised is not None else None
@@ -130,8 +139,10 @@ class TritonPythonModel:
         if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
             raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
         texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
-        watched = None if run.watch is None else Watched(run.watch)
-        return Job(index, request, settings, run, table, texts, z_lq, watched)
+        job = Job(index, request, settings, run, table, texts, z_lq)
+        job.check_wanted(0)
+        job.watched = None if run.watch is None else Watched(run.watch)
+        return job
 
     def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Group what can share a pass: one sampler's table, and pixels that one large photo could have."""
@@ -149,7 +160,7 @@ class TritonPythonModel:
         def on_step(progress: Progress) -> None:
             self._metrics.stepped()
             for row, job in enumerate(batch):
-                job.check(progress, row)
+                job.report(progress, row)
             if all(job.error is not None for job in batch):
                 raise _AllStopped
 
