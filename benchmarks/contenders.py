@@ -238,7 +238,7 @@ class _Contender:
         from dataclasses import asdict
 
         from benchmarks.stages import plan_launches
-        from engine.console import peak_memory_bytes
+        from engine.host_memory import peak_memory_bytes
 
         restorer, configuration = self._restorer, self._configuration
         restorer.forget_texts()

@@ -21,10 +21,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from engine.errors import BundleError
 from engine.graphspec import GraphSpec, Precision, parse_axis
+from engine.hashing import hash_file
+from engine.places import APP_NAME
 from engine.profiles import Profile
 from engine.settings import Settings
 
-APP_NAME = "restoration-engine"
 FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPHS = (
@@ -37,7 +38,6 @@ GRAPHS = (
     "unet",
 )
 REBUILD = "build it again: python export/build_engines.py --output {path}"
-_HASH_CHUNK_BYTES = 1 << 20
 
 
 def _plain_name(name: str) -> str:
@@ -245,7 +245,7 @@ def default_bundle_dir() -> Path:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Open a bundle and check every file's size and hash.
+    """Open a bundle and check every file's size and hash; see `engine.hashing` for large ones.
 
     Raises:
         BundleError: there is none, it is of another version, or a file is missing or changed.
@@ -294,15 +294,6 @@ def read_manifest(path: Path) -> Bundle:
     if set(manifest.graphs) != set(GRAPHS):
         raise BundleError("wrong set of graphs", where=file, expected=GRAPHS, found=sorted(manifest.graphs))
     return Bundle(path, manifest, hashlib.sha256(text).hexdigest())
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def plan_key(

@@ -74,21 +74,3 @@ def format_memory(count: int) -> str:
     """Return an amount of memory as drivers and options count it, such as "9.8 GiB" or "12 MiB"."""
     mebibytes = count / 2**20
     return f"{mebibytes:.3g} MiB" if mebibytes < 999.5 else f"{mebibytes / 2**10:.3g} GiB"
-
-
-def total_memory_bytes() -> int | None:
-    """Return how much memory the computer has, None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
-
-
-def peak_memory_bytes() -> int | None:
-    """Return the most memory that this process has held, None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engine import __version__
-from engine.bundle import APP_NAME, Bundle
+from engine.bundle import Bundle
+from engine.places import APP_NAME
 from engine.settings import Settings
 
 

@@ -19,7 +19,6 @@ from engine.backends import make_backend
 from engine.backends.base import Backend
 from engine.bundle import Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning
-from engine.console import total_memory_bytes
 from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
 from engine.errors import UsageError
@@ -35,6 +34,7 @@ from engine.framing import (
 )
 from engine.geometry import Size, result_size
 from engine.history import history_of
+from engine.host_memory import total_memory_bytes
 from engine.network import GuidedNetwork
 from engine.noise import noise_source
 from engine.photo import Photo, Pixels

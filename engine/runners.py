@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from engine.backends.base import Backend, Runner
 from engine.bundle import Bundle
+from engine.host_memory import release_free_memory
 from engine.residency import needed_beside
 from engine.timings import Timings
 
@@ -46,7 +47,12 @@ class Runners:
 
     def close(self, graphs: Iterable[str] | None = None) -> None:
         """Give the memory of some graphs back, or of all; they are opened again when they are needed."""
-        for graph in list(self.opened if graphs is None else graphs):
-            runner = self.opened.pop(graph, None)
-            if runner is not None:
-                runner.close()
+        closing = [
+            runner
+            for graph in list(self.opened if graphs is None else graphs)
+            if (runner := self.opened.pop(graph, None))
+        ]
+        for runner in closing:
+            runner.close()
+        if closing:
+            release_free_memory()

@@ -34,6 +34,7 @@ from engine.bundle import (
 )
 from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, from_os_error
+from engine.host_memory import release_free_memory
 from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
@@ -136,7 +137,8 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
         say(f"changed: {change}")
 
     partial = output.parent / f".{output.name}.building"
-    _check_room(plan, partial)
+    have = _check_room(plan, partial)
+    say(f"writes {format_bytes(plan.write_bytes)} to a disk with {format_bytes(have)} free")
     state = _resume(partial, key)
     resumed = tuple([WEIGHTS] * (state.weights is not None) + list(state.graphs))
     if resumed:
@@ -191,6 +193,7 @@ def _run_stages(
             weightless = plan.compiling is not None and plan.compiling.weightless
             probe = partial / f"{name}.probe.npz" if weightless else None
             verification = verify(builder, file, probe)
+            release_free_memory()  # before it is compiled: a graph's weights, each time
             graph = Graph(
                 spec=builder.spec,
                 file=describe_file(file),
@@ -204,6 +207,7 @@ def _run_stages(
                     progress.stage(f"compiling {name}")
                     compiled = compile_plan(graph, partial, state.weights, plan.compiling)
                 graph = graph.model_copy(update={"plan": compiled})
+                release_free_memory()
             state.graphs[name] = graph
             _save(partial, state)
         progress.advance(work[name])
@@ -324,7 +328,8 @@ def _present(output: Path) -> Manifest | None:
         return None
 
 
-def _check_room(plan: BuildPlan, partial: Path) -> None:
+def _check_room(plan: BuildPlan, partial: Path) -> int:
+    """Return the bytes that there are for a build, those that a stopped one has taken included."""
     have = shutil.disk_usage(partial.parent).free
     have += sum(file.stat().st_size for file in partial.glob("*")) if partial.is_dir() else 0
     if have < plan.write_bytes:
@@ -335,6 +340,7 @@ def _check_room(plan: BuildPlan, partial: Path) -> None:
             found=f"{format_bytes(have)} free",
             fix="free some space, or choose another disk with --output",
         )
+    return have
 
 
 def _resume(partial: Path, key: dict[str, Any]) -> _State:

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.errors import CheckpointError, LoraError
 from export import keymap
 from export.architecture import Shapes
-from export.checkpoint import LazyTensor, identify, open_file
+from export.checkpoint import LazyTensor, identify, is_finite, open_file
 
 #: The networks that LoRAs change: the base, not the control trunk.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -289,7 +289,7 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
 
 def _finite(tensor: LazyTensor) -> Tensor:
     value = tensor.read().to(torch.float32)
-    if not torch.isfinite(value).all():
+    if not is_finite(value):
         raise LoraError(
             "a tensor holds values that are not finite",
             where=f"{tensor.file}: {tensor.name}",

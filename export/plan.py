@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
-from engine.bundle import FORMAT, Source, hash_file
+from engine.bundle import FORMAT, Source
 from engine.errors import BackendError, CheckpointError, RestoreError, UsageError
 from engine.graphspec import PRECISION_DTYPES, Precision
+from engine.hashing import hash_file
 from engine.profiles import Profile
 from engine.settings import Settings, validated
 from export.architecture import Architecture, Shapes, infer_architecture, missing_tensor

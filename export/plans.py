@@ -20,7 +20,7 @@ from engine.bundle import File, Graph, Plan, describe_file, plan_key
 from engine.errors import BuildError, UsageError
 from engine.graphspec import DType, GraphSpec, parse_axis, resolve
 from engine.profiles import Profile
-from export.audit import audit, heavy_layers, inspect_engine
+from export.audit import HeavyLayer, audit, heavy_layers, inspect_engine
 
 #: What TensorRT-RTX compiles for if nothing else is asked: its portable plan.
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
@@ -112,12 +112,11 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
             is not in the precision that was asked for.
     """
     spec = graph.spec
-    layers = heavy_layers(options.library.api, _Compiler(options.library, spec, folder).network, spec)
+    layers = _heavy_layers(options.library, spec, folder)
     found = audit(layers, spec)  # before minutes of compiling
-    compiler = _Compiler(options.library, spec, folder)
     path = folder / f"{spec.name}.plan"
     with path.open("wb") as file:
-        file.write(compiler.compile(options))
+        file.write(_Compiler(options.library, spec, folder).compile(options))
     if options.gpu in options.targets:
         found = audit(layers, spec, inspect_plan(options.library, path))
     return Plan(
@@ -131,6 +130,11 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
         audit=found,
         key=options.key(graph, weights),
     )
+
+
+def _heavy_layers(library: TrtLibrary, spec: GraphSpec, folder: Path) -> tuple[HeavyLayer, ...]:
+    compiler = _Compiler(library, spec, folder)  # owns what the network points to
+    return heavy_layers(library.api, compiler.network, spec)
 
 
 def inspect_plan(library: TrtLibrary, file: Path) -> dict[str, str]:

@@ -29,11 +29,10 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 from onnxscript import optimizer
-from platformdirs import user_cache_path
 
-from engine.bundle import APP_NAME
 from engine.errors import from_os_error
 from engine.graphspec import DType, GraphSpec, TensorSpec, parse_axis
+from engine.places import cache_dir
 from export.graphs import TRACE_SYMBOLS, GraphBuilder, call_arguments
 
 OPSET = 18
@@ -88,8 +87,7 @@ def _cache_file(builder: GraphBuilder) -> Path:
 
 def trace_cache_dir() -> Path:
     """Return where traces are kept: $RESTORE_CACHE or the user's cache folder."""
-    named = os.environ.get("RESTORE_CACHE")
-    return (Path(named) if named else user_cache_path(APP_NAME)) / "traces"
+    return cache_dir() / "traces"
 
 
 @lru_cache(maxsize=64)

@@ -17,11 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.errors import BuildError, CheckpointError, from_os_error
 from engine.graphspec import DType
-from export.checkpoint import LazyTensor
+from export.checkpoint import LazyTensor, is_finite
 from export.graphs import TORCH_DTYPES
 from export.lora import LoadedLora, merge_into
 
@@ -123,11 +122,11 @@ def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[L
         source = sources[weight.name]
         base = source.read()
         where = f"{source.file.name}: {source.name}"
-        if not _is_finite(base):
+        if not is_finite(base):
             raise CheckpointError("a tensor holds values that are not finite", where=where)
         merged = merge_into(base, weight.name, loras)
         cast = merged.to(TORCH_DTYPES[weight.dtype])
-        if not _is_finite(cast):
+        if cast is not base and not is_finite(cast):
             raise BuildError(
                 f"a weight does not fit {weight.dtype}",
                 where=where,
@@ -135,7 +134,3 @@ def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[L
                 fix="build with --precision bf16 or fp32",
             )
         yield cast.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

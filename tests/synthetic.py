@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 from safetensors.numpy import save_file
 
-from engine.bundle import APP_NAME
+from engine.places import cache_dir
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
 from export.demo import words
 from export.demo.words import learn_tokenizer
@@ -125,10 +123,8 @@ def _write_all(folder: Path) -> None:
 
 
 def _cache_dir() -> Path:
-    named = os.environ.get("RESTORE_CACHE")
-    root = Path(named) if named else user_cache_path(APP_NAME)
     sources = (
         *(path.read_bytes() for path in (MANIFEST, Path(__file__), Path(words.__file__))),
         (QUALITY_WORDS + NEGATIVE_WORDS).encode(),
     )
-    return root / "tests" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    return cache_dir() / "tests" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]

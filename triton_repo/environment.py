@@ -22,12 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 import engine
 import triton_repo
-from engine.bundle import APP_NAME
 from engine.errors import BackendError, RestoreError
+from engine.places import APP_NAME, cache_dir
 
 WHEEL = "nvidia-pytriton==0.7.0"
 #: With NumPy 2 the outputs of this build's Python models come back empty.
@@ -72,7 +71,7 @@ def find_programs(say: Say = lambda line: None) -> Programs:
     _check_computer()
     requirements = _requirements()
     key = hashlib.sha256(json.dumps([sys.version, requirements]).encode()).hexdigest()[:12]
-    folder = _cache() / f"triton-{key}"
+    folder = cache_dir() / f"triton-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / _MARK).is_file():
@@ -181,8 +180,3 @@ def _code(folder: Path) -> Path:
             if link.resolve() != source:
                 raise RestoreError("leads elsewhere", where=link, expected=source, fix="remove it") from None
     return code
-
-
-def _cache() -> Path:
-    named = os.environ.get("RESTORE_CACHE")
-    return Path(named) if named else user_cache_path(APP_NAME)

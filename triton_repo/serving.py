@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from engine.bundle import Bundle, open_bundle
-from engine.console import total_memory_bytes
 from engine.errors import BundleError, UsageError
 from engine.framing import pixels_in_memory
+from engine.host_memory import total_memory_bytes
 from engine.settings import Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.

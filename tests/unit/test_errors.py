@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from engine.console import EXIT_BUG, EXIT_INTERRUPTED, format_bytes, peak_memory_bytes, run_command
+from engine.console import EXIT_BUG, EXIT_INTERRUPTED, format_bytes, run_command
 from engine.errors import BundleError, RestoreError, UsageError, from_os_error
 
 
@@ -73,7 +73,3 @@ def test_exit_status_and_traceback(raised, status, capsys):
 )
 def test_sizes_in_words(count, text):
     assert format_bytes(int(count)) == text
-
-
-def test_peak_memory_is_bytes():
-    assert 10e6 < (peak_memory_bytes() or 0) < 1e12

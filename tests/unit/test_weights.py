@@ -6,8 +6,8 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from safetensors import safe_open
 
-from engine.bundle import hash_file
 from engine.errors import BuildError, CheckpointError, OutputError
+from engine.hashing import hash_file
 from export.checkpoint import LazyTensor
 from export.lora import LoadedLora
 from export.weights import Weight, plan_layout, write_weights
