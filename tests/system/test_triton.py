@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import DATA
+from pictures import PHOTO, encoded, pixels, small_png
 from PIL import Image
 
 triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
@@ -24,8 +25,9 @@ from triton_repo.protocol import StoppedError
 
 pytestmark = pytest.mark.timeout(600)
 
-PHOTO = (DATA / "coffee-damaged.jpg").read_bytes()
 STEPS = 3
+#: Worked at 64 × 64 pixels.
+SMALL = {"min_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,6 @@ def direct(demo_bundle):
     """The engine itself, on the same bundle."""
     with Restorer.open(demo_bundle) as restorer:
         yield restorer
-
-
-def pixels(encoded):
-    return np.asarray(Image.open(io.BytesIO(encoded)))
 
 
 def counted(server, name, **labels):
@@ -85,9 +83,9 @@ def by_command(demo_bundle, tmp_path_factory):
     return output
 
 
-def assert_same_picture(encoded, expected):
+def assert_same_picture(data, expected):
     """Assert equal pixels, and that neither zeros nor shuffled pixels would pass."""
-    found = pixels(encoded)
+    found = pixels(data)
     assert np.array_equal(found, expected)
     assert not np.array_equal(np.zeros_like(found), expected)
     assert not np.array_equal(np.random.default_rng(0).permutation(found.reshape(-1)).reshape(found.shape), expected)
@@ -117,8 +115,8 @@ def test_http_gives_the_pixels_of_the_command(server, by_command):
     ids=["dpmpp2m", "upscaled and unguided", "churn and a long text"],
 )
 def test_settings_mean_what_they_mean_to_the_engine(client, direct, options):
-    result = client.restore(PHOTO, steps=2, seed=3, **options)
-    alone = direct.restore(decode_photo(PHOTO), steps=2, seed=3, **options)
+    result = client.restore(small_png(), steps=2, seed=3, **SMALL, **options)
+    alone = direct.restore(decode_photo(small_png()), steps=2, seed=3, **SMALL, **options)
     assert_same_picture(result.image, np.rint(alone.photo.rgb.clip(0, 1) * np.float32(255)).astype(np.uint8))
     assert result.history == alone.history
 
@@ -126,9 +124,7 @@ def test_settings_mean_what_they_mean_to_the_engine(client, direct, options):
 def test_transparency_comes_back(client):
     glass = np.zeros((40, 60, 4), np.uint8)
     glass[:, 30:, 3] = 255
-    file = io.BytesIO()
-    Image.fromarray(glass, "RGBA").save(file, "PNG")
-    result = client.restore(file.getvalue(), steps=1, min_size=64, format="webp")
+    result = client.restore(encoded(Image.fromarray(glass, "RGBA")), steps=1, format="webp", **SMALL)
     assert Image.open(io.BytesIO(result.image)).format == "WEBP"
     assert np.array_equal(pixels(result.image)[:, :, 3], glass[:, :, 3])
 
@@ -141,29 +137,31 @@ def test_photos_share_batches_and_each_is_what_it_is_alone(server, client, direc
 
     async def together():
         async with AsyncClient(f"127.0.0.1:{server.ports.grpc}", timeout_s=240) as opened:
-            return await asyncio.gather(*(opened.restore(PHOTO, steps=2, **request) for request in requests))
+            return await asyncio.gather(
+                *(opened.restore(small_png(), steps=2, **SMALL, **request) for request in requests)
+            )
 
     results = asyncio.run(together())
     batches = counted(server, "restoration_batch_requests_count", model="sample") - before
     assert 1 <= batches < len(requests)
     for request, result in zip(requests, results, strict=True):
-        alone = direct.restore(decode_photo(PHOTO), steps=2, **request).photo.rgb
+        alone = direct.restore(decode_photo(small_png()), steps=2, **SMALL, **request).photo.rgb
         assert np.array_equal(pixels(result.image), np.rint(alone.clip(0, 1) * np.float32(255)).astype(np.uint8))
     assert len({result.image for result in results}) == len(requests)
 
 
 def test_equal_requests_are_answered_from_the_cache_and_another_seed_is_not(server, client):
-    first = client.restore(PHOTO, steps=1, seed=21)
+    first = client.restore(small_png(), steps=1, seed=21, **SMALL)
     steps = counted(server, "restoration_steps_total")
-    assert client.restore(PHOTO, steps=1, seed=21) == first
+    assert client.restore(small_png(), steps=1, seed=21, **SMALL) == first
     assert counted(server, "restoration_steps_total") == steps
-    other = client.restore(PHOTO, steps=1, seed=22)
+    other = client.restore(small_png(), steps=1, seed=22, **SMALL)
     assert counted(server, "restoration_steps_total") == steps + 1
     assert other.image != first.image
 
 
 def test_metrics_tell_stages_batches_steps_and_failures(server, client):
-    client.restore(PHOTO, steps=1, seed=31)
+    client.restore(small_png(), steps=1, seed=31, **SMALL)
     with pytest.raises(Exception, match="is not an image"):
         client.restore(b"no image")
     for stage in ("preprocess", "denoise_encoder", "vae_decoder", "text", "controlnet", "unet", "postprocess"):
@@ -179,12 +177,12 @@ def test_metrics_tell_stages_batches_steps_and_failures(server, client):
 
 
 def test_a_stream_tells_every_step_in_order_and_ends_with_the_result(client):
-    events = list(client.stream(PHOTO, steps=6, seed=5, preview_every=2))
+    events = list(client.stream(PHOTO, steps=5, seed=5, preview_every=2))
     kinds = [event.kind for event in events]
     assert kinds[0] == "accepted"
     assert kinds[-1] == "result"
     progress = [event for event in events if event.kind == "progress"]
-    assert [(event.step, event.steps) for event in progress] == [(step, 6) for step in range(1, 7)]
+    assert [(event.step, event.steps) for event in progress] == [(step, 5) for step in range(1, 6)]
     assert all(event.eta_s >= 0 for event in progress)
     assert progress[-1].eta_s == 0
     previews = [event for event in events if event.kind == "preview"]
@@ -197,7 +195,7 @@ def test_a_stream_tells_every_step_in_order_and_ends_with_the_result(client):
         small = np.asarray(picture.resize((final.shape[1], final.shape[0]))).astype(float)
         errors.append(np.abs(small - final).mean())
     assert max(errors) < 40  # a picture of the result, not noise
-    assert_same_picture(events[-1].image, pixels(client.restore(PHOTO, steps=6, seed=5).image))
+    assert_same_picture(events[-1].image, pixels(client.restore(PHOTO, steps=5, seed=5).image))
 
 
 def test_a_stream_that_is_left_stops_its_loop_within_a_step(server, client):
@@ -220,7 +218,7 @@ def test_a_stream_that_is_left_stops_its_loop_within_a_step(server, client):
     assert done <= reached + 2  # the step under way when it was left, and one that began before the server was told
     time.sleep(2)
     assert counted(server, "restoration_steps_total") - before == done
-    assert pixels(client.restore(PHOTO, steps=1, seed=41).image).shape[2] == 3
+    assert pixels(client.restore(small_png(), steps=1, seed=41, **SMALL).image).shape[2] == 3
 
 
 def test_a_deadline_that_passes_stops_the_loop(server, url, client):
@@ -235,12 +233,15 @@ def test_a_deadline_that_passes_stops_the_loop(server, url, client):
         assert time.monotonic() < until, "the loop goes on"
         time.sleep(0.1)
     assert counted(server, "restoration_steps_total") - steps < 200
-    assert client.restore(PHOTO, steps=1, seed=42).image
+    assert client.restore(small_png(), steps=1, seed=42, **SMALL).image
 
 
 def test_streams_do_not_wait_for_each_other_to_begin(client):
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(lambda seed: list(client.stream(PHOTO, steps=2, seed=seed)), seed) for seed in (1, 2, 3)]
+        runs = [
+            pool.submit(lambda seed: list(client.stream(small_png(), steps=2, seed=seed, **SMALL)), seed)
+            for seed in (1, 2, 3)
+        ]
         results = [run.result()[-1] for run in runs]
     assert [result.kind for result in results] == ["result"] * 3
     assert len({result.image for result in results}) == 3
@@ -251,9 +252,7 @@ def test_streams_do_not_wait_for_each_other_to_begin(client):
 
 def bomb():
     """A PNG of a few kB whose picture would take 1.2 GB."""
-    file = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.new("1", (20_000, 20_000)))
 
 
 def half(data):
@@ -261,9 +260,7 @@ def half(data):
 
 
 def thread():
-    file = io.BytesIO()
-    Image.new("RGB", (1, 9000)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.new("RGB", (1, 9000)))
 
 
 BAD = {
@@ -315,10 +312,8 @@ def test_bad_input_is_a_status_and_a_sentence(server, url, name):
 
 
 def test_a_transparent_photo_as_jpeg_is_refused_before_the_work(client):
-    file = io.BytesIO()
-    Image.new("RGBA", (40, 40)).save(file, "PNG")
     with pytest.raises(Exception, match="JPEG cannot hold the photo's transparency"):
-        client.restore(file.getvalue(), format="jpeg")
+        client.restore(encoded(Image.new("RGBA", (40, 40))), format="jpeg")
 
 
 def test_streams_refuse_alike(client):
@@ -326,7 +321,7 @@ def test_streams_refuse_alike(client):
         list(client.stream(b"hello"))
     with pytest.raises(Exception, match="unknown option"):
         list(client.stream(PHOTO, stepz=1))
-    assert list(client.stream(PHOTO, steps=1, seed=51))[-1].kind == "result"
+    assert list(client.stream(small_png(), steps=1, seed=51, **SMALL))[-1].kind == "result"
 
 
 @pytest.mark.parametrize("model", ["restore", "preprocess", "sample", "vae_decoder", "restore_stream", "no_such_model"])
@@ -433,7 +428,7 @@ def test_half_a_request_and_noise_leave_the_server_as_it_was(server, client):
             except OSError:
                 pass
     assert client.is_ready()
-    assert client.restore(PHOTO, steps=1, seed=61).image
+    assert client.restore(small_png(), steps=1, seed=61, **SMALL).image
 
 
 def test_clients_that_leave_are_forgotten(server, url, client):
@@ -441,14 +436,14 @@ def test_clients_that_leave_are_forgotten(server, url, client):
 
     async def leave():
         async with AsyncClient(url, timeout_s=100) as opened:
-            task = asyncio.create_task(opened.restore(PHOTO, steps=4, seed=71))
+            task = asyncio.create_task(opened.restore(small_png(), steps=50, seed=71, **SMALL))
             await asyncio.sleep(0.5)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
     asyncio.run(leave())
-    assert client.restore(PHOTO, steps=1, seed=72).image
+    assert client.restore(small_png(), steps=1, seed=72, **SMALL).image
 
 
 def test_memory_is_flat_in_threads(server):

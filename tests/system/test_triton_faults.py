@@ -1,6 +1,5 @@
 """What harms a server: killed processes, a swapped bundle, a full queue, ports that are taken, many requests."""
 
-import io
 import os
 import re
 import shutil
@@ -12,10 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import DATA, ROOT
-from PIL import Image
+from pictures import PHOTO, small_png
 
 pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 
@@ -26,16 +24,6 @@ from triton_repo.repository import Layout
 from triton_repo.server import Ports, free_ports
 
 pytestmark = pytest.mark.timeout(600)
-
-PHOTO = (DATA / "coffee-damaged.jpg").read_bytes()
-
-
-def small(seed=0):
-    """A photo that takes a moment."""
-    file = io.BytesIO()
-    rng = np.random.default_rng(seed)
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +68,7 @@ def test_a_full_queue_is_said_and_the_rest_is_served(server):
     def restore(seed):
         with client_of(server, retries=0) as client:
             try:
-                return client.restore(small(seed), steps=20, seed=seed).image
+                return client.restore(small_png(seed), steps=20, seed=seed).image
             except BusyError as error:
                 return error
 
@@ -92,13 +80,13 @@ def test_a_full_queue_is_said_and_the_rest_is_served(server):
     assert any(isinstance(result, bytes) for result in results)
     with client_of(server) as client:
         assert client.is_ready()
-        assert client.restore(small(), steps=1).image
+        assert client.restore(small_png(), steps=1).image
 
 
 def test_who_is_refused_and_asks_again_is_served(server):
     def restore(seed):
         with client_of(server, retries=20) as client:
-            return client.restore(small(seed), steps=10, seed=seed).image
+            return client.restore(small_png(seed), steps=10, seed=seed).image
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(restore, range(8)))) == 8
@@ -106,9 +94,9 @@ def test_who_is_refused_and_asks_again_is_served(server):
 
 def test_a_member_that_is_killed_comes_back(server):
     with client_of(server) as client:
-        before = client.restore(small(), steps=2, seed=3).image
+        before = client.restore(small_png(), steps=2, seed=3).image
         (stub,) = [pid for pid, command in processes(server).items() if "/sample/1/model.py" in command]
-        stream = client.stream(small(), steps=200, seed=3)
+        stream = client.stream(small_png(), steps=200, seed=3)
         for event in stream:
             if event.kind == "progress":
                 os.kill(stub, signal.SIGKILL)
@@ -118,18 +106,18 @@ def test_a_member_that_is_killed_comes_back(server):
         assert "Traceback" not in str(caught.value)
         until(lambda: any("/sample/1/model.py" in command for command in processes(server).values()))
         until(client.is_ready)
-        assert client.restore(small(), steps=2, seed=3).image == before
+        assert client.restore(small_png(), steps=2, seed=3).image == before
 
 
 def test_a_bundle_that_is_swapped_does_no_harm_and_is_refused_at_the_next_start(
     server, serve_bundle, bundle, bundle_fp16
 ):
     with client_of(server) as client:
-        before = client.restore(small(), steps=2, seed=4).image
+        before = client.restore(small_png(), steps=2, seed=4).image
         kept = bundle.rename(bundle.with_name("kept"))
         shutil.copytree(bundle_fp16, bundle)
         try:
-            assert client.restore(small(), steps=2, seed=4).image == before
+            assert client.restore(small_png(), steps=2, seed=4).image == before
             again = serve_bundle(kept)
             for config in again.repository.glob("*/config.pbtxt"):  # as the first server's: rendered before the swap
                 config.write_text(config.read_text().replace(str(kept), str(bundle)))
@@ -147,7 +135,7 @@ def test_a_server_that_is_killed_while_it_samples(server):
 
         def restore():
             try:
-                client.restore(small(), steps=200)
+                client.restore(small_png(), steps=200)
             except RestoreError as error:
                 failed.append(error)
 
@@ -163,7 +151,7 @@ def test_a_server_that_is_killed_while_it_samples(server):
     assert "Traceback" not in str(error)
     until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and is_running(pid) for pid in pids), 20)
     with client_of(server, retries=100) as patient, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(patient.restore, small(), steps=1)
+        waiting = pool.submit(patient.restore, small_png(), steps=1)
         time.sleep(0.5)
         server.start()
         assert waiting.result(120).image
@@ -277,9 +265,9 @@ def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundl
             with pytest.raises(RestoreError):
                 client.restore(bad[number // 4 % len(bad)], seed=number)
         elif number % 10 == 0:
-            assert list(client.stream(small(number), steps=2, seed=number))[-1].kind == "result"
+            assert list(client.stream(small_png(number), steps=2, seed=number))[-1].kind == "result"
         else:
-            assert client.restore(small(number), steps=2, seed=number).image
+            assert client.restore(small_png(number), steps=2, seed=number).image
 
     with serve_bundle(bundle_fp32, layout=Layout(cache=False)) as running, client_of(running) as client:
         for number in range(40):

@@ -127,7 +127,6 @@ def test_work_is_limited_and_warm(served):
         (resource,) = configs[name].instance_group[0].rate_limiter.resources
         assert (resource.name, resource.count) == ("vae", 1)
     assert all(configs[name].model_warmup for name in MEMBERS)
-    assert configs["text"].response_cache.enable
     assert configs["restore"].response_cache.enable
     assert not configs["sample"].response_cache.enable  # what it is told holds a deadline
     assert configs["restore_stream"].model_transaction_policy.decoupled
@@ -142,7 +141,7 @@ def test_options_reach_the_configurations(bundle_fp32, tmp_path):
     assert sample.dynamic_batching.max_queue_delay_microseconds == 0  # nobody waits for a batch of one
     assert sample.dynamic_batching.default_queue_policy.max_queue_size == 3
     assert sample.instance_group[0].count == 2
-    assert not configs["text"].response_cache.enable
+    assert not configs["restore"].response_cache.enable
     serving = json.loads(sample.parameters["engine"].string_value)
     assert serving["bundle"] == "/models/bundle"
     assert (serving["max_steps"], serving["threads"], serving["max_text"]) == (9, 3, 77)

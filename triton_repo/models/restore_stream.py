@@ -104,7 +104,7 @@ class Stream:
         self._tell({"kind": "accepted", "size": [ready["pixels"].shape[3], ready["pixels"].shape[2]]})
         z_lq = call("denoise_encoder", {"pixels": ready["pixels"]}, ["z"])["z"]
         stage1 = call("vae_decoder", {"z": z_lq}, ["pixels"])["pixels"]
-        texts = call("text", {"texts": ready["texts"]}, ["context", "vector"])
+        texts = call("text", {"texts": ready["texts"], "z_lq": z_lq}, ["context", "vector"])
         z = self._sample({"z_lq": z_lq, "stage1": stage1, **texts, "settings": ready["settings"]}, ready["run"])
         pixels = call("vae_decoder", {"z": z}, ["pixels"])["pixels"]
         final = {"pixels": pixels, "stage1": stage1, IMAGE: self._image}
