@@ -53,8 +53,8 @@ class Layout:
         served_by: what runs the graphs that are members.
         instances: of `sample`, on each device: each has its own copy of the networks.
         gpus: that members run on; none means the CPU.
-        queue_delay_us: for which a request waits for others of its shape.
-        max_queue: requests that wait for a network; the next one is refused.
+        queue_delay_us: for which a request that is to be sampled waits for others of its shape.
+        max_queue: requests that wait to be encoded, and as many to be sampled; the next one is refused.
         cache: whether equal requests are answered from the server's response cache.
     """
 
@@ -102,7 +102,9 @@ class _Maker:
                 add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor, skip))
         group = self._group(config, 1)
         if photos:
-            self._batching(config, queued=name == "denoise_encoder")
+            config.dynamic_batching.SetInParent()  # of what waits anyway: a delay here would be paid three times
+            if name == "denoise_encoder":  # where work begins; later ones are not refused, for they have cost something
+                config.dynamic_batching.default_queue_policy.max_queue_size = self._layout.max_queue
             group.rate_limiter.resources.add(name=_VAE_RESOURCE, count=1)
         if self._layout.served_by == "python":
             self._tell(config)
@@ -136,7 +138,10 @@ class _Maker:
         }
         config = self._python("sample", inputs, {"z": (pb.TYPE_FP32, self._z)}, self._layout.instances, on_device=True)
         config.max_batch_size = self._serving.max_batch
-        self._batching(config, queued=True)
+        batching = config.dynamic_batching
+        batching.default_queue_policy.max_queue_size = self._layout.max_queue
+        if self._serving.max_batch > 1:
+            batching.max_queue_delay_microseconds = self._layout.queue_delay_us
         return config
 
     def postprocess(self) -> pb.ModelConfig:
@@ -193,13 +198,6 @@ class _Maker:
             return config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=self._layout.gpus)
         return config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
 
-    def _batching(self, config: pb.ModelConfig, *, queued: bool) -> None:
-        batching = config.dynamic_batching
-        if self._serving.max_batch > 1:
-            batching.max_queue_delay_microseconds = self._layout.queue_delay_us
-        if queued:  # where work begins; later ones are not refused, for they have cost something
-            batching.default_queue_policy.max_queue_size = self._layout.max_queue
-
     def _tell(self, config: pb.ModelConfig) -> None:
         config.parameters[PARAMETER].string_value = self._serving.model_dump_json()
 
@@ -226,7 +224,7 @@ _STEPS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
     ("denoise_encoder", {"pixels": "lq"}, {"z": "z_lq"}),
     ("vae_decoder", {"z": "z_lq"}, {"pixels": "stage1"}),
     # `z_lq` is for the order alone. A full queue refuses requests, and Triton 2.51 never answers one that is refused
-    # while another member is at work on it; so nothing is at work beside `denoise_encoder` and `sample`.
+    # while another member is at work on it, or could be; so nothing is at work beside `denoise_encoder` and `sample`.
     ("text", {"texts": "texts", "z_lq": "z_lq"}, {"context": "context", "vector": "vector"}),
     (
         "sample",
