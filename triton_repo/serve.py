@@ -9,8 +9,10 @@ Where NVIDIA's container does not bring the server, it is installed from a wheel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ from engine.options import path_option, whole_number
 from triton_repo.environment import find_programs
 from triton_repo.render import add_layout, render, request_of
 from triton_repo.server import Ports, Server
+
+_LOOK_EVERY_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,20 +43,35 @@ def main(arguments: Sequence[str]) -> int:
         _say("starting: every network is opened and run once")
         cache_mib = 0 if options.no_cache else 64
         with Server(programs, repository, log, options.address, ports, cache_mib) as server:
-            assert server.process is not None
-            _say(
-                f"ready: gRPC {options.address}:{ports.grpc}, HTTP {options.address}:{ports.http}, "
-                f"metrics {options.address}:{ports.metrics}; Ctrl-C ends it"
-            )
             try:
-                status = server.process.wait()
+                _watch(server, log)
             except KeyboardInterrupt:
                 _say("stopping")
-            else:
-                raise BackendError("the server has ended by itself", found=f"status {status}", fix=f"see {log}")
         if options.log is None:
             log.unlink()  # it went well: nobody will read it
     return 0
+
+
+def _watch(server: Server, log: Path) -> None:
+    """Keep a server as it should be, until the program is interrupted.
+
+    Raises:
+        BackendError: the server has ended by itself.
+    """
+    address, ports = server.address, server.ports
+    while True:
+        _say(
+            f"ready: gRPC {address}:{ports.grpc}, HTTP {address}:{ports.http}, metrics {address}:{ports.metrics}; "
+            "Ctrl-C ends it"
+        )
+        assert server.process is not None
+        while not server.has_lost_a_member():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = server.process.wait(_LOOK_EVERY_S)
+                raise BackendError("the server has ended by itself", found=f"status {status}", fix=f"see {log}")
+        _say("a member has died; starting again")
+        server.stop()
+        server.start()
 
 
 def _say(line: str) -> None:

@@ -69,6 +69,7 @@ class Server:
     cache_mib: int = 64
     start_s: float = 600.0
     process: subprocess.Popen[bytes] | None = None
+    _members: frozenset[int] = frozenset()
 
     def command(self) -> list[str]:
         """Return the server's command line."""
@@ -119,9 +120,17 @@ class Server:
                 if time.monotonic() - started > self.start_s:
                     raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
                 time.sleep(0.1)
+            self._members = self._children()
         except BaseException:
             self.stop()
             raise
+
+    def has_lost_a_member(self) -> bool:
+        """Tell whether a member's process has died, as where memory ran out.
+
+        Triton 2.51 does not start it again, fails every request that needs it, and says that it is ready.
+        """
+        return bool(self._members - self._children())
 
     def is_ready(self) -> bool:
         """Tell whether every member is there and warm."""
@@ -164,6 +173,15 @@ class Server:
         errors = [line for line in text.splitlines() if line.startswith("E")]
         return (found[-1] if found else errors[-1] if errors else text[-300:]).strip()
 
+    def _children(self) -> frozenset[int]:
+        """Return the processes of members that live; a dead one that nobody has waited for does not."""
+        assert self.process is not None
+        found = set()
+        for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found |= {int(child) for child in file.read_text().split()}
+        return frozenset(child for child in found if _lives(child))
+
     @property
     def _host(self) -> str:
         return "127.0.0.1" if self.address in ("0.0.0.0", "") else self.address
@@ -188,3 +206,11 @@ class Server:
                         where=f"{self.address}:{port}",
                         fix="choose another with --grpc-port, --http-port or --metrics-port",
                     ) from error
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"

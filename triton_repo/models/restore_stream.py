@@ -26,6 +26,8 @@ from triton_repo.watch import Watch
 
 #: What `preprocess` gives.
 _PREPARED = ("pixels", "texts", "settings", "run", "format")
+#: Previews of a stream that wait for their decoding; more are left out.
+_PREVIEWS_WAITING = 4
 #: How soon a client that leaves is noticed.
 _LOOK_EVERY_S = 0.02
 
@@ -135,26 +137,35 @@ class Stream:
             if sampling.done():
                 return  # with an error, before its first step
         started = time.monotonic()
-        while (report := watch.next(shape)) is not None:
-            step, steps, estimate = report
-            elapsed_s = time.monotonic() - started
-            self._tell(
-                {
-                    "kind": "progress",
-                    "step": step,
-                    "steps": steps,
-                    "elapsed_s": round(elapsed_s, 3),
-                    "eta_s": round(elapsed_s / step * (steps - step), 3),
-                }
-            )
-            if estimate is not None:
-                self._tell({"kind": "preview", "step": step, "steps": steps}, self._preview(estimate))
+        waiting: list[Future[None]] = []
+        # Reports are read at once, or they would hold the sampling up; previews follow when they are decoded.
+        with ThreadPoolExecutor(1, "previews") as previews:
+            while (report := watch.next(shape)) is not None:
+                step, steps, estimate = report
+                elapsed_s = time.monotonic() - started
+                self._tell(
+                    {
+                        "kind": "progress",
+                        "step": step,
+                        "steps": steps,
+                        "elapsed_s": round(elapsed_s, 3),
+                        "eta_s": round(elapsed_s / step * (steps - step), 3),
+                    }
+                )
+                waiting = [preview for preview in waiting if not preview.done()]
+                if estimate is not None and len(waiting) < _PREVIEWS_WAITING:
+                    waiting.append(previews.submit(self._preview, step, steps, estimate))
+        for preview in waiting:
+            preview.result()
 
-    def _preview(self, estimate: NDArray[np.float32]) -> bytes:
-        """Return what the sampling is about to give, as a JPEG at the size that is worked at."""
+    def _preview(self, step: int, steps: int, estimate: NDArray[np.float32]) -> None:
+        """Tell what the sampling is about to give, as a JPEG at the size that is worked at."""
+        if self._sender.is_cancelled():
+            return
         pixels = call("vae_decoder", {"z": estimate[None]}, ["pixels"])["pixels"][0]
         blank = Photo(np.zeros((*pixels.shape[1:], 3), np.float32))
-        return encode_photo(finish(pixels, blank, blank.size), ".jpg", {"preview": True})
+        shown = encode_photo(finish(pixels, blank, blank.size), ".jpg", {"preview": True})
+        self._tell({"kind": "preview", "step": step, "steps": steps}, shown)
 
     def _look(self, watch: Watch, over: threading.Event) -> None:
         """Stop the sampling when the client is gone."""
