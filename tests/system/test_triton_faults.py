@@ -1,5 +1,6 @@
 """What harms a server: killed processes, a swapped bundle, a full queue, ports that are taken, many requests."""
 
+import json
 import os
 import re
 import shutil
