@@ -95,18 +95,18 @@ def percentile(values: Sequence[float], share: int) -> float:
 class Direct:
     """The engine in this process, at a server's whole work: from an encoded photo to one."""
 
-    def __init__(self, restorer: Restorer, photo: bytes, steps: int | None) -> None:
-        self._restorer, self._photo = restorer, photo
-        self._changes: dict[str, Any] = {} if steps is None else {"steps": steps}
+    def __init__(self, restorer: Restorer, photo: bytes, changes: dict[str, Any]) -> None:
+        self._restorer, self._photo, self._changes = restorer, photo, changes
 
     def __call__(self, seed: int) -> bytes:
         result = self._restorer.restore(decode_photo(self._photo), seed=seed, **self._changes)
         return encode_photo(result.photo, ".png", result.history)
 
 
-def closed_loop(url: str, photo: bytes, load: Load, requests: int, seeds: Iterator[int], steps: int | None) -> None:
+def closed_loop(
+    url: str, photo: bytes, load: Load, requests: int, seeds: Iterator[int], changes: dict[str, Any]
+) -> None:
     """Have `load.clients` clients ask for `requests` photos between them, and note how long each took."""
-    options = {} if steps is None else {"steps": steps}
     share, more = divmod(requests, load.clients)
 
     def ask(number: int) -> list[float]:
@@ -114,7 +114,7 @@ def closed_loop(url: str, photo: bytes, load: Load, requests: int, seeds: Iterat
         with Client(url, timeout_s=3600, retries=0) as client:
             for _ in range(share + (number < more)):
                 started = time.perf_counter()
-                client.restore(photo, seed=next(seeds), **options)
+                client.restore(photo, seed=next(seeds), **changes)
                 found.append(time.perf_counter() - started)
         return found
 
@@ -157,9 +157,10 @@ def note_shares(load: Load, before: dict[str, dict[str, int]], after: dict[str, 
     load.batch = grown("sample", "requests") / max(1, grown("sample", "executions"))
 
 
-def overhead(url: str, photo: bytes, direct: Direct, pairs: int, seeds: Iterator[int], steps: int | None) -> Any:
+def overhead(
+    url: str, photo: bytes, direct: Direct, pairs: int, seeds: Iterator[int], changes: dict[str, Any]
+) -> dict[str, Any]:
     """Return how much longer one client waits than a direct call takes, call by call in turns."""
-    options = {} if steps is None else {"steps": steps}
     served_s, direct_s = [], []
     with Client(url, timeout_s=3600, retries=0) as client:
         for number in range(pairs):
@@ -167,7 +168,7 @@ def overhead(url: str, photo: bytes, direct: Direct, pairs: int, seeds: Iterator
                 seed = next(seeds)
                 started = time.perf_counter()
                 if which == "served":
-                    client.restore(photo, seed=seed, **options)
+                    client.restore(photo, seed=seed, **changes)
                     served_s.append(time.perf_counter() - started)
                 else:
                     direct(seed)
@@ -201,21 +202,23 @@ def main(arguments: Sequence[str]) -> int:
     bundle = options.bundle or default_bundle_dir()
     photo = options.photo.read_bytes()
     seeds = count(1)
-    report: dict[str, Any] = {"machine": describe_machine(), "photo": options.photo.name, "steps": options.steps}
+    report: dict[str, Any] = {"machine": describe_machine(), "photo": options.photo.name}
     work = sum(2 * max(clients, options.requests) for clients in options.clients) * options.turns + 2 * options.pairs
     with Restorer.open(bundle) as restorer, tqdm(total=len(BATCHING) * work, disable=options.quiet) as bar:
         report["bundle"] = {"name": restorer.bundle.manifest.name, "digest": restorer.bundle.digest}
-        report["steps"] = options.steps or restorer.defaults.steps
-        report["size"] = restorer.working_size(decode_photo(photo), restorer.defaults)
-        direct = Direct(restorer, photo, options.steps)
+        changes = {name: value for name in ("steps", "min_size") if (value := getattr(options, name)) is not None}
+        settings = restorer.defaults.updated(changes)
+        report["steps"] = settings.steps
+        report["size"] = restorer.working_size(decode_photo(photo), settings)
+        direct = Direct(restorer, photo, changes)
         direct(0)
         for name, max_batch in BATCHING.items():
             with served(bundle, max_batch, options.queue_delay_ms) as server:
                 url = f"127.0.0.1:{server.ports.grpc}"
                 with Client(url) as client:
-                    client.restore(photo, seed=0, **({} if options.steps is None else {"steps": options.steps}))
+                    client.restore(photo, seed=0, **changes)
                 found: dict[str, Any] = {"max_batch": max_batch}
-                found["one_client"] = overhead(url, photo, direct, options.pairs, seeds, options.steps)
+                found["one_client"] = overhead(url, photo, direct, options.pairs, seeds, changes)
                 bar.update(2 * options.pairs)
                 found["loads"] = []
                 for clients in options.clients:
@@ -228,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
                             direct(seed)
                             bar.update()
                         load.direct_per_s.append(requests / (time.perf_counter() - started))
-                        closed_loop(url, photo, load, requests, seeds, options.steps)
+                        closed_loop(url, photo, load, requests, seeds, changes)
                         bar.update(requests)
                     note_shares(load, before, statistics_of(url))
                     found["loads"].append(load.report())
@@ -303,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=whole_number(1, 100), default=3, metavar="N", help="default: 3")
     parser.add_argument("--pairs", type=whole_number(1, 1000), default=11, metavar="N", help="default: 11")
     parser.add_argument("--steps", type=whole_number(1, 200), metavar="N", help="default: the bundle's")
+    parser.add_argument("--min-size", type=whole_number(64, 8192), metavar="PX", help="default: the bundle's")
     parser.add_argument("--queue-delay-ms", type=whole_number(0, 10_000), default=20, metavar="MS", help="default: 20")
     parser.add_argument("--json", type=path_option, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
