@@ -221,6 +221,7 @@ def main(arguments: Sequence[str]) -> int:
                 found["one_client"] = overhead(url, photo, direct, options.pairs, seeds, changes)
                 bar.update(2 * options.pairs)
                 found["loads"] = []
+                report[f"batching_{name}"] = found
                 for clients in options.clients:
                     load = Load(clients)
                     before = statistics_of(url)
@@ -235,11 +236,15 @@ def main(arguments: Sequence[str]) -> int:
                         bar.update(requests)
                     note_shares(load, before, statistics_of(url))
                     found["loads"].append(load.report())
-                report[f"batching_{name}"] = found
+                    _keep(report, options.json)
     print(to_markdown(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _keep(report: dict[str, Any], file: Path | None) -> None:
+    """Write what has been measured so far: a run that is ended early has not been for nothing."""
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def to_markdown(report: dict[str, Any]) -> str:
