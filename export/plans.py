@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.bundle import File, Graph, Plan, describe_file, plan_key
@@ -116,7 +116,7 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
     found = audit(layers, spec)  # before minutes of compiling
     path = folder / f"{spec.name}.plan"
     with path.open("wb") as file:
-        file.write(_Compiler(options.library, spec, folder).compile(options))
+        _Compiler(options.library, spec, folder).compile(options, file)
     if options.gpu in options.targets:
         found = audit(layers, spec, inspect_plan(options.library, path))
     return Plan(
@@ -165,11 +165,12 @@ class _Compiler:
             raise self._refused(self._parser.get_error(0) if self._parser.num_errors else None)
         _check_network(self._api, self.network, spec)
 
-    def compile(self, options: PlanOptions) -> Any:
-        """Return the plan, as a buffer.
+    def compile(self, options: PlanOptions, file: BinaryIO) -> None:
+        """Write the plan to a file.
 
         Raises:
             BuildError: the library fails.
+            OSError: the file cannot be written.
         """
         config = self._builder.create_builder_config()
         if self._library.is_rtx:
@@ -185,8 +186,7 @@ class _Compiler:
             config.add_optimization_profile(self._profile(profile))
         if options.timing_cache is not None:
             read_timing_cache(config, options.timing_cache)
-        plan = self._interruptible(config)
-        if plan is None:
+        if not self._interruptible(config, file):
             raise BuildError(
                 f"{self._library.label} could not compile the graph",
                 where=self._spec.name,
@@ -195,7 +195,6 @@ class _Compiler:
             )
         if options.timing_cache is not None:
             keep_timing_cache(config, options.timing_cache)
-        return plan
 
     def _profile(self, profile: Profile) -> Any:
         shapes = self._builder.create_optimization_profile()
@@ -204,16 +203,28 @@ class _Compiler:
             shapes.set_shape(tensor.name, *bounds)
         return shapes
 
-    def _interruptible(self, config: Any) -> Any:
+    def _interruptible(self, config: Any, file: BinaryIO) -> bool:
         """Compile in a thread, so that Ctrl-C is heard here and ends it at its next step."""
         stop = threading.Event()
         config.progress_monitor = _make_monitor(self._api, stop)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(self._builder.build_serialized_network, self.network, config)
+            future = pool.submit(self._write, config, file)
             try:
                 return future.result()
             finally:
                 stop.set()
+
+    def _write(self, config: Any, file: BinaryIO) -> bool:
+        """Compile part by part into a file, so that memory never holds a whole plan; returns whether it went well."""
+        in_parts = getattr(self._builder, "build_serialized_network_to_stream", None)
+        if in_parts is None:  # TensorRT 10.12
+            plan = self._builder.build_serialized_network(self.network, config)
+            return plan is not None and file.write(plan) > 0
+        writer = _make_writer(self._api, file)
+        done = in_parts(self.network, config, writer)
+        if writer.error is not None:  # of which the library takes no notice
+            raise writer.error
+        return bool(done)
 
     def _refused(self, error: Any) -> BuildError:
         if error is None:
@@ -269,6 +280,24 @@ def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
 def _dtype(api: Any, dtype: DType) -> Any:
     names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
     return getattr(api.DataType, names[dtype])
+
+
+def _make_writer(api: Any, file: BinaryIO) -> Any:
+    """Return what the library writes a plan to; the first error is kept in `error`."""
+
+    class Writer(api.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = self.error or error
+                return 0
+
+    return Writer()
 
 
 def _make_monitor(api: Any, stop: threading.Event) -> Any:

@@ -69,6 +69,12 @@ def recompile(text_graph, planned, library):
     return compile_plan(text_graph.entry, text_graph.folder, planned.manifest.weights, options)
 
 
+def test_a_full_disk_is_told(text_graph, planned, library):
+    (text_graph.folder / "text_encoder.plan").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        recompile(text_graph, planned, library)
+
+
 # -- what is compiled -----------------------------------------------------------------------------
 
 
