@@ -167,11 +167,13 @@ class Server:
         self._kill_group()
 
     def why(self) -> str:
-        """Return what the log says of a member that could not be loaded."""
-        text = self.log.read_text(errors="replace")
-        found = re.findall(r"[A-Za-z]+Error: (.*?)\n\n?At:", text, re.DOTALL)
-        errors = [line for line in text.splitlines() if line.startswith("E")]
-        return (found[-1] if found else errors[-1] if errors else text[-300:]).strip()
+        """Return what the log says of a member that could not be loaded, or its last error."""
+        text = self.log.read_text(errors="replace").replace("\\n", "\n")
+        found = re.search(r"Failed to initialize Python stub: (?:\w+Error: )?(.*?)\n\nAt:", text, re.DOTALL)
+        if found:
+            return found[1]
+        errors = [line for line in re.findall(r"^E\d{4} .*\] (.*)$", text, re.MULTILINE) if "Cuda" not in line]
+        return errors[-1] if errors else text.strip()[-300:]
 
     def _children(self) -> frozenset[int]:
         """Return the processes of members that live; a dead one that nobody has waited for does not."""
