@@ -34,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _as_interrupt)
-    programs = find_programs(_say)
     with tempfile.TemporaryDirectory(prefix="restoration-triton-") as folder:
         repository = options.repository or Path(folder) / "repository"
         render(request_of(options, options.bundle or default_bundle_dir(), repository))
+        programs = find_programs(_say)  # behind what can be wrong: the first time it takes a minute
         log = options.log or Path(tempfile.gettempdir()) / f"restoration-triton-{os.getpid()}.log"
         ports = Ports(options.grpc_port, options.http_port, options.metrics_port)
         _say("starting: every network is opened and run once")
