@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo plans gpu test slow full-size lint format benchmark quality train clean
+.PHONY: help demo plans serve gpu test slow full-size lint format benchmark serving quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -10,6 +10,9 @@ demo: ## Build the demo bundle and restore the sample photo
 
 plans: ## Compile the demo for RTX cards; needs no GPU
 	python export/build_engines.py --backend tensorrt-rtx --output demo-plans
+
+serve: ## Serve the default bundle until Ctrl-C
+	python triton_repo/serve.py
 
 gpu: ## Run what only a GPU can show, and keep the numbers in benchmarks/results
 	python benchmarks/gpu_session.py
@@ -35,6 +38,9 @@ format: ## Bring the code into style
 
 benchmark: ## Measure a restoration by stage, against the floor and eager PyTorch
 	python benchmarks/latency.py --baseline torch --size 256 512
+
+serving: ## Measure serving: one client against the direct call, closed loops, batching on and off
+	python benchmarks/serving.py
 
 quality: ## Judge the default bundle on photos, as the paper's Table 1
 	python benchmarks/quality.py --sheet quality.png

@@ -26,7 +26,7 @@ from benchmarks.machine import describe_machine
 from engine.bundle import default_bundle_dir
 from engine.console import run_command
 from engine.errors import BackendError, UsageError
-from engine.imageio import resize
+from engine.photo import resize
 from export.demo.degrade import TABLE_1, Degradation, degrade
 
 Judge = Callable[[Rgb, Rgb], dict[str, float | None]]
@@ -111,7 +111,7 @@ def _round_trip(restorer: Any, truth: Rgb) -> Rgb:
 
 
 def _at_working_size(restorer: Any, rgb: Rgb, encode: Callable[[Any], Any]) -> Rgb:
-    from engine.imageio import photo_from_array
+    from engine.photo import photo_from_array
 
     size = restorer.working_size(photo_from_array(rgb), restorer.defaults.updated({"upscale": 1.0}))
     pixels = resize(rgb, size).transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)

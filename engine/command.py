@@ -24,30 +24,13 @@ from engine.backends import BACKENDS, MAX_THREADS
 from engine.bundle import default_bundle_dir
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.host_memory import peak_memory_bytes
-from engine.imageio import READ_SUFFIXES, Photo, check_output, list_images, read_history, read_photo, write_photo
-from engine.settings import QUALITY_WORDS, ScaleRange, Settings, parse_scale
+from engine.imageio import READ_SUFFIXES, check_output, list_images, read_history, read_photo, write_photo
+from engine.options import add_settings, gibibytes, given_settings, path_option, whole_number
+from engine.photo import Photo
+from engine.settings import Settings
 
 #: Marks a result that lies beside its photo.
 _RESULT = ".restored"
-
-#: Options that are settings, by the settings' names.
-_SETTINGS = (
-    "upscale",
-    "min_size",
-    "prompt",
-    "quality_words",
-    "negative_prompt",
-    "steps",
-    "sampler",
-    "cfg_scale",
-    "control_scale",
-    "restore_pull",
-    "churn",
-    "s_noise",
-    "eta",
-    "seed",
-    "color_fix",
-)
 
 
 @dataclass(frozen=True)
@@ -153,9 +136,7 @@ def _warn(text: str) -> None:
 
 def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """Return the settings that differ from the bundle's, and the bundle that `--like` was made with."""
-    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    if options.no_restore_pull:
-        given["restore_pull"] = None
+    given = given_settings(options)
     if options.like is None:
         return given, None
     history = read_history(options.like)
@@ -274,24 +255,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "images", type=_path, nargs="+", metavar="IMG", help="images, or folders of images (subfolders are left out)"
+        "images",
+        type=path_option,
+        nargs="+",
+        metavar="IMG",
+        help="images, or folders of images (subfolders are left out)",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=_path,
+        type=path_option,
         metavar="FILE|DIR",
         help="default: IMG.restored.png beside IMG; a name without an ending is a folder, for PNGs",
     )
     present = parser.add_mutually_exclusive_group()
     present.add_argument("--overwrite", action="store_true", help="replace results that exist")
     present.add_argument("--skip-existing", action="store_true", help="leave out what has a result already")
-    parser.add_argument("--like", type=_path, metavar="RESULT", help="use the settings that RESULT was made with")
+    parser.add_argument("--like", type=path_option, metavar="RESULT", help="use the settings that RESULT was made with")
     parser.add_argument(
-        "--samples", type=_between(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
+        "--samples", type=whole_number(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--bundle", type=_path, metavar="DIR", help=f"default: {default_bundle_dir()}")
+    engine.add_argument("--bundle", type=path_option, metavar="DIR", help=f"default: {default_bundle_dir()}")
     engine.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
     engine.add_argument(
         "--device",
@@ -301,13 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--vram-budget",
-        type=_gibibytes,
+        type=gibibytes,
         metavar="GIB",
         help="GPU memory that may be used; networks that do not fit are loaded and released by stage, which is slower",
     )
     engine.add_argument(
         "--threads",
-        type=_between(0, MAX_THREADS, " (one per core)"),
+        type=whole_number(0, MAX_THREADS, " (one per core)"),
         default=0,
         metavar="N",
         help="CPU threads; default: one per core, and more than that only slows it down",
@@ -316,71 +301,5 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--json", action="store_true", help="print settings, seed, milliseconds per stage and memory as JSON"
     )
-    _add_settings(parser)
+    add_settings(parser)
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    size = parser.add_argument_group("size")
-    size.add_argument("--upscale", type=float, metavar="X", help="size of the result over the photo's")
-    size.add_argument(
-        "--min-size", type=int, metavar="PX", help="work at least at this shorter side; the result's size stays"
-    )
-    text = parser.add_argument_group("text")
-    text.add_argument("--prompt", metavar="TEXT", help="what the photo shows; of any length")
-    text.add_argument("--quality-words", metavar="TEXT", help=f'appended to the prompt; default: "{QUALITY_WORDS}"')
-    text.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=int, metavar="N")
-    sampling.add_argument("--sampler", choices=("edm", "dpmpp2m"), help="RestoreEDM or RestoreDPM++2M")
-    sampling.add_argument(
-        "--cfg-scale",
-        type=_scale,
-        metavar="S[:END]",
-        help="guidance s, from the first step to the last; 1 turns it off; the paper's lambda is s - 1",
-    )
-    sampling.add_argument(
-        "--control-scale", type=_scale, metavar="S[:END]", help="how strongly the photo steers the sampling"
-    )
-    pull = sampling.add_mutually_exclusive_group()
-    pull.add_argument(
-        "--restore-pull", type=float, metavar="R", help="pull towards the stage-1 image, fading as (sigma/max)^R"
-    )
-    pull.add_argument("--no-restore-pull", action="store_true", help="switch the pull off, if the bundle has it on")
-    sampling.add_argument("--churn", type=float, metavar="C", help="noise added back over the run (edm)")
-    sampling.add_argument("--s-noise", type=float, metavar="S", help="std of the noise added while sampling")
-    sampling.add_argument("--eta", type=float, metavar="E", help="0 is deterministic, 1 the SDE (dpmpp2m)")
-    sampling.add_argument("--seed", type=int, metavar="N", help="of the noise; the same seed gives the same result")
-    sampling.add_argument("--color-fix", choices=("wavelet", "adain", "none"), help="take the colours of stage 1")
-
-
-def _path(text: str) -> Path:
-    if not text:  # which Path would take for the current folder
-        raise argparse.ArgumentTypeError("expected a name, got an empty one")
-    return Path(text)
-
-
-def _scale(text: str) -> ScaleRange:
-    try:
-        return parse_scale(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected S or S:END, such as 2 or 4:1, got {text!r}") from None
-
-
-def _gibibytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10_000:
-        raise argparse.ArgumentTypeError(f"expected gibibytes such as 8 or 7.5, got {text!r}")
-    return value
-
-
-def _between(low: int, high: int, meaning: str = "") -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low}{meaning} to {high}, got {text!r}")
-        return int(text)
-
-    return number

@@ -30,8 +30,8 @@ class Conditioning:
     """What text tells the networks.
 
     Attributes:
-        context: f[77k, C] for k chunks of text, in the networks' precision.
-        vector: f[V], pooled text and micro-conditioning.
+        context: f[77k, C] for k chunks of text, in the networks' precision; f[B, 77k, C] where photos have their own.
+        vector: f[V], pooled text and micro-conditioning; f[B, V] where photos have their own.
     """
 
     context: NDArray[Any]

@@ -22,9 +22,9 @@ from engine.bundle import GRAPHS, Bundle
 from engine.conditioning import Conditioning
 from engine.device import STREAMS, Buffer, Device, Event, Stream
 from engine.device_loop import DeviceLoop, LoopInputs, loop_arrays, stack_texts
-from engine.framing import Pixels
 from engine.graphspec import resolve
 from engine.packed_table import noisy_steps
+from engine.photo import Pixels
 from engine.residency import PHASES, Activations, Need, Residency, Work, arrange
 from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -11,11 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from engine import colorfix
+from engine.bundle import Bundle
 from engine.errors import ImageError, RestoreError
-from engine.geometry import Size
-from engine.imageio import Photo, photo_from_array, photo_from_image, read_photo, resize
+from engine.geometry import Size, result_size, working_size
+from engine.imageio import read_photo
+from engine.photo import Photo, Pixels, photo_from_array, photo_from_image, resize
+from engine.settings import ColorFix, Settings
 
-Pixels = NDArray[np.float32]
+_COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
+#: Beyond this, no computer's memory holds the activations of even a small VAE.
+MAX_WORKING_PIXELS = 1 << 26
 PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 
 
@@ -35,6 +42,45 @@ def as_photo(photo: PhotoLike) -> Photo:
         return photo_from_array(photo)
     expected = "a path, a Pillow image, an array or a Photo"
     raise ImageError("not a photo", expected=expected, found=type(photo).__name__)
+
+
+def pixels_in_memory(bundle: Bundle, memory_bytes: int) -> int:
+    """Return how many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
+    cells = math.isqrt(memory_bytes // np.dtype(np.float32).itemsize)
+    return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
+
+
+def size_to_work_at(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
+    """Return the (width, height) in pixels at which a photo would be worked at.
+
+    Args:
+        bundle: whose networks work.
+        photo_size: (width, height) in pixels of the photo.
+        settings: of the restoration.
+        max_pixels: that may be worked at.
+    Raises:
+        ImageError: it is too large to be worked at in one piece.
+    """
+    size = working_size(result_size(photo_size, settings.upscale), settings.min_size, bundle.size_multiple)
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(
+            "too large to be worked at in one piece",
+            where=f"a photo of {photo_size[0]} × {photo_size[1]} pixels",
+            expected=f"up to {max_pixels / 1e6:.1f} million pixels on this computer",
+            found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
+            fix="lower --upscale or --min-size, or cut the photo into parts",
+        )
+    return size
+
+
+def frame(photo: Photo, size: Size) -> Pixels:
+    """Return what the networks see of a photo: f32[3, H, W] in [-1, 1], of (width, height) `size`."""
+    return to_network(resize(photo.rgb, size))
+
+
+def fix_colors(restored: Pixels, stage1: Pixels | None, kind: ColorFix) -> Pixels:
+    """Return restored pixels with the colours of stage 1, both f32[B, 3, H, W] in about [-1, 1]."""
+    return restored if kind == "none" or stage1 is None else _COLOR_FIXES[kind](restored, stage1)
 
 
 def to_network(rgb: Pixels) -> Pixels:

@@ -9,7 +9,7 @@ import numpy as np
 from engine.backends.base import as_dtype
 from engine.conditioning import Conditioning
 from engine.device import Array
-from engine.graphspec import GraphSpec
+from engine.graphspec import GraphSpec, TensorSpec
 from engine.sampler import Latent, Step
 
 #: Runs a graph, by its name, on named inputs.
@@ -23,7 +23,8 @@ class GuidedNetwork:
         run: runs `controlnet` and `unet`.
         spec: of `unet`, for the precision that text is read in.
         z_lq: f32[B,4,h,w], latents of the degraded photos.
-        texts: the positive and, if any step is guided, the negative one; the same for all photos.
+        texts: the positive and, if any step is guided, the negative one; the same for all photos, or
+            with a leading axis of B, one for each.
     """
 
     def __init__(self, run: RunGraph, spec: GraphSpec, z_lq: Latent, texts: Sequence[Conditioning]) -> None:
@@ -33,7 +34,7 @@ class GuidedNetwork:
         self._context, self._vector = (
             np.concatenate(
                 [
-                    as_dtype(np.repeat(getattr(text, name)[None], len(z_lq), axis=0), spec.tensor(name).dtype)
+                    as_dtype(_for_each(getattr(text, name), spec.tensor(name), len(z_lq)), spec.tensor(name).dtype)
                     for text in texts
                 ]
             )
@@ -61,3 +62,8 @@ class GuidedNetwork:
         scale = np.array([step.control_scale], dtype=np.float32)
         eps = self._run("unet", {**shared, **controls, "control_scale": scale})["eps"]
         return (eps[: len(x)], eps[len(x) :]) if step.guided else (eps, None)
+
+
+def _for_each(array: Array, tensor: TensorSpec, count: int) -> Array:
+    """Return a row for each of `count` photos: those given, or the one given again and again."""
+    return array if array.ndim == len(tensor.shape) else np.repeat(array[None], count, axis=0)

@@ -6,7 +6,6 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -16,22 +15,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import __version__, colorfix
 from engine.backends import make_backend
 from engine.backends.base import Backend
 from engine.bundle import Bundle, default_bundle_dir, open_bundle
-from engine.conditioning import Conditioning, PromptTokenizer, SpecialIds, join_context, join_vector
+from engine.conditioning import Conditioning
 from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
-from engine.errors import ImageError, UsageError
-from engine.framing import PhotoLike, Pixels, as_photo, finish, to_network
-from engine.geometry import Size, result_size, working_size
-from engine.guidance import is_unguided
+from engine.errors import UsageError
+from engine.framing import (
+    MAX_WORKING_PIXELS,
+    PhotoLike,
+    as_photo,
+    finish,
+    fix_colors,
+    frame,
+    pixels_in_memory,
+    size_to_work_at,
+)
+from engine.geometry import Size, result_size
+from engine.history import history_of
 from engine.host_memory import total_memory_bytes
-from engine.imageio import Photo, resize
 from engine.network import GuidedNetwork
 from engine.noise import noise_source
-from engine.places import APP_NAME
+from engine.photo import Photo, Pixels
+from engine.prompts import Prompts, texts_of
 from engine.residency import Work, describe, keep_on_host
 from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable, sample
@@ -41,9 +48,6 @@ from engine.timings import Timings
 
 OnStep = Callable[[Progress], None]
 
-_COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
-#: Beyond this, no computer's memory holds the activations of even a small VAE.
-MAX_WORKING_PIXELS = 1 << 26
 #: Texts whose conditioning is kept: a folder of photos shares one pair.
 _TEXTS_KEPT = 8
 
@@ -82,9 +86,7 @@ class Restorer:
             memory = total_memory_bytes()
             self._runners = Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory))
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
-        ids = bundle.manifest.tokenizer
-        special = SpecialIds(ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
-        self._tokenizer = PromptTokenizer(bundle.file(ids.file), special)
+        self._prompts = Prompts(bundle)
 
     @classmethod
     def open(
@@ -206,17 +208,7 @@ class Restorer:
         Raises:
             ImageError: it is too large to be worked at in one piece.
         """
-        wanted = result_size(photo.size, settings.upscale)
-        size = working_size(wanted, settings.min_size, self.bundle.size_multiple)
-        if size[0] * size[1] > self.max_pixels:
-            raise ImageError(
-                "too large to be worked at in one piece",
-                where=f"a photo of {photo.size[0]} × {photo.size[1]} pixels",
-                expected=f"up to {self.max_pixels / 1e6:.1f} million pixels on this computer",
-                found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
-                fix="lower --upscale or --min-size, or cut the photo into parts",
-            )
-        return size
+        return size_to_work_at(self.bundle, photo.size, settings, self.max_pixels)
 
     def gpu_memory(self, size: Size, settings: Settings) -> dict[str, Any] | None:
         """Return what a photo needs of the GPU's memory, before it is restored.
@@ -237,18 +229,15 @@ class Restorer:
     def _work(self, shape: Sequence[int], settings: Settings) -> Work:
         """Return the sizes of a restoration of pixels of a shape."""
         latent = self.bundle.spec("denoise_encoder").sizes_of({"pixels": shape})
-        texts = self._texts_of(settings)
-        chunks = max(self._tokenizer.count_chunks(text) for text in texts)
+        texts = texts_of(settings)
+        chunks = self._prompts.count_chunks(texts)
         return work_for(shape[0], (latent["h"], latent["w"]), len(texts), chunks, self.table(settings))
 
     @property
     def max_pixels(self) -> int:
-        """How many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
+        """How many pixels this computer's memory lets a photo be worked at."""
         memory = total_memory_bytes()
-        if memory is None:
-            return MAX_WORKING_PIXELS
-        cells = math.isqrt(memory // np.dtype(np.float32).itemsize)
-        return min(MAX_WORKING_PIXELS, cells * self.bundle.pixels_per_cell**2)
+        return MAX_WORKING_PIXELS if memory is None else pixels_in_memory(self.bundle, memory)
 
     def _restore_group(
         self,
@@ -262,12 +251,11 @@ class Restorer:
         times = Timings()
         with times.outside("everything else"):
             with times.outside("resize in"):
-                lq = np.stack([to_network(resize(source.rgb, size)) for source in sources])
+                lq = np.stack([frame(source, size) for source in sources])
             run = self._run_on_host if self._session is None else self._run_on_device
             restored, stage1 = run(lq, settings, seeds, noise, on_step, times)
             with times.outside("color fix"):
-                if settings.color_fix != "none" and stage1 is not None:
-                    restored = _COLOR_FIXES[settings.color_fix](restored, stage1)
+                restored = fix_colors(restored, stage1, settings.color_fix)
             with times.outside("resize out"):
                 photos = [
                     finish(pixels, source, result_size(source.size, settings.upscale))
@@ -276,7 +264,7 @@ class Restorer:
         results = []
         for photo, seed in zip(photos, seeds, strict=True):
             used = settings.updated({"seed": seed})
-            results.append(Restored(photo, used, times, self._history(used)))
+            results.append(Restored(photo, used, times, history_of(self.bundle, used)))
         return results
 
     def _run_on_host(
@@ -323,13 +311,6 @@ class Restorer:
         with times.graph("gpu"):
             return self._session.restore(job, times)
 
-    def _history(self, settings: Settings) -> dict[str, Any]:
-        return {
-            "engine": f"{APP_NAME} {__version__}",
-            "bundle": {"name": self.bundle.manifest.name, "digest": self.bundle.digest},
-            "settings": settings.model_dump(mode="json"),
-        }
-
     # -- the stages on their own ----------------------------------------------------------------
 
     def conditioning(self, settings: Settings, *, times: Timings | None = None) -> list[Conditioning]:
@@ -341,11 +322,11 @@ class Restorer:
         Returns:
             Two, or the positive alone where no step is guided; contexts are of one length.
         """
-        texts = self._texts_of(settings)
+        texts = texts_of(settings)
         if texts not in self._texts:
             while len(self._texts) >= _TEXTS_KEPT:
                 del self._texts[next(iter(self._texts))]
-            self._texts[texts] = self._encode_texts(texts, times or Timings())
+            self._texts[texts] = self._prompts.encode(texts, lambda graph, ids: self._run(graph, ids, "text", times))
         return self._texts[texts]
 
     def encode(self, lq: Pixels, *, times: Timings | None = None) -> Latent:
@@ -375,19 +356,21 @@ class Restorer:
         step_noise: NDArray[np.float32] | None = None,
         center: Latent | None = None,
         on_step: OnStep | None = None,
+        estimates: bool = False,
         times: Timings | None = None,
     ) -> Latent:
         """Sample a clean latent. Source: Eq. 8 to 10.
 
         Args:
             z_lq: f32[B,4,h,w], from `encode`.
-            texts: from `conditioning`.
+            texts: from `conditioning`; or, with a leading axis, each photo's own.
             settings: steps, sampler, scales and what goes with them.
             seeds: one per image; None gives all of them the settings' seed.
             noise: f32[B,4,h,w], the starting noise, instead of the seeds'.
             step_noise: f32[n,B,4,h,w], the noise of each step, instead of the seeds'.
             center: f32[B,4,h,w], from `encode_clean`; needed if the restoration pull is on.
-            on_step: called after every step.
+            on_step: called after every step; an exception from it ends the sampling.
+            estimates: whether `on_step` is told the estimate of the clean latent at every step.
             times: that the stages' times are added to.
         Returns:
             z f32[B,4,h,w].
@@ -401,32 +384,12 @@ class Restorer:
 
         network = GuidedNetwork(run, self.bundle.spec("unet"), z_lq, texts)
         z: Latent | None = None
-        for progress in sample(self.table(settings), network, draw, center=center):
+        for progress in sample(self.table(settings), network, draw, center=center, estimates=estimates):
             z = progress.x
             if on_step is not None:
                 on_step(progress)
         assert z is not None
         return z
-
-    def _texts_of(self, settings: Settings) -> tuple[str, ...]:
-        positive = ", ".join(text for text in (settings.prompt, settings.quality_words) if text)
-        unguided = all(is_unguided(scale) for scale in settings.cfg_scale)
-        return (positive,) if unguided else (positive, settings.negative_prompt)
-
-    def _encode_texts(self, texts: Sequence[str], times: Timings) -> list[Conditioning]:
-        count = max(self._tokenizer.count_chunks(text) for text in texts)
-        pairs = [self._tokenizer.chunks(text, count) for text in texts]
-        ids, ids_2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        hidden = self._run("text_encoder", {"input_ids": ids}, "text", times)["hidden"]
-        second = self._run("text_encoder_2", {"input_ids": ids_2}, "text", times)
-        hidden_2, pooled = second["hidden"], second["pooled"]
-        frequencies = self.bundle.manifest.frequencies
-        found = []
-        for index in range(len(texts)):
-            part = slice(index * count, (index + 1) * count)
-            vector = join_vector(pooled[index * count], frequencies)
-            found.append(Conditioning(join_context(hidden[part], hidden_2[part]), vector))
-        return found
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
         runner = self._runners.open(graph, times)

@@ -200,7 +200,7 @@ def keep_on_host(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
     Raises:
         BackendError: the graphs of one stage do not fit.
     """
-    weights = {name: graph.weights_bytes * _widening(graph) for name, graph in bundle.manifest.graphs.items()}
+    weights = host_weights(bundle)
     kept = choose_kept(weights, PHASES, int(_HOST_SHARE * memory_bytes))
     if kept is None:
         needed = int(_largest(weights, PHASES) / _HOST_SHARE)
@@ -212,6 +212,11 @@ def keep_on_host(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
             fix="use a computer with more memory, or a GPU",
         )
     return kept
+
+
+def host_weights(bundle: Bundle) -> dict[str, int]:
+    """Return the bytes that each graph's weights take in a computer's memory, in float32."""
+    return {name: graph.weights_bytes * _widening(graph) for name, graph in bundle.manifest.graphs.items()}
 
 
 def needed_beside(graph: str) -> frozenset[str]:

@@ -127,7 +127,7 @@ class Progress:
     Attributes:
         step: that is done.
         x: f32[B,C,h,w]; None where the latent is on a device.
-        denoised: f32[B,C,h,w], where the next step needs it.
+        denoised: f32[B,C,h,w], where the next step needs it or the caller asked for it.
     """
 
     step: Step
@@ -249,6 +249,7 @@ def sample(
     noise: Callable[[int], Latent],
     *,
     center: Latent | None = None,
+    estimates: bool = False,
 ) -> Iterator[Progress]:
     """Run a table from noise to a clean latent, one yield per step.
 
@@ -258,6 +259,7 @@ def sample(
         noise: the field of a draw, f32[B,C,h,w]: 0 is the start, 1 + i belongs to step i. Only the
             draws that a step uses are asked for.
         center: f32[B,C,h,w], the stage-1 latent; needed only if `table.uses_center`.
+        estimates: whether every step tells its estimate of the clean latent, which costs a sum.
     Yields:
         Progress after each step; the last one's `x` is the result, f32[B,C,h,w].
     Raises:
@@ -274,7 +276,7 @@ def sample(
             x = x + np.float32(step.churn) * eps
         pos, neg = network(x * np.float32(step.input_scale), step)
         terms = {"x": x, "pos": pos, "neg": neg, "center": center, "noise": eps, "previous": previous}
-        denoised = weighted_sum(step.denoised, terms) if table.keeps_denoised(step.index) else None
+        denoised = weighted_sum(step.denoised, terms) if estimates or table.keeps_denoised(step.index) else None
         x = weighted_sum(step.update, terms)
         previous = denoised
         yield Progress(step, x, denoised)

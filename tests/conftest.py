@@ -161,3 +161,43 @@ class Silent:
 
     def advance(self, amount):
         pass
+
+
+@pytest.fixture(scope="session")
+def triton_programs():
+    """A real tritonserver; installed once, into the user's cache, where it is missing."""
+    pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+    from engine.errors import BackendError
+    from triton_repo.environment import PYTHONS, find_programs
+
+    if f"{sys.version_info[0]}.{sys.version_info[1]}" not in PYTHONS or sys.platform != "linux":
+        pytest.skip(f"the server's wheel is for Linux and Python {', '.join(PYTHONS)}")
+    try:
+        return find_programs()
+    except BackendError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no tritonserver runs here: {error}")
+
+
+@pytest.fixture(scope="session")
+def serve_bundle(triton_programs, tmp_path_factory):
+    """Return a server of a bundle that is about to start, on free ports of the loopback interface."""
+    from triton_repo.render import Request, render
+    from triton_repo.repository import Layout
+    from triton_repo.server import Server, free_ports
+
+    def make(bundle: Path, *, layout: Layout | None = None, **limits) -> Server:
+        folder = tmp_path_factory.mktemp("served")
+        repository = folder / "repository"
+        render(Request(bundle, repository, layout=layout or Layout(), limits=limits))
+        return Server(triton_programs, repository, folder / "server.log", ports=free_ports())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(serve_bundle, demo_bundle):
+    """A server of the demo that all tests share; those that harm a server have their own."""
+    with serve_bundle(demo_bundle) as running:
+        yield running

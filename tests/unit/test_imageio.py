@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.errors import ImageError, OutputError
-from engine.imageio import (
-    Photo,
-    check_output,
-    list_images,
-    photo_from_array,
-    read_history,
-    read_photo,
-    resize,
-    write_photo,
-)
+from engine.imageio import check_output, list_images, read_history, read_photo, write_photo
+from engine.photo import Photo, photo_from_array, resize
 
 HISTORY = {"engine": "test", "settings": {"prompt": 'a "cup", Straße, 猫', "steps": 15}}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -1,0 +1,310 @@
+"""What harms a server: killed processes, a swapped bundle, a full queue, ports that are taken, many requests."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import DATA, ROOT
+from pictures import PHOTO, small_png
+
+pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+
+from engine.bundle import describe_file, open_bundle
+from engine.errors import BackendError, RestoreError, UsageError
+from triton_repo.client import Client
+from triton_repo.protocol import BusyError, ServerError
+from triton_repo.repository import Layout
+from triton_repo.server import Ports, free_ports
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_fp32, tmp_path_factory):
+    """A copy that may be harmed; synthetic weights, 64 pixels, 3 steps."""
+    return Path(shutil.copytree(bundle_fp32, tmp_path_factory.mktemp("harmed") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def server(serve_bundle, bundle):
+    """A server of its own; no batches, room for two."""
+    with serve_bundle(bundle, layout=Layout(max_queue=2, cache=False), max_batch=1) as running:
+        yield running
+
+
+def client_of(server, **options):
+    return Client(f"127.0.0.1:{server.ports.grpc}", **{"timeout_s": 120, **options})
+
+
+def other_weights(folder):
+    """Make a whole bundle of another one: half of its weights are gone, and its manifest knows."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    weights = folder / manifest["weights"]["name"]
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    weights.write_bytes(data)
+    manifest["weights"] = describe_file(weights).model_dump()
+    file.write_text(json.dumps(manifest))
+    open_bundle(folder)
+
+
+def processes(server):
+    """Return the server's process and its stubs, by id, with their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = os.getsid(int(folder.name))
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ProcessLookupError):
+            continue
+        if session == server.process.pid and command:
+            found[int(folder.name)] = command
+    return found
+
+
+def until(condition, patience_s=60.0):
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_full_queue_is_said_and_the_rest_is_served(server):
+    def restore(seed):
+        with client_of(server, retries=0) as client:
+            try:
+                return client.restore(small_png(seed), steps=20, seed=seed).image
+            except BusyError as error:
+                return error
+
+    with ThreadPoolExecutor(12) as pool:
+        results = list(pool.map(restore, range(12)))
+    refused = [result for result in results if isinstance(result, BusyError)]
+    assert refused
+    assert all("maximum queue size" in str(error) for error in refused)
+    assert any(isinstance(result, bytes) for result in results)
+    with client_of(server) as client:
+        assert client.is_ready()
+        assert client.restore(small_png(), steps=1).image
+
+
+def test_who_is_refused_and_asks_again_is_served(server):
+    def restore(seed):
+        with client_of(server, retries=20) as client:
+            return client.restore(small_png(seed), steps=10, seed=seed).image
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(restore, range(8)))) == 8
+
+
+def test_a_member_that_is_killed_is_told_and_noticed(server):
+    """Triton does not start it again and says that it is ready; `serve.py` looks, and starts the server again."""
+    with client_of(server) as client:
+        before = client.restore(small_png(), steps=2, seed=3).image
+        assert not server.has_lost_a_member()
+        (stub,) = [pid for pid, command in processes(server).items() if "/sample/1/model.py" in command]
+        stream = client.stream(small_png(), steps=200, seed=3)
+        for event in stream:
+            if event.kind == "progress":
+                os.kill(stub, signal.SIGKILL)
+                break
+        with pytest.raises(ServerError, match="not healthy"):
+            list(stream)
+        assert server.has_lost_a_member()
+        server.stop()
+        server.start()
+        assert not server.has_lost_a_member()
+        assert client.restore(small_png(), steps=2, seed=3).image == before
+
+
+def test_a_bundle_that_is_swapped_does_no_harm_and_is_refused_at_the_next_start(server, serve_bundle, bundle):
+    with client_of(server) as client:
+        before = client.restore(small_png(), steps=2, seed=4).image
+        kept = bundle.rename(bundle.with_name("kept"))
+        other_weights(shutil.copytree(kept, bundle))
+        try:
+            assert client.restore(small_png(), steps=2, seed=4).image == before
+            again = serve_bundle(kept)
+            for config in again.repository.glob("*/config.pbtxt"):  # as the first server's: rendered before the swap
+                config.write_text(config.read_text().replace(str(kept), str(bundle)))
+            with pytest.raises(BackendError, match="not the bundle that this model repository was rendered from"):
+                again.start()
+        finally:
+            shutil.rmtree(bundle)
+            kept.rename(bundle)
+
+
+def test_a_server_that_is_killed_while_it_samples(server):
+    """The client is told; what is left of the server ends; started again, it serves, also who has kept asking."""
+    with client_of(server, retries=0) as client:
+        failed = []
+
+        def restore():
+            try:
+                client.restore(small_png(), steps=200)
+            except RestoreError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=restore)
+        steps = steps_of(server)
+        thread.start()
+        until(lambda: steps_of(server) != steps)
+        pids = list(processes(server))
+        server.kill()
+        thread.join(60)
+    (error,) = failed
+    assert isinstance(error, (BusyError, ServerError))
+    assert "Traceback" not in str(error)
+    until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and is_running(pid) for pid in pids), 20)
+    with client_of(server, retries=100) as patient, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(patient.restore, small_png(), steps=1)
+        time.sleep(0.5)
+        server.start()
+        assert waiting.result(120).image
+
+
+def is_running(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def steps_of(server):
+    return sum(float(value) for value in re.findall(r"^restoration_steps_total\S* (\S+)$", server.metrics(), re.M))
+
+
+def test_ports_that_are_taken_are_named(server, triton_programs):
+    from dataclasses import replace
+
+    with pytest.raises(UsageError, match=f"{server.ports.http}: cannot be listened on"):
+        replace(server, process=None, ports=Ports(free_ports().grpc, server.ports.http, free_ports().metrics)).start()
+
+
+def test_nobody_answers(capsys):
+    from engine.console import run_command
+    from triton_repo.client import main
+
+    port = free_ports().grpc
+    arguments = [str(DATA / "coffee.jpg"), "-o", "/tmp/never.png", "--url", f"127.0.0.1:{port}", "--retries", "1"]
+    assert run_command(main, [*arguments, "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "no server answers" in error
+    assert "python triton_repo/serve.py" in error
+    assert run_command(main, [*arguments, "--wait", "0.5"]) == 1
+    assert "is not ready" in capsys.readouterr().err
+
+
+CLIENT = [
+    (["nothing.jpg"], 1, "nothing.jpg: no such file"),
+    (["."], 2, "is a folder"),
+    (["cup.jpg", "-o", "cup.jpg"], 1, "exists already"),
+    (["cup.jpg", "-o", "out.bmp"], 1, "no format that is written"),
+    (["cup.jpg", "--previews", "missing"], 1, "missing: no such folder"),
+    (["cup.jpg", "--steps", "0"], 2, "impossible settings"),
+    (["text.png"], 1, "image: is not an image"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), CLIENT, ids=[" ".join(row[0]) for row in CLIENT])
+def test_mistakes_at_the_client(server, tmp_path, monkeypatch, capsys, arguments, status, message):
+    from engine.console import run_command
+    from triton_repo.client import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cup.jpg").write_bytes(PHOTO)
+    (tmp_path / "text.png").write_text("hello")
+    url = f"127.0.0.1:{server.ports.grpc}"
+    assert run_command(main, [*arguments, "--url", url, *([] if "-o" in arguments else ["-o", "o.png"])]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cup.jpg", "text.png"]
+
+
+def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
+    """A server from the command line, a photo through it with a bar and previews, a member that is killed, Ctrl-C."""
+    import psutil
+
+    ports = free_ports()
+    names = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
+    serve = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), "--bundle", str(bundle_fp32), *names]
+    said = []
+
+    def ask(*options):
+        client = [sys.executable, str(ROOT / "triton_repo" / "client.py"), str(DATA / "coffee.jpg"), "--overwrite"]
+        client += ["-o", str(tmp_path / "out.png"), "--url", f"127.0.0.1:{ports.grpc}", "--wait", "200"]
+        return subprocess.run([*client, *options], capture_output=True, text=True, timeout=300, check=False)
+
+    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as process:
+        reader = threading.Thread(target=lambda: said.extend(process.stderr))
+        reader.start()
+        try:
+            done = ask("--previews", str(tmp_path), "--preview-every", "1", "--json", "--steps", "4")
+            assert done.returncode == 0, done.stderr
+            family = psutil.Process(process.pid).children(recursive=True)
+            (stub,) = [child for child in family if any("/sample/1/model.py" in part for part in child.cmdline())]
+            stub.kill()
+            until(lambda: sum("ready: gRPC" in line for line in said) == 2, 200)
+            again = ask("--steps", "2", "--quiet")
+            assert again.returncode == 0, again.stderr
+            family += psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.send_signal(signal.SIGINT)
+            status = process.wait(60)
+            reader.join()
+    assert status == 0
+    assert f"ready: gRPC 127.0.0.1:{ports.grpc}" in "".join(said)
+    assert "a member has died; starting again\n" in said
+    assert said[-1] == "stopping\n"
+    assert "4/4" in done.stderr
+    assert '"steps": 4' in done.stdout
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        *(f"coffee.000{step}.jpg" for step in (1, 2, 3)),
+        "out.png",
+    ]
+    until(lambda: not any(is_running(child.pid) for child in family), 20)
+
+
+def memory_of(server):
+    """Return the bytes that the server and its stubs hold, shared ones counted once for each who maps them."""
+    import psutil
+
+    return {command.split()[-1]: psutil.Process(pid).memory_info().rss for pid, command in processes(server).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundle, bundle_fp32):
+    """After twenty that fill arenas and caches, 200 more add nothing that 200 others would add again."""
+    bad = [b"hello", PHOTO[: len(PHOTO) // 2], b"", b"%!PS", b"\x89PNG\r\n\x1a\n" + b"0" * 100]
+
+    def ask(client, number):
+        if number % 4 == 3:
+            with pytest.raises(RestoreError):
+                client.restore(bad[number // 4 % len(bad)], seed=number)
+        elif number % 10 == 0:
+            assert list(client.stream(small_png(number), steps=2, seed=number))[-1].kind == "result"
+        else:
+            assert client.restore(small_png(number), steps=2, seed=number).image
+
+    with serve_bundle(bundle_fp32, layout=Layout(cache=False)) as running, client_of(running) as client:
+        for number in range(40):
+            ask(client, number)
+        before = memory_of(running)
+        for number in range(200):
+            ask(client, 1000 + number)
+        after = memory_of(running)
+        assert set(before) == set(after)  # no member was started again
+    print({name: f"{before[name] / 2**20:.1f} -> {after[name] / 2**20:.1f} MiB" for name in before})
+    assert sum(after.values()) < 1.02 * sum(before.values())

@@ -1,0 +1,117 @@
+"""Options of a request as bytes that anybody may have sent, and the socket that a stream follows its sampling by."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+
+from engine.errors import UsageError
+from triton_repo import watch
+from triton_repo.protocol import Run, StoppedError, parse_options
+
+GOOD = [
+    (b"", {}, "png", None),
+    (b"{}", {}, "png", None),
+    (b'{"steps": 8, "format": "webp", "timeout_s": 2.5}', {"steps": 8}, "webp", 2.5),
+    (b'{"restore_pull": null, "cfg_scale": [1, 4]}', {"restore_pull": None, "cfg_scale": [1, 4]}, "png", None),
+]
+BAD = [
+    (b"\xff\xfe", "is no JSON"),
+    (b"{", "is no JSON"),
+    (b"[" * 100_000, "is no JSON"),
+    (b"1" * 10_000, "is no JSON"),
+    (b"[1]", "is no JSON object"),
+    (b'{"cfg_scale": NaN}', "NaN is no JSON number"),
+    (b'{"eta": -Infinity}', "-Infinity is no JSON number"),
+    (b'{"bundle": "/etc/passwd"}', "unknown option"),
+    (b'{"file": "http://169.254.169.254/"}', "unknown option"),
+    (b'{"format": "exe"}', "options.format"),
+    (b'{"timeout_s": 0}', "options.timeout_s"),
+    (b'{"timeout_s": 1e999}', "options.timeout_s"),
+    (b'{"preview_every": -1}', "options.preview_every"),
+    (b'{"prompt": "' + b"x" * (1 << 20) + b'"}', "too long"),
+]
+
+
+@pytest.mark.parametrize(("data", "changes", "form", "timeout_s"), GOOD)
+def test_options(data, changes, form, timeout_s):
+    found, delivery = parse_options(data)
+    assert (found, delivery.format, delivery.timeout_s) == (changes, form, timeout_s)
+
+
+@pytest.mark.parametrize(("data", "message"), BAD, ids=[str(row[0][:24]) for row in BAD])
+def test_bad_options_are_refused_in_few_words(data, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_options(data)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_name_of_a_stream_is_no_path():
+    for name in ("../../etc/passwd", "/tmp/x", "a" * 31, "A" * 32, ""):
+        with pytest.raises(ValueError, match="watch"):
+            Run(watch=name)
+
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    """(the stream's end, the sampling's end), connected."""
+    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    listening = watch.Watch()
+    sampling = watch.Watched(listening.name)
+    assert listening.connect(1.0)
+    yield listening, sampling
+    sampling.close()
+    listening.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_and_estimates_arrive_in_order(stream):
+    listening, sampling = stream
+    rng = np.random.default_rng(0)
+    sent = [rng.random((4, 96, 96), np.float32) if step % 2 else None for step in range(6)]
+
+    def tell():  # from a thread: an estimate is larger than a socket's buffer
+        for step, estimate in enumerate(sent):
+            sampling.tell(step + 1, 6, estimate)
+        sampling.close()
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    found = list(iter(lambda: listening.next((4, 96, 96)), None))
+    thread.join()
+    assert [report[:2] for report in found] == [(step, 6) for step in range(1, 7)]
+    for (_, _, estimate), expected in zip(found, sent, strict=True):
+        assert (estimate is None and expected is None) or np.array_equal(estimate, expected)
+
+
+def test_a_stream_that_stops_ends_the_sampling_at_its_next_step(stream):
+    listening, sampling = stream
+    sampling.tell(1, 9, None)
+    listening.stop()
+    with pytest.raises(StoppedError, match="step 2 of 9"):
+        sampling.tell(2, 9, None)
+
+
+def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    listening = watch.Watch()
+    listening.stop()
+    sampling = watch.Watched(listening.name)
+    assert listening.connect(1.0)
+    with pytest.raises(StoppedError):
+        sampling.tell(1, 9, None)
+    listening.close()
+    sampling.close()
+
+
+def test_nobody_listens_under_a_name_that_was_made_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    with pytest.raises(StoppedError, match="is gone"):
+        watch.Watched("0" * 32)
+
+
+def test_nothing_is_sent_but_json():
+    assert json.loads(Run(deadline=1.5).model_dump_json()) == {"deadline": 1.5, "watch": None, "preview_every": 0}

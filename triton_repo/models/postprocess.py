@@ -1,0 +1,41 @@
+"""`postprocess`: restored pixels to an encoded photo, dressed as its source."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from engine.framing import finish, fix_colors
+from engine.geometry import result_size
+from engine.history import history_of
+from engine.imageio import decode_photo, encode_photo
+from engine.settings import Settings
+from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
+from triton_repo.protocol import IMAGE
+from triton_repo.serving import Serving
+
+
+class TritonPythonModel:
+    """The server's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._serving = Serving.of(args)
+        self._bundle = self._serving.open_bundle()
+        self._metrics = Metrics(args["model_name"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return answer_each(requests, self._answer, self._metrics)
+
+    def _answer(self, request: Any) -> Any:
+        started = time.monotonic()
+        settings = parsed(request, "settings", Settings)
+        restored, stage1 = array(request, "pixels"), array(request, "stage1")
+        # Decoded a second time: cheaper than to send all that belongs to a photo along with every request.
+        source = decode_photo(blob(request, IMAGE), IMAGE, max_pixels=self._serving.max_photo_pixels)
+        fixed = fix_colors(restored, stage1, settings.color_fix)
+        photo = finish(fixed[0], source, result_size(source.size, settings.upscale))
+        history = history_of(self._bundle, settings)
+        encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", history, IMAGE)
+        self._metrics.took("postprocess", time.monotonic() - started)
+        return response(restored=strings([encoded], (1,)), settings=strings([json.dumps(history)], (1,)))

@@ -1,0 +1,65 @@
+"""`preprocess`: an encoded photo and options to pixels, texts and settings. All that can be refused, is here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from engine.errors import ImageError
+from engine.framing import frame, size_to_work_at
+from engine.imageio import check_format, decode_photo
+from engine.prompts import texts_of
+from triton_repo.models.common import Metrics, answer_each, blob, response, strings
+from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options
+from triton_repo.serving import Serving
+
+
+class TritonPythonModel:
+    """The server's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._serving = Serving.of(args)
+        self._bundle = self._serving.open_bundle()
+        self._max_pixels = self._serving.pixels_allowed(self._bundle)
+        self._metrics = Metrics(args["model_name"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return answer_each(requests, self._answer, self._metrics)
+
+    def _answer(self, request: Any) -> Any:
+        started = time.monotonic()
+        changes, delivery = parse_options(blob(request, OPTIONS))
+        settings = self._bundle.manifest.defaults.updated(changes)
+        self._serving.check(settings)
+        encoded = blob(request, IMAGE)
+        if len(encoded) > self._serving.max_image_bytes:
+            raise ImageError(
+                "is too large",
+                where=IMAGE,
+                expected=f"up to {self._serving.max_image_bytes} bytes on this server",
+                found=f"{len(encoded)} bytes",
+            )
+        photo = decode_photo(encoded, IMAGE, max_pixels=self._serving.max_photo_pixels)
+        check_format(photo, f".{delivery.format}", IMAGE)
+        size = size_to_work_at(self._bundle, photo.size, settings, self._max_pixels)
+        width, height = photo.size
+        if round(width * settings.upscale) * round(height * settings.upscale) > self._serving.max_photo_pixels:
+            raise ImageError(
+                "would be too large",
+                where=IMAGE,
+                expected=f"up to {self._serving.max_photo_pixels / 1e6:.0f} million pixels on this server",
+                found=f"{width} × {height} with --upscale {settings.upscale:g}",
+                fix="lower --upscale",
+            )
+        pixels = frame(photo, size)[None]
+        texts = texts_of(settings)
+        deadline = None if delivery.timeout_s is None else started + delivery.timeout_s
+        run = Run(deadline=deadline, preview_every=delivery.preview_every)
+        self._metrics.took("preprocess", time.monotonic() - started)
+        return response(
+            pixels=pixels,
+            texts=strings(texts, (len(texts),)),
+            settings=strings([settings.model_dump_json()], (1, 1)),
+            run=strings([run.model_dump_json()], (1, 1)),
+            format=strings([delivery.format], (1,)),
+        )

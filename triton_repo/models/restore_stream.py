@@ -1,0 +1,180 @@
+"""`restore_stream`: the ensemble's way, walked step by step, with progress, previews and a way out.
+
+An ensemble gives one answer, at the end. This member calls the same members in the same order, and follows the
+sampling through `triton_repo.watch`. A stream whose client is gone closes that, and the loop ends at its next step.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from engine.framing import finish
+from engine.imageio import encode_photo
+from engine.photo import Photo
+from triton_repo.models.common import Metrics, array, call, failure, response, strings
+from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
+from triton_repo.serving import Serving
+from triton_repo.watch import Watch
+
+#: What `preprocess` gives.
+_PREPARED = ("pixels", "texts", "settings", "run", "format")
+#: Previews of a stream that wait for their decoding; more are left out.
+_PREVIEWS_WAITING = 4
+#: How soon a client that leaves is noticed.
+_LOOK_EVERY_S = 0.02
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class TritonPythonModel:
+    """The server's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._serving = Serving.of(args)
+        self._metrics = Metrics(args["model_name"])
+        # For each stream a thread that walks, and one that waits for the sampling.
+        self._walkers = ThreadPoolExecutor(self._serving.max_streams, "stream")
+        self._samplers = ThreadPoolExecutor(self._serving.max_streams, "sampling")
+        self._open = 0
+        self._lock = threading.Lock()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start a stream for each request and return; their threads answer."""
+        for request in requests:
+            sender = request.get_response_sender()
+            with self._lock:
+                full = self._open >= self._serving.max_streams
+                self._open += not full
+            if full:
+                error = BusyError("too many streams", expected=f"up to {self._serving.max_streams} at once")
+                self._end(sender, failure(error, self._metrics))
+            else:
+                self._walkers.submit(self._walk, array(request, IMAGE), array(request, OPTIONS), sender)
+
+    def finalize(self) -> None:
+        self._walkers.shutdown()
+        self._samplers.shutdown()
+
+    def _walk(self, image: NDArray[Any], options: NDArray[Any], sender: Any) -> None:
+        try:
+            Stream(image, options, sender, self._samplers).run()
+            self._end(sender)
+        except Exception as error:
+            self._end(sender, failure(error, self._metrics))
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    @staticmethod
+    def _end(sender: Any, error: Any = None) -> None:
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if error is None:
+            sender.send(flags=final)
+        else:
+            sender.send(pb_utils.InferenceResponse(error=error), flags=final)
+
+
+class Stream:
+    """One request.
+
+    Args:
+        image, options: its inputs.
+        sender: takes its answers.
+        samplers: runs what waits for the sampling.
+    """
+
+    def __init__(self, image: NDArray[Any], options: NDArray[Any], sender: Any, samplers: ThreadPoolExecutor) -> None:
+        self._image, self._options = image, options
+        self._sender, self._samplers = sender, samplers
+
+    def run(self) -> None:
+        """Restore the photo and tell of it.
+
+        Raises:
+            StoppedError: the client is gone.
+            ForwardedError: a member's error.
+        """
+        ready = call("preprocess", {IMAGE: self._image, OPTIONS: self._options}, _PREPARED)
+        self._tell({"kind": "accepted", "size": [ready["pixels"].shape[3], ready["pixels"].shape[2]]})
+        z_lq = call("denoise_encoder", {"pixels": ready["pixels"]}, ["z"])["z"]
+        stage1 = call("vae_decoder", {"z": z_lq}, ["pixels"])["pixels"]
+        texts = call("text", {"texts": ready["texts"], "z_lq": z_lq}, ["context", "vector"])
+        z = self._sample({"z_lq": z_lq, "stage1": stage1, **texts, "settings": ready["settings"]}, ready["run"])
+        pixels = call("vae_decoder", {"z": z}, ["pixels"])["pixels"]
+        final = {"pixels": pixels, "stage1": stage1, IMAGE: self._image}
+        final |= {"settings": ready["settings"], "format": ready["format"]}
+        result = call("postprocess", final, [RESTORED, SETTINGS])
+        history = json.loads(result[SETTINGS].reshape(-1)[0])
+        self._tell({"kind": "result", "history": history}, result[RESTORED].reshape(-1)[0])
+
+    def _sample(self, inputs: Arrays, run: NDArray[Any]) -> NDArray[Any]:
+        """Have the latent sampled, and tell of each step."""
+        watch = Watch()
+        over = threading.Event()
+        told = Run.model_validate_json(run.reshape(-1)[0]).model_copy(update={"watch": watch.name})
+        inputs = {**inputs, "run": strings([told.model_dump_json()], (1, 1))}
+        looker = threading.Thread(target=self._look, args=(watch, over), daemon=True)
+        try:
+            looker.start()
+            sampling = self._samplers.submit(call, "sample", inputs, ["z"])
+            self._follow(watch, sampling, inputs["z_lq"].shape[1:])
+            return sampling.result()["z"]
+        finally:
+            over.set()
+            looker.join()
+            watch.close()
+
+    def _follow(self, watch: Watch, sampling: Future[Arrays], shape: tuple[int, ...]) -> None:
+        while not watch.connect(_LOOK_EVERY_S):
+            if sampling.done():
+                return  # with an error, before its first step
+        started = time.monotonic()
+        waiting: list[Future[None]] = []
+        # Reports are read at once, or they would hold the sampling up; previews follow when they are decoded.
+        with ThreadPoolExecutor(1, "previews") as previews:
+            while (report := watch.next(shape)) is not None:
+                step, steps, estimate = report
+                elapsed_s = time.monotonic() - started
+                self._tell(
+                    {
+                        "kind": "progress",
+                        "step": step,
+                        "steps": steps,
+                        "elapsed_s": round(elapsed_s, 3),
+                        "eta_s": round(elapsed_s / step * (steps - step), 3),
+                    }
+                )
+                waiting = [preview for preview in waiting if not preview.done()]
+                if estimate is not None and len(waiting) < _PREVIEWS_WAITING:
+                    waiting.append(previews.submit(self._preview, step, steps, estimate))
+        for preview in waiting:
+            preview.result()
+
+    def _preview(self, step: int, steps: int, estimate: NDArray[np.float32]) -> None:
+        """Tell what the sampling is about to give, as a JPEG at the size that is worked at."""
+        if self._sender.is_cancelled():
+            return
+        pixels = call("vae_decoder", {"z": estimate[None]}, ["pixels"])["pixels"][0]
+        blank = Photo(np.zeros((*pixels.shape[1:], 3), np.float32))
+        shown = encode_photo(finish(pixels, blank, blank.size), ".jpg", {"preview": True})
+        self._tell({"kind": "preview", "step": step, "steps": steps}, shown)
+
+    def _look(self, watch: Watch, over: threading.Event) -> None:
+        """Stop the sampling when the client is gone."""
+        while not over.wait(_LOOK_EVERY_S):
+            if self._sender.is_cancelled():
+                watch.stop()
+                return
+
+    def _tell(self, event: dict[str, Any], image: bytes = b"") -> None:
+        if self._sender.is_cancelled():
+            raise StoppedError("was cancelled")
+        self._sender.send(response(**{EVENT: strings([json.dumps(event)], (1,)), RESTORED: strings([image], (1,))}))

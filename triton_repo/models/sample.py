@@ -1,0 +1,211 @@
+"""`sample`: the loop, which an ensemble cannot hold: `Restorer.sample`, as the command line runs it.
+
+ControlNet and UNet are the engine's own runners in this process, not members: a step's control features are ten
+tensors, 54 MB in fp16 for each text of a photo at 1024², which would go from process to process at every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from engine.backends import make_backend
+from engine.conditioning import TOKENS, Conditioning
+from engine.errors import ImageError, UsageError
+from engine.graphspec import resolve
+from engine.pipeline import Restorer
+from engine.sampler import Latent, Progress, StepTable
+from engine.settings import Settings
+from engine.timings import Timings
+from triton_repo.models.common import Metrics, array, call, failure, parsed, response
+from triton_repo.models.device import device_of
+from triton_repo.protocol import Run, StoppedError
+from triton_repo.serving import Serving
+from triton_repo.watch import Watched
+
+
+@dataclass
+class Job:
+    """A request.
+
+    Attributes:
+        index: its place in the batch.
+        table: its sampler's; jobs with equal ones run together.
+        error: why it ended, if it did.
+    """
+
+    index: int
+    request: Any
+    settings: Settings
+    run: Run
+    table: StepTable
+    texts: tuple[Conditioning, ...]
+    z_lq: Latent
+    watched: Watched | None = None
+    error: Exception | None = None
+    z: Latent | None = None
+
+    def check_wanted(self, step: int) -> None:
+        """Find out whether somebody still waits for the result.
+
+        Raises:
+            StoppedError: nobody does.
+        """
+        where = f"step {step} of {len(self.table.steps)}"
+        if self.run.deadline is not None and time.monotonic() > self.run.deadline:
+            raise StoppedError("its time is over", where=where)
+        if self.request.is_cancelled():
+            raise StoppedError("was cancelled", where=where)
+
+    def report(self, progress: Progress, row: int) -> None:
+        """Tell the stream of a step that is done, and note whether the job is to end."""
+        if self.error is not None:
+            return
+        try:
+            step, steps = progress.step.index + 1, len(self.table.steps)
+            self.check_wanted(step)
+            if self.watched is not None:
+                wanted = self.run.preview_every and step % self.run.preview_every == 0 and step < steps
+                estimate = progress.denoised[row] if wanted and progress.denoised is not None else None
+                self.watched.tell(step, steps, estimate)
+        except StoppedError as error:
+            self.error = error
+
+
+class _AllStopped(Exception):  # noqa: N818 - no error: it leaves the loop
+    """Nobody wants this batch any more."""
+
+
+class TritonPythonModel:
+    """The server's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        serving = self._serving = Serving.of(args)
+        bundle = serving.open_bundle()
+        backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
+        self._restorer = Restorer(bundle, backend)
+        self._max_pixels = serving.pixels_allowed(bundle)
+        self._metrics = Metrics(args["model_name"])
+        self._warm_up()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer a batch; the batcher gives requests of one shape."""
+        jobs, errors = [], {}
+        for index, request in enumerate(requests):
+            try:
+                jobs.append(self._job(index, request))
+            except Exception as error:
+                errors[index] = error
+        for batch in self._batches(jobs):
+            try:
+                self._run(batch)
+            except Exception as error:
+                for job in batch:
+                    job.error = job.error or error
+            finally:
+                for job in batch:
+                    if job.watched is not None:
+                        job.watched.close()
+        errors |= {job.index: job.error for job in jobs if job.error is not None}
+        answers = {
+            index: pb_utils.InferenceResponse(error=failure(error, self._metrics)) for index, error in errors.items()
+        }
+        answers |= {job.index: response(z=job.z) for job in jobs if job.error is None and job.z is not None}
+        return [answers[index] for index in range(len(requests))]
+
+    def finalize(self) -> None:
+        self._restorer.close()
+
+    def _job(self, index: int, request: Any) -> Job:
+        settings, run = parsed(request, "settings", Settings), parsed(request, "run", Run)
+        self._serving.check(settings)
+        context, vector = array(request, "context"), array(request, "vector")
+        z_lq = array(request, "z_lq")
+        pixels = z_lq.shape[2] * z_lq.shape[3] * self._restorer.bundle.pixels_per_cell**2
+        if pixels > self._max_pixels:
+            raise ImageError(
+                "too large", where="z_lq", expected=f"up to {self._max_pixels} pixels", found=f"{pixels} pixels"
+            )
+        if not np.isfinite(z_lq).all():
+            raise UsageError("holds values that are not finite", where="z_lq")
+        table = self._restorer.table(settings)
+        needed = 2 if any(step.guided for step in table.steps) else 1
+        if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
+            raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
+        texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
+        job = Job(index, request, settings, run, table, texts, z_lq)
+        job.check_wanted(0)
+        job.watched = None if run.watch is None else Watched(run.watch)
+        return job
+
+    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Group what can share a pass: one sampler's table, and pixels that one large photo could have."""
+        groups: dict[tuple[Any, ...], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.table, job.z_lq.shape, job.texts[0].context.shape, len(job.texts)), []).append(job)
+        for (_, shape, *_), group in groups.items():
+            pixels = shape[2] * shape[3] * self._restorer.bundle.pixels_per_cell**2
+            size = max(1, self._max_pixels // pixels)
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
+    def _run(self, batch: Sequence[Job]) -> None:
+        times = Timings()
+
+        def on_step(progress: Progress) -> None:
+            self._metrics.stepped()
+            for row, job in enumerate(batch):
+                job.report(progress, row)
+            if all(job.error is not None for job in batch):
+                raise _AllStopped
+
+        texts = [
+            Conditioning(*(np.concatenate([getattr(text, part) for text in pair]) for part in ("context", "vector")))
+            for pair in zip(*(job.texts for job in batch), strict=True)
+        ]
+        self._metrics.ran_together(len(batch))
+        try:
+            with times.outside("sampling, outside the graphs"):
+                z = self._restorer.sample(
+                    np.concatenate([job.z_lq for job in batch]),
+                    texts,
+                    batch[0].settings,
+                    seeds=[job.settings.seed for job in batch],
+                    center=self._center(batch),
+                    on_step=on_step,
+                    estimates=any(job.run.preview_every for job in batch),
+                    times=times,
+                )
+        except _AllStopped:
+            return
+        finally:
+            self._metrics.timed(times)
+        for row, job in enumerate(batch):
+            job.z = z[row : row + 1]
+
+    def _center(self, batch: Sequence[Job]) -> Latent | None:
+        """Return where the restoration pull leads, if it is on: the clean encoder's latents of stage 1."""
+        if not batch[0].table.uses_center:
+            return None
+        stage1 = np.concatenate([array(job.request, "stage1") for job in batch])
+        return call("vae_encoder", {"pixels": stage1}, ["z"])["z"]
+
+    def _warm_up(self) -> None:
+        """Open the networks and run a guided step at the size that is worked at by default."""
+        bundle = self._restorer.bundle
+        side = bundle.manifest.defaults.min_size
+        cells = -(-side // bundle.size_multiple) * bundle.size_multiple
+        sizes = bundle.spec("denoise_encoder").sizes_of({"pixels": (1, 3, cells, cells)})
+        spec = bundle.spec("unet")
+
+        def zeros(name: str, **symbols: int) -> NDArray[Any]:
+            return np.zeros(resolve(spec.tensor(name).shape, {"B": 1, "k": 1, **sizes, **symbols}), np.float32)
+
+        text = Conditioning(zeros("context")[:, :TOKENS], zeros("vector"))
+        settings = bundle.manifest.defaults.updated({"steps": 1, "cfg_scale": (2.0, 2.0), "restore_pull": None})
+        self._restorer.sample(zeros("x"), [text, text], settings)

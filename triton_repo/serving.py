@@ -1,0 +1,104 @@
+"""What a rendered repository tells its models: the bundle, and the limits that keep the server alive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from engine.bundle import Bundle, open_bundle
+from engine.errors import BundleError, UsageError
+from engine.framing import pixels_in_memory
+from engine.host_memory import total_memory_bytes
+from engine.settings import Settings
+
+#: The name of the configuration's parameter that holds all of it, as JSON.
+PARAMETER = "engine"
+#: Of the memory, what one pass of the VAE's attention may take: other passes, weights and photos are there too.
+_ATTENTION_SHARE = 4
+
+
+class Serving(BaseModel):
+    """What every model is given.
+
+    Attributes:
+        bundle: its folder, where the server runs.
+        digest: of the bundle that the repository was rendered from.
+        backend: of `engine.backends`, that runs the networks inside the Python backend.
+        threads: that one operator may use on a CPU; 0 is one per core.
+        max_batch: photos that are restored together.
+        max_image_bytes: of an encoded photo. max_photo_pixels: of a decoded one.
+        max_pixels: that are worked at, for one photo; and for a batch, `max_batch` times the default size.
+        max_text: characters of each text. max_steps: of a restoration.
+        max_streams: that `restore_stream` serves at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path
+    digest: str
+    backend: str
+    threads: int = 0
+    max_batch: int = 4
+    max_image_bytes: int = 64 << 20
+    max_photo_pixels: int = 32_000_000
+    max_pixels: int = 1 << 20
+    max_text: int = 4000
+    max_steps: int = 200
+    max_streams: int = 16
+
+    @classmethod
+    def of(cls, arguments: dict[str, str]) -> Serving:
+        """Return what the server's `initialize` was given."""
+        parameters = json.loads(arguments["model_config"])["parameters"]
+        return cls.model_validate_json(parameters[PARAMETER]["string_value"])
+
+    def open_bundle(self) -> Bundle:
+        """Open the bundle, and check that it is the one that the repository was rendered from.
+
+        Raises:
+            BundleError: it is missing, damaged or another one.
+        """
+        bundle = open_bundle(self.bundle)
+        if bundle.digest != self.digest:
+            raise BundleError(
+                "not the bundle that this model repository was rendered from",
+                where=self.bundle,
+                expected=f"digest {self.digest[:16]}…",
+                found=f"digest {bundle.digest[:16]}…",
+                fix="render the repository again: python triton_repo/render.py",
+            )
+        return bundle
+
+    def pixels_allowed(self, bundle: Bundle) -> int:
+        """Return how many pixels a photo may be worked at, on this computer."""
+        memory = total_memory_bytes()
+        return (
+            self.max_pixels
+            if memory is None
+            else min(self.max_pixels, pixels_in_memory(bundle, memory // _ATTENTION_SHARE))
+        )
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings beyond what this server takes on.
+
+        Raises:
+            UsageError: too many steps, or too long a text.
+        """
+        if settings.steps > self.max_steps:
+            raise UsageError(
+                "too many steps",
+                where="options.steps",
+                expected=f"up to {self.max_steps} on this server",
+                found=settings.steps,
+            )
+        for name in ("prompt", "quality_words", "negative_prompt"):
+            length = len(getattr(settings, name))
+            if length > self.max_text:
+                raise UsageError(
+                    "too long",
+                    where=f"options.{name}",
+                    expected=f"up to {self.max_text} characters on this server",
+                    found=f"{length} characters",
+                )
