@@ -34,13 +34,15 @@ from engine.bundle import (
 )
 from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, from_os_error
-from engine.host_memory import release_free_memory
+from engine.host_memory import release_free_memory, return_large_blocks_at_once
+from export.graphs import GraphBuilder
 from export.nets.layers import Sinusoid
 from export.pack import pack
 from export.plan import BuildPlan
 from export.plans import compile_plan
-from export.to_onnx import is_cached, trace
+from export.to_onnx import is_cached
 from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
+from export.tracing import traced_ahead
 from export.verify import verify
 from export.weights import WEIGHTS, write_weights
 
@@ -114,6 +116,7 @@ def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> Bu
         OutputError: the disk is full or not writable, or something else lies in the bundle's place.
     """
     output = plan.request.output
+    return_large_blocks_at_once()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(output):
@@ -143,8 +146,10 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     resumed = tuple([WEIGHTS] * (state.weights is not None) + list(state.graphs))
     if resumed:
         say(f"goes on behind: {', '.join(resumed)}")
+    wanted = [builder for name, builder in plan.builders.items() if name not in state.graphs]
     try:
-        _run_stages(plan, partial, state, progress, work, present)
+        with traced_ahead(wanted) as traced:
+            _run_stages(plan, partial, state, progress, work, present, traced)
         manifest = _finish(plan, partial, state, hashes)
         progress.stage("moving into place")
         _swap(partial, output)
@@ -168,6 +173,7 @@ def _run_stages(
     progress: Progress,
     work: Mapping[str, float],
     present: Manifest | None,
+    traced: Callable[[GraphBuilder], onnx.ModelProto],
 ) -> None:
     if state.weights is None:
         progress.stage("merging weights")
@@ -186,7 +192,7 @@ def _run_stages(
     for name, builder in plan.builders.items():
         if name not in state.graphs:
             progress.stage(f"tracing {name}" if not is_cached(builder) else f"packing {name}")
-            structure = trace(builder)
+            structure = traced(builder)
             file = partial / f"{name}.onnx"
             onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
             progress.stage(f"verifying {name}")

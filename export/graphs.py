@@ -45,7 +45,7 @@ TRACE_SYMBOLS = {"B": 2, "h": 16, "w": 24, "k": 2}
 
 @dataclass(frozen=True, eq=False)
 class GraphBuilder:
-    """How to make one graph.
+    """How to make one graph; can be sent to another process.
 
     Attributes:
         spec: names, types and shapes of its inputs and outputs.
@@ -80,13 +80,13 @@ def graph_builders(
     """
     vae_precision = vae_precision or ("fp32" if precision == "fp16" else precision)
     modules: dict[str, Callable[[], nn.Module]] = {
-        "text_encoder": lambda: TextEncoderGraph(arch.text_encoder),
-        "text_encoder_2": lambda: TextEncoder2Graph(arch.text_encoder_2, end_id),
-        "denoise_encoder": lambda: DenoiseEncoderGraph(arch.vae),
-        "vae_encoder": lambda: VaeEncoderGraph(arch.vae),
-        "vae_decoder": lambda: VaeDecoderGraph(arch.vae),
-        "controlnet": lambda: ControlNetGraph(arch.controlnet),
-        "unet": lambda: UNetGraph(arch.unet),
+        "text_encoder": partial(TextEncoderGraph, arch.text_encoder),
+        "text_encoder_2": partial(TextEncoder2Graph, arch.text_encoder_2, end_id),
+        "denoise_encoder": partial(DenoiseEncoderGraph, arch.vae),
+        "vae_encoder": partial(VaeEncoderGraph, arch.vae),
+        "vae_decoder": partial(VaeDecoderGraph, arch.vae),
+        "controlnet": partial(ControlNetGraph, arch.controlnet),
+        "unet": partial(UNetGraph, arch.unet),
     }
     builders = {}
     for spec in _specs(arch, precision, vae_precision):
@@ -94,7 +94,7 @@ def graph_builders(
         builders[spec.name] = GraphBuilder(
             spec,
             {"end_id": end_id} if spec.name == "text_encoder_2" else {},
-            _on_meta(modules[spec.name], dtype),
+            partial(_on_meta, modules[spec.name], dtype),
             partial(_example_inputs, spec, end_id),
         )
     return builders
@@ -143,16 +143,13 @@ def _is_control(name: str) -> bool:
     return name.startswith("control_") and name != "control_scale"
 
 
-def _on_meta(make: Callable[[], nn.Module], dtype: torch.dtype) -> Callable[[], nn.Module]:
-    def module() -> nn.Module:
-        with torch.device("meta"):
-            net = make().eval()
-        for parameter in net.parameters():  # not .to(): constants stay in float32
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(False)
-        return net
-
-    return module
+def _on_meta(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        net = make().eval()
+    for parameter in net.parameters():  # not .to(): constants stay in float32
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+    return net
 
 
 def _specs(arch: Architecture, precision: Precision, vae_precision: Precision) -> list[GraphSpec]:
