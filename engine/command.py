@@ -22,9 +22,10 @@ from tqdm import tqdm
 from engine import Restored, Restorer
 from engine.backends import BACKENDS, MAX_THREADS
 from engine.bundle import default_bundle_dir
+from engine.decoding import READ_SUFFIXES
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.host_memory import peak_memory_bytes
-from engine.imageio import READ_SUFFIXES, check_output, list_images, read_history, read_photo, write_photo
+from engine.imageio import check_output, list_images, read_history, read_photo, write_photo
 from engine.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.photo import Photo
 from engine.settings import Settings
