@@ -1,10 +1,11 @@
-"""A `Photo` to the bytes of a file, with everything that was about it; encoding is Pillow's."""
+"""A `Photo` to the bytes of a file, with everything that was about it; encoding is Pillow's, but for 16-bit colours."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from engine.errors import OutputError
 from engine.photo import XMP_IN_PNG, Photo, Pixels
+from engine.sixteen_bit import to_u16, write_png, write_tiff
 
 _WRITE_FORMATS = {
     ".png": "PNG",
@@ -43,11 +45,11 @@ def encode_photo(photo: Photo, suffix: str, history: Mapping[str, Any], where: o
         history: how it was made; `read_history` gives it back.
         where: what errors call it.
     Raises:
-        OutputError: an unknown format, or one that cannot hold the photo.
+        OutputError: an unknown format, one that cannot hold the photo, or a library is missing.
     """
     file_format = check_format(photo, suffix, where)
     try:
-        return _encode(photo, file_format, json.dumps(history, ensure_ascii=True))
+        return _encode(photo, file_format, json.dumps(history, ensure_ascii=True), where)
     except (OSError, ValueError) as error:  # such as EXIF over 64 kB in a JPEG
         raise OutputError(
             f"cannot be stored as {file_format}", where=where, found=str(error), fix="write a PNG instead"
@@ -80,21 +82,11 @@ def format_of(suffix: str, where: object) -> str:
         ) from None
 
 
-def _encode(photo: Photo, file_format: str, note: str) -> bytes:
-    image = _to_image(photo)
-    exif = Image.Exif()
-    exif.load(photo.exif or b"")
-    details = exif.get_ifd(ExifTags.IFD.Exif)
-    details[HISTORY_TAG] = note
-    for tag, side in zip(_SIZE_TAGS, photo.size, strict=True):
-        if tag in details:
-            details[tag] = side
-    if photo.xmp and file_format == "TIFF":
-        exif[ExifTags.Base.XMLPacket] = photo.xmp
+def _encode(photo: Photo, file_format: str, note: str, where: object) -> bytes:
+    exif = _exif_of(photo, note)
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format == "AVIF" and photo.alpha is not None:
         options["quality"] = 100  # the encoder has one quality for both, and transparency is kept as it was
-    options["exif"] = exif.tobytes()
     if photo.icc_profile:
         options["icc_profile"] = photo.icc_profile
     if photo.dpi:
@@ -107,14 +99,50 @@ def _encode(photo: Photo, file_format: str, note: str) -> bytes:
             options["pnginfo"].add_itxt(XMP_IN_PNG, photo.xmp.decode(errors="replace"))
     elif file_format == "JPEG" and photo.texts:
         options["comment"] = "\n".join(text for _, text in photo.texts)
+    elif file_format == "TIFF" and photo.xmp:
+        exif[ExifTags.Base.XMLPacket] = photo.xmp
     if photo.xmp and file_format in ("JPEG", "WEBP", "AVIF"):
         options["xmp"] = photo.xmp
+    options["exif"] = exif.tobytes()
+    if photo.bits == 16 and file_format in ("PNG", "TIFF"):
+        return _encode_wide(photo, file_format, options, exif, where)
+    return _save(to_image(photo), file_format, options)
+
+
+def _encode_wide(photo: Photo, file_format: str, options: dict[str, Any], exif: Image.Exif, where: object) -> bytes:
+    if photo.grey and photo.alpha is None:
+        return _save(Image.fromarray(to_u16(photo)), file_format, options)
+    if file_format == "PNG":
+        return write_png(to_u16(photo), _save(Image.new("RGB", (1, 1)), "PNG", options), where)
+    if photo.icc_profile:
+        exif[ExifTags.Base.InterColorProfile] = photo.icc_profile
+    if photo.dpi:
+        exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = photo.dpi
+        exif[ExifTags.Base.ResolutionUnit] = 2  # inches
+    # Pillow cannot read 16-bit grey with transparency from a TIFF, so that is stored as colours.
+    return write_tiff(to_u16(replace(photo, grey=False)), exif)
+
+
+def _exif_of(photo: Photo, note: str) -> Image.Exif:
+    """Return a photo's EXIF with a note of how it was made, and its size brought up to date."""
+    exif = Image.Exif()
+    exif.load(photo.exif or b"")
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details[HISTORY_TAG] = note
+    for tag, side in zip(_SIZE_TAGS, photo.size, strict=True):
+        if tag in details:
+            details[tag] = side
+    return exif
+
+
+def _save(image: Image.Image, file_format: str, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-def _to_image(photo: Photo) -> Image.Image:
+def to_image(photo: Photo) -> Image.Image:
+    """Return the pixels of a photo as a Pillow image, with 8 bits a channel."""
     image = Image.fromarray(_to_u8(photo.rgb))
     if photo.grey:
         image = image.convert("L")

@@ -5,32 +5,48 @@ A result is written beside its place and moved there, so no half file is ever se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from engine.decoding import READ_SUFFIXES, damage_told, decode
+from engine.decoding import READ_SUFFIXES, damage_told, decode, open_image
 from engine.encoding import HISTORY_TAG, check_format, encode_photo, format_of
 from engine.errors import ImageError, OutputError, from_os_error
 from engine.photo import Photo
+
+#: How a file is called while it is written, behind a dot and 32 hexadecimal digits.
+_PART = ".part"
+#: Nothing is written to for so long: a part is one write of what is in memory.
+_PART_IS_STALE_S = 600.0
 
 
 def read_photo(path: Path) -> Photo:
     """Read a photo from a file.
 
     Raises:
-        ImageError: missing, not an image, truncated, animated, empty or too large.
+        ImageError: missing, not an image, truncated, animated, empty, too large, or a HEIC without a library.
     """
+    with _file_told(path):
+        return decode(path, path, None)
+
+
+@contextmanager
+def _file_told(path: Path) -> Iterator[None]:
+    """Turn what reading a picture's file raises into an `ImageError`."""
     try:
         with damage_told(path):
             if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
                 raise ImageError("is not a file", where=path, expected="an image file")
-            return decode(path, path, None)
+            yield
     except FileNotFoundError:
         raise ImageError("no such file", where=path, fix="check the path") from None
     except IsADirectoryError:
@@ -65,13 +81,25 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
         check_format(photo, path.suffix, path)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the images of a folder by name, without hidden files and subfolders."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """Return the images of a folder by name, without hidden files.
+
+    Args:
+        folder: to look in.
+        recursive: whether its subfolders are looked through too; hidden ones and links are not.
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:  # which `os.walk` would take for an empty folder
+        raise error
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in READ_SUFFIXES and path.is_file()]
+    return sorted(found)
 
 
 def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -90,15 +118,19 @@ def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwri
 
 
 def write_file(path: Path, encoded: bytes) -> None:
-    """Write an encoded image, whole or not at all.
+    """Write an encoded image, whole or not at all, whatever ends the program or the computer.
 
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
-    temporary = path.with_name(f".{os.getpid()}.part")  # short: the name itself may be as long as names can be
+    # Short, since the name itself may be as long as names can be; and nobody else's, on any machine.
+    temporary = path.with_name(f".{uuid.uuid4().hex}{_PART}")
     try:
         try:
-            temporary.write_bytes(encoded)
+            with temporary.open("xb") as file:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the name without the content
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -106,20 +138,27 @@ def write_file(path: Path, encoded: bytes) -> None:
         raise from_os_error(error, path, "write the image") from error
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; a part that may still be written to is left."""
+    for part in folder.glob(f".{'[0-9a-f]' * 32}{_PART}"):
+        with contextlib.suppress(OSError):  # somebody else's, or just now moved to its place
+            if time.time() - part.stat().st_mtime > _PART_IS_STALE_S:
+                part.unlink()
+
+
 def read_history(path: Path) -> dict[str, Any]:
-    """Return what `write_photo` noted in a file.
+    """Return what `write_photo` noted in a file; its pixels are not decoded.
 
     Raises:
         ImageError: it cannot be read, or holds no such note.
     """
-    photo = read_photo(path)
-    exif = Image.Exif()
-    exif.load(photo.exif or b"")
-    note = exif.get_ifd(ExifTags.IFD.Exif).get(HISTORY_TAG)
-    try:
-        history = json.loads(note) if isinstance(note, str) else None
-    except ValueError:
-        history = None
+    with _file_told(path):
+        try:
+            with open_image(path, path) as image:
+                note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(HISTORY_TAG)
+            history = json.loads(note) if isinstance(note, str) else None
+        except ValueError:
+            history = None
     if not isinstance(history, dict):
         raise ImageError("holds no settings", where=path, expected="a result of this engine, not re-saved since")
     return history
