@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags
 
@@ -118,8 +118,22 @@ def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwri
 
 
 def write_file(path: Path, encoded: bytes) -> None:
-    """Write an encoded image, whole or not at all, whatever ends the program or the computer.
+    """Write an encoded image, whole or not at all.
 
+    Raises:
+        OutputError: the disk is full, or the place cannot be written to.
+    """
+    with whole_file(path, "write the image") as file:
+        file.write(encoded)
+
+
+@contextmanager
+def whole_file(path: Path, action: str) -> Iterator[BinaryIO]:
+    """Give a file to write to, which gets its name when it is whole, whatever ends the program or the computer.
+
+    Args:
+        path: that it gets; what is there is replaced.
+        action: what errors call it, as in "write the image".
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
@@ -128,14 +142,14 @@ def write_file(path: Path, encoded: bytes) -> None:
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(encoded)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut could leave the name without the content
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise from_os_error(error, path, "write the image") from error
+        raise from_os_error(error, path, action) from error
 
 
 def remove_parts(folder: Path) -> None:
