@@ -7,6 +7,7 @@ was written. All machines see photos, results and bundle under the same names.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,11 +66,12 @@ def restore_on_cluster(
         cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the command has its own
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs)]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Actor,
             fn_constructor_args=(plan,),
-            concurrency=min(actors, len(rows)),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
             num_cpus=cpus,
             num_gpus=1 if uses_gpu else 0,
         )
