@@ -8,7 +8,9 @@ was written. All machines see photos, results and bundle under the same names.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,9 @@ from engine.jobs import Job
 from engine.pipeline import Restorer
 from engine.settings import Settings
 from engine.work import Outcome, Watch, Work, restore_all
+
+#: Long enough for a slow network, short enough for a person.
+_KNOCK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def restore_on_cluster(
         BackendError: Ray is missing, the cluster is not reached, has no GPU, or gives up.
     """
     try:
+        # Its core warns of every pool of actors that their arguments are objects, which the command keeps alive.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray
         import ray.data
         from ray.exceptions import RayError
@@ -57,8 +64,9 @@ def restore_on_cluster(
         fix = "pip install 'ray[data]'"
         raise BackendError("--ray needs a library", found=f"no module {error.name}", fix=fix) from error
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         found = str(error).strip().splitlines()[0]
         fix = "start one with 'ray start --head', and give its address, or auto on its head"
         raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
@@ -123,6 +131,17 @@ def _told(notes: list[tuple[str, bool]], outcome: Outcome, job: Job, steps: int,
     for text, detail in notes:
         watch.note(text, detail=detail)
     return outcome
+
+
+def _knock(address: str) -> None:
+    """Find out whether anything answers at HOST:PORT, which Ray tries for minutes.
+
+    Raises:
+        OSError: nothing does, or the name is not known.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _share(nodes: Sequence[dict[str, Any]], uses_gpu: bool, threads: int) -> tuple[float, int]:
