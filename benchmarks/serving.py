@@ -31,7 +31,8 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine
 from engine.bundle import default_bundle_dir
 from engine.console import run_command
-from engine.imageio import decode_photo, encode_photo
+from engine.decoding import decode_photo
+from engine.encoding import encode_photo
 from engine.options import path_option, whole_number
 from engine.pipeline import Restorer
 from triton_repo.client import Client

@@ -97,6 +97,12 @@ class OutputError(RestoreError):
     """A result cannot be written."""
 
 
+class UnexpectedError(RestoreError):
+    """A bug, met while one of many photos was restored."""
+
+    exit_code = 70
+
+
 def from_os_error(error: OSError, path: object, action: str) -> RestoreError:
     """Translate an operating-system error about `path` into an `OutputError`.
 

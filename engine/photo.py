@@ -42,6 +42,9 @@ _LAYOUT_TAGS = frozenset(
     | {*range(322, 326), 330, 338, 339, 347, 513, 514, *range(529, 533), 700, 34377, 34675}
 )
 
+#: Formats that say which of their pictures is the photo: a phone's MPO holds its twin, a HEIC its series.
+_PHOTO_FIRST = ("MPO", "HEIF")
+
 Pixels = NDArray[np.float32]
 
 
@@ -53,6 +56,7 @@ class Photo:
         rgb: f32[H, W, 3] in [0, 1]; a grey photo has three equal channels.
         alpha: f32[H, W] in [0, 1], or None.
         grey: whether it is stored with a single channel.
+        bits: a channel has in its file, 8 or 16.
         icc_profile, exif, xmp: as stored, orientation removed; None if there is none.
         dpi: resolution, or None.
         texts: a PNG's texts by keyword; a JPEG's comment as "Comment".
@@ -68,6 +72,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     texts: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
+    bits: int = 8
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,7 +91,7 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
     """
     if 0 in image.size:
         raise ImageError("has no pixels", where=where, found=f"{image.width} × {image.height}")
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's MPO is a photo and its twin
+    if getattr(image, "is_animated", False) and image.format not in _PHOTO_FIRST:
         frames = f"{getattr(image, 'n_frames', 2)} of them"
         raise ImageError("holds several pictures", where=where, found=frames, fix="extract one of them first")
     try:
@@ -208,7 +213,8 @@ def _decode_grey(image: Image.Image) -> Photo:
         alpha = (values != (key > 0 if image.mode == "1" else key)).astype(np.float32)
     white = {"1": 1.0, "L": 255.0, "LA": 255.0}.get(image.mode, _SIXTEEN_BITS)
     grey = (values.astype(np.float32) / np.float32(white)).clip(0.0, 1.0)
-    return Photo(np.repeat(grey[:, :, None], 3, axis=2), alpha, grey=True)
+    bits = 16 if image.mode.startswith("I") and alpha is None else 8
+    return Photo(np.repeat(grey[:, :, None], 3, axis=2), alpha, grey=True, bits=bits)
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, where: object) -> tuple[Image.Image, bytes | None]:

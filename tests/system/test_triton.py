@@ -19,7 +19,8 @@ import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from engine import Restorer
-from engine.imageio import decode_photo, read_history
+from engine.decoding import decode_photo
+from engine.imageio import read_history
 from triton_repo.client import AsyncClient, Client
 from triton_repo.protocol import StoppedError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.errors import ImageError, OutputError
-from engine.imageio import check_output, list_images, read_history, read_photo, write_photo
+from engine.imageio import check_output, list_images, read_history, read_photo, remove_parts, write_photo
 from engine.photo import Photo, photo_from_array, resize
 
 HISTORY = {"engine": "test", "settings": {"prompt": 'a "cup", Straße, 猫', "steps": 15}}
@@ -434,11 +434,10 @@ def test_outputs_are_checked_before_the_work(tmp_path, name, photo, message):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def full(self, data):
-        self.touch()
+    def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="the disk is full"):
         write_photo(tmp_path / "out.png", photo_with_everything(), HISTORY)
     assert list(tmp_path.iterdir()) == []
@@ -471,4 +470,27 @@ def test_folders_list_their_images(tmp_path):
     for name in ("b.JPG", "a.png", "notes.txt", ".hidden"):
         (tmp_path / name).touch()
     (tmp_path / "c.png").mkdir()
+    for folder in ("sub/deeper", ".trash"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "d.heic").touch()
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG"]
+    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path, recursive=True)]
+    assert found == ["a.png", "b.JPG", "sub/deeper/d.heic"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(PermissionError):
+        list_images(tmp_path, recursive=True)
+
+
+def test_what_a_killed_writer_left_is_removed_but_not_what_is_being_written(tmp_path):
+    old, new, other = (tmp_path / f".{letter * 32}.part" for letter in "abz")  # z is no hexadecimal digit
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (1, 1))
+    remove_parts(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [new, other]

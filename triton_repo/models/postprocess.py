@@ -6,10 +6,11 @@ import json
 import time
 from typing import Any
 
+from engine.decoding import decode_photo
+from engine.encoding import encode_photo
 from engine.framing import finish, fix_colors
 from engine.geometry import result_size
 from engine.history import history_of
-from engine.imageio import decode_photo, encode_photo
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
 from triton_repo.protocol import IMAGE

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from engine.decoding import decode_photo
+from engine.encoding import check_format
 from engine.errors import ImageError
 from engine.framing import frame, size_to_work_at
-from engine.imageio import check_format, decode_photo
 from engine.prompts import texts_of
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
 from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options

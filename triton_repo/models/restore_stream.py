@@ -16,8 +16,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from engine.encoding import encode_photo
 from engine.framing import finish
-from engine.imageio import encode_photo
 from engine.photo import Photo
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError

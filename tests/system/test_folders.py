@@ -1,0 +1,249 @@
+"""Folders of photos: what goes where, what is gone on with, what a bad photo costs, what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import Restorer
+from engine.console import run_command
+from engine.imageio import read_history, read_photo
+from engine.restore import main
+
+
+@pytest.fixture
+def restore(bundle_fp32, capsys):
+    """Run the command in this process; returns (status, stdout, stderr)."""
+
+    def call(*arguments):
+        status = run_command(main, ["--bundle", str(bundle_fp32), "--steps", "1", *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+def make_photos(folder, names):
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        rng = np.random.default_rng(number)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_subfolders_come_out_as_they_went_in(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png", "sub/a.jpg", "sub/deep/b.webp", ".hidden/c.png"])
+    assert restore(photos, "-o", tmp_path / "flat")[0] == 0
+    assert files(tmp_path / "flat") == ["a.png"]
+    # The results lie inside of what is looked through, and are not taken for photos.
+    for made in (3, 0):
+        status, out, err = restore(photos, "-o", photos / "out", "--recursive")
+        assert status == 0, err
+        assert out.count("seed") == made
+        assert files(photos / "out") == ["a.png", "sub/a.png", "sub/deep/b.png"]
+
+
+def test_a_folder_without_images_says_where_they_may_be(restore, tmp_path):
+    make_photos(tmp_path / "photos", ["sub/a.png"])
+    status, _, err = restore(tmp_path / "photos")
+    assert status == 1
+    assert "look into its subfolders with --recursive" in err
+
+
+def test_the_same_command_goes_on_and_another_is_asked_about(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.png"])
+    out = tmp_path / "out"
+    assert restore(photos, "-o", out)[0] == 0
+    before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    make_photos(photos, ["c.png"])
+    status, text, _ = restore(photos, "-o", out)
+    assert status == 0
+    assert text.splitlines()[1].startswith("3 photos: 1 restored, 2 had a result already")
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+    status, _, err = restore(photos, "-o", out, "--seed", 5)
+    assert status == 1
+    assert "a.png: exists already" in err
+    assert "--skip-existing" in err
+    assert restore(photos, "-o", out, "--seed", 5, "--skip-existing")[1].startswith("3 photos: 0 restored, 3 had")
+    assert restore(photos, "-o", out, "--seed", 5, "--overwrite")[0] == 0
+    assert {read_history(path)["settings"]["seed"] for path in out.iterdir()} == {5}
+
+
+def test_a_photo_that_was_changed_is_not_taken_for_restored(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    assert restore(photos, "-o", tmp_path / "out")[0] == 0
+    later = time.time() + 10
+    os.utime(photos / "a.png", (later, later))
+    status, _, err = restore(photos, "-o", tmp_path / "out")
+    assert status == 1
+    assert "an older photo" in err
+
+
+def test_bad_files_stop_nothing_and_are_told_at_the_end(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png", "d.png", "f.png"])
+    (photos / "b.png").write_text("no image")
+    (photos / "c.png").write_bytes((photos / "a.png").read_bytes()[:5000])
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 255)]
+    frames[0].save(photos / "e.gif", save_all=True, append_images=frames[1:])
+    status, out, err = restore(photos, "-o", tmp_path / "out")
+    assert status == 1
+    assert files(tmp_path / "out") == ["a.png", "d.png", "f.png"]
+    summary, *failed = out.splitlines()[3:]
+    assert summary.startswith("6 photos: 3 restored, 3 failed, in ")
+    assert [line.split(": ")[1:3] for line in failed] == [
+        [str(photos / "b.png"), "is not an image, or of a format that is not read"],
+        [str(photos / "c.png"), failed[1].split(": ")[2]],
+        [str(photos / "e.gif"), "holds several pictures (2 of them)"],
+    ]
+    assert "damaged" in failed[1]
+    assert "3 of 6 photos could not be restored" in err
+    assert "3/3" in err  # the bar's steps are those of the photos that could be restored
+
+
+def test_a_bug_costs_one_photo(restore, tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.png", "c.png"])
+    whole = Restorer.restore
+
+    def broken(self, photo, **changes):
+        calls.append(photo)
+        if len(calls) == 2:
+            raise ZeroDivisionError("by nothing")
+        return whole(self, photo, **changes)
+
+    calls = []
+    monkeypatch.setattr(Restorer, "restore", broken)
+    status, out, err = restore(photos, "-o", tmp_path / "out")
+    assert status == 1
+    assert files(tmp_path / "out") == ["a.png", "c.png"]
+    assert f"failed: {photos / 'b.png'}: this is a bug (ZeroDivisionError: by nothing)" in out
+    assert "Traceback" in err
+
+
+def test_a_full_disk_is_told_for_each_photo(restore, tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.png"])
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, out, _ = restore(photos, "-o", tmp_path / "out")
+    assert status == 1
+    assert out.count("cannot write the image: the disk is full") == 2
+    assert files(tmp_path / "out") == []
+
+
+def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, tmp_path, monkeypatch):
+    """Each stage waits for what can only happen if the others go on: alone, it would wait in vain."""
+    from engine.work import Work
+
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.png", "c.png"])
+    read_b, wrote_a, restoring_b = threading.Event(), threading.Event(), threading.Event()
+    read, work, write = Work.read, Work.restore, Work.write
+    seen = []
+
+    def reading(self, job):
+        photo = read(self, job)
+        if job.photo.name == "b.png":
+            read_b.set()
+        return photo
+
+    def restoring(self, photo, seed, watch):
+        if len(seen) == 0:
+            seen.append(read_b.wait(60))
+        elif len(seen) == 1:
+            restoring_b.set()
+            seen.append(wrote_a.wait(60))
+        return work(self, photo, seed, watch)
+
+    def writing(self, output, result):
+        if output.name == "a.png":
+            seen.append(restoring_b.wait(60))
+        write(self, output, result)
+        if output.name == "a.png":
+            wrote_a.set()
+
+    monkeypatch.setattr(Work, "read", reading)
+    monkeypatch.setattr(Work, "restore", restoring)
+    monkeypatch.setattr(Work, "write", writing)
+    assert restore(photos, "-o", tmp_path / "out")[0] == 0
+    assert seen == [True, True, True]
+    assert files(tmp_path / "out") == ["a.png", "b.png", "c.png"]
+
+
+def test_results_do_not_depend_on_their_neighbours(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.png"])
+    assert restore(photos, "-o", tmp_path / "out")[0] == 0
+    assert restore(photos / "b.png", "-o", tmp_path / "alone.png")[0] == 0
+    assert np.array_equal(read_photo(tmp_path / "alone.png").rgb, read_photo(tmp_path / "out" / "b.png").rgb)
+
+
+def test_sixteen_bits_come_out_as_sixteen(restore, tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the 16bit extra")
+    ramp = np.linspace(0, 65535, 64 * 64 * 3).astype(np.uint16).reshape(64, 64, 3)
+    (tmp_path / "in.png").write_bytes(imagecodecs.png_encode(ramp))
+    assert restore(tmp_path / "in.png", "-o", tmp_path / "out.png")[0] == 0
+    result = imagecodecs.png_decode((tmp_path / "out.png").read_bytes())
+    assert result.dtype == np.uint16
+    assert len(np.unique(result)) > 1000  # 8 bits have 256 values
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("report.txt", "no name of a page"),
+        ("missing/report.html", "missing: no such folder"),
+        ("mine.html", "exists already"),
+    ],
+)
+def test_reports_that_cannot_be_written_are_told_before_the_work(restore, tmp_path, name, message):
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    (tmp_path / "mine.html").write_text("<p>my own page</p>")
+    status, _, err = restore(photos, "-o", tmp_path / "out", "--report", tmp_path / name)
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_killed_in_the_middle_and_started_again(bundle_fp32, tmp_path, count):
+    """Kill −9, start again: all outputs are there and right, and none was made twice."""
+    names = [f"{number:02}.png" for number in range(count)]
+    photos, out = make_photos(tmp_path / "photos", names), tmp_path / "out"
+    command = [sys.executable, "-m", "engine.restore", str(photos), "-o", str(out), "--bundle", str(bundle_fp32)]
+    command += ["--steps", "1", "--min-size", "64", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while len(list(out.glob("*.png"))) < count // 2:
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    first = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.glob("*.png")}
+    assert count // 2 <= len(first) < count
+    for name in first:  # what has its name is whole
+        read_photo(out / name)
+
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr
+    made = [os.path.basename(report["output"]) for report in json.loads(done.stdout)]
+    assert made == sorted(set(names) - set(first))
+    assert {name: (os.stat(out / name).st_mtime_ns, os.stat(out / name).st_ino) for name in first} == first
+    with Restorer.open(bundle_fp32, threads=1) as restorer:
+        for name in (names[0], names[count // 2], names[-1]):
+            expected = restorer.restore(photos / name, steps=1, min_size=64).photo.rgb
+            assert np.abs(read_photo(out / name).rgb - expected).max() <= 0.51 / 255
+    for name in names:
+        assert read_photo(out / name).size == (64, 64)
+    assert sorted(path.name for path in out.glob("*.png")) == names
