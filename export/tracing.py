@@ -5,13 +5,15 @@ A trace is Python from beginning to end, so it keeps one core busy, and SDXL's U
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx
 
@@ -37,36 +39,60 @@ def traced_ahead(builders: Iterable[GraphBuilder]) -> Iterator[Callable[[GraphBu
     if processes < 2:
         yield trace
         return
-    # Not forked: torch may have threads by now, which a fork does not survive.
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
-    traces = {each.spec.name: pool.submit(_keep_trace, each) for each in todo}
-    ours = [child for child in multiprocessing.active_children() if child not in others]
+    tracer = _Tracer()
+    pool = ThreadPoolExecutor(processes)
+    statuses = {each.spec.name: pool.submit(tracer.trace, each) for each in todo}
 
     def traced(builder: GraphBuilder) -> onnx.ModelProto:
-        if builder.spec.name in traces:
-            try:
-                traces[builder.spec.name].result()
-            except BrokenProcessPool as error:
-                raise BuildError(
-                    "the process that traced the graph was ended",
-                    where=builder.spec.name,
-                    fix="see whether memory is short, and start the build again",
-                ) from error
-        return trace(builder)
+        if builder.spec.name in statuses and statuses[builder.spec.name].result() < 0:
+            raise BuildError(
+                "the process that traced the graph was ended",
+                where=builder.spec.name,
+                fix="see whether memory is short, and start the build again",
+            )
+        return trace(builder)  # from the cache; where the process has failed, it fails here too, and is told as it is
 
     try:
         yield traced
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        if not all(each.done() for each in traces.values()):
-            for child in ours:
-                child.terminate()
+        tracer.stop()
+        pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Tracer:
+    """Runs this module as a program: multiprocessing would run the caller's, which may be a build itself."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def trace(self, builder: GraphBuilder) -> int:
+        """Trace a graph into the cache; returns the process's status, below 0 if a signal has ended it."""
+        if self._stopped:
+            return -signal.SIGTERM
+        root = str(Path(__file__).parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with subprocess.Popen(
+            [sys.executable, "-m", "export.tracing"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        ) as process:
+            self.running.add(process)
+            if self._stopped:  # while it was started
+                process.terminate()
+            process.communicate(pickle.dumps(builder))
+            self.running.discard(process)
+        return process.returncode
+
+    def stop(self) -> None:
+        """End what is running, and start nothing more."""
+        self._stopped = True
+        for process in list(self.running):
+            process.terminate()
 
 
-def _keep_trace(builder: GraphBuilder) -> None:
-    trace(builder)  # the cache is what the parent reads; a graph of SDXL is megabytes
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's to hear, which ends this
+    trace(pickle.load(sys.stdin.buffer))

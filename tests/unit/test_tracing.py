@@ -1,11 +1,13 @@
-import multiprocessing
+import signal
+import subprocess
 import time
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
+onnx = pytest.importorskip("onnx", reason="needs the export extra")
 
-from engine.errors import BuildError
+from engine.errors import BuildError, OutputError
 from export import to_onnx, tracing
 from export.architecture import infer_architecture
 from export.checkpoint import open_sdxl, open_supir
@@ -23,17 +25,32 @@ def towers(tiny, monkeypatch, tmp_path):
     return [builders["text_encoder"], builders["text_encoder_2"]]
 
 
-def until_ended(children):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that are started, in order."""
+    found = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            found.append(self)
+
+    monkeypatch.setattr(tracing.subprocess, "Popen", Recorded)
+    return found
+
+
+def wait_for(condition):
     deadline = time.monotonic() + 20
-    while any(child.is_alive() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(child.is_alive() for child in children)
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
 
 
-def test_graphs_are_traced_in_other_processes(towers, monkeypatch):
+def test_graphs_are_traced_in_other_processes(towers, started, monkeypatch):
     monkeypatch.setattr(to_onnx, "_trace", lambda builder: pytest.fail("traced here"))
     with tracing.traced_ahead(towers) as traced:
         structures = {builder.spec.name: traced(builder) for builder in towers}
+    assert [process.returncode for process in started] == [0, 0]
     assert all(map(to_onnx.is_cached, towers))
     for builder in towers:
         names = {value.name for value in structures[builder.spec.name].graph.input}
@@ -41,47 +58,38 @@ def test_graphs_are_traced_in_other_processes(towers, monkeypatch):
         assert len(names & set(builder.parameters)) > 10
 
 
-def test_a_single_graph_is_traced_here(towers, monkeypatch):
-    monkeypatch.setattr(tracing, "ProcessPoolExecutor", lambda *_: pytest.fail("a process for one graph"))
+def test_a_single_graph_is_traced_here(towers, started):
     to_onnx.trace(towers[0])
     with tracing.traced_ahead(towers) as traced:
         assert traced is to_onnx.trace
+    assert not started
 
 
-def children_of(build):
-    """Run something inside `traced_ahead`; returns what it raised, and the processes that were at work."""
-    others = multiprocessing.active_children()
-    children = []
-
-    def started():
-        children.extend(child for child in multiprocessing.active_children() if child not in others)
-        return children
-
-    with pytest.raises(BaseException) as caught:  # noqa: PT011, an interrupt is none of Exception
-        build(started)
-    assert len(children) == 2
-    return caught.value, children
-
-
-def test_a_process_that_is_killed_is_told(towers):
-    def build(started):
-        with tracing.traced_ahead(towers) as traced:
-            for child in started():
-                child.kill()
+def test_a_process_that_is_killed_is_told(towers, started):
+    with tracing.traced_ahead(towers) as traced:
+        wait_for(lambda: len(started) == 2)
+        for process in started:
+            process.kill()
+        with pytest.raises(BuildError, match="text_encoder: the process that traced the graph was ended"):
             traced(towers[0])
 
-    error, _ = children_of(build)
-    assert isinstance(error, BuildError)
-    assert str(error).startswith("text_encoder: the process that traced the graph was ended")
+
+def test_a_trace_that_fails_elsewhere_fails_here_with_its_own_error(towers, monkeypatch, tmp_path):
+    (tmp_path / "traces").touch()
+    monkeypatch.setattr(tracing._Tracer, "trace", lambda self, builder: 1)
+    with tracing.traced_ahead(towers) as traced:
+        monkeypatch.setattr(to_onnx, "_trace", lambda builder: onnx.ModelProto())
+        with pytest.raises(OutputError, match="cannot keep the trace"):
+            traced(towers[0])
 
 
-def test_a_build_that_ends_early_ends_its_processes(towers):
-    def build(started):
+def test_a_build_that_ends_early_ends_its_processes(towers, started):
+    def build():
         with tracing.traced_ahead(towers):
-            started()
+            wait_for(lambda: len(started) == 2)
             raise KeyboardInterrupt
 
-    error, children = children_of(build)
-    assert isinstance(error, KeyboardInterrupt)
-    assert until_ended(children)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
     assert not any(map(to_onnx.is_cached, towers))
