@@ -28,6 +28,7 @@ from engine.imageio import READ_SUFFIXES, check_output, list_images, read_histor
 from engine.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.photo import Photo
 from engine.settings import Settings
+from engine.size_plan import SizePlan
 
 #: Marks a result that lies beside its photo.
 _RESULT = ".restored"
@@ -64,6 +65,8 @@ def restore(arguments: Sequence[str]) -> int:
         reports, failures = [], []
         steps = settings.steps * sum(len(job.outputs) for job in jobs)
         with tqdm(total=steps, unit="step", disable=options.quiet, file=sys.stderr) as bar:
+            restorer.on_tile = lambda stage, done, total: bar.set_postfix_str(f"{stage} {done}/{total}")
+            restorer.on_note = lambda line: bar.write(f"note: {line}", file=sys.stderr)
             for job in jobs:
                 bar.set_description_str(job.photo.name)
                 try:
@@ -97,7 +100,10 @@ def _run(
     for _, output in job.outputs:
         check_output(output, photo, overwrite=options.overwrite)
     size = restorer.working_size(photo, settings)
+    plan = restorer.size_plan(size, settings)
     memory = restorer.gpu_memory(size, settings)
+    if plan != SizePlan() and not options.quiet:
+        bar.write(f"{job.photo}: {size[0]} × {size[1]} is {plan}", file=sys.stderr)
     if memory is not None and not options.quiet:
         bar.write(f"{job.photo}: {size[0]} × {size[1]} {memory['text']}", file=sys.stderr)
     reports = []
