@@ -1,23 +1,31 @@
-"""Whole, in windows, or refused: the choice by size, memory and settings, on the real size's shapes and the demo's."""
+"""Whole, in windows, or refused: the choice by size, memory and settings, on SDXL's shapes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from engine.bundle import Bundle, Manifest
+pytest.importorskip("torch", reason="needs the export extra")
+
+from layouts import our_shapes
+
+from engine.bundle import Bundle
 from engine.errors import BackendError, ImageError, UsageError
+from engine.settings import Settings
 from engine.size_plan import SizePlan, choose_plan, default_window, is_out_of_memory, sampling_bytes, vae_bytes
+from export.architecture import infer_architecture
+from export.graphs import graph_builders
 
 GIB = 2**30
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 
 
 @pytest.fixture(scope="module")
-def sdxl(bundle_fp32):
-    """The synthetic bundle with SDXL's least size: what is chosen follows shapes and defaults alone."""
-    manifest = Manifest.model_validate_json((bundle_fp32 / "manifest.json").read_text())
-    defaults = manifest.defaults.updated({"min_size": 1024})
-    return Bundle(bundle_fp32, manifest.model_copy(update={"defaults": defaults}), "0")
+def sdxl():
+    """What a bundle of real checkpoints says of its shapes and defaults."""
+    builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp16", 49407)
+    graphs = {name: SimpleNamespace(spec=builder.spec) for name, builder in builders.items()}
+    return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
 
 
 def chosen(bundle, size, memory=1024 * GIB, **changes):
@@ -64,11 +72,9 @@ def test_a_side_between_the_multiples_is_refused_with_one_that_works(sdxl):
 
 
 def test_what_is_needed_grows_with_the_square_of_the_cells(sdxl):
-    """By hand: the second level has 64 or 128 channels at half the size, so heads × tokens² twice, guided."""
-    small, large = (sampling_bytes(sdxl, (side, side)) for side in (512, 1024))
-    assert large == 16 * small
-    outputs = {t.shape[2]: t.shape[1] for t in sdxl.spec("controlnet").outputs}
-    assert small == 4 * 4 * (outputs["h/2"] // 64 or 1) * (32 * 32) ** 2 or small > 0
+    """By hand: ten heads at the second level, each with 1024 tokens, twice in float32, for both texts."""
+    assert sampling_bytes(sdxl, (512, 512)) == 2 * 2 * 4 * 10 * 1024**2
+    assert sampling_bytes(sdxl, (1024, 1024), 3) == 3 * 16 * sampling_bytes(sdxl, (512, 512))
     pixels, cells = 512 * 512, 64 * 64
     assert vae_bytes(sdxl, (512, 512)) == 4096 * pixels + 8 * cells**2
     assert vae_bytes(sdxl, (512, 512), 3) == 3 * vae_bytes(sdxl, (512, 512))
