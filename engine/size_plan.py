@@ -24,6 +24,8 @@ from engine.tiling import Tiling, Trapezoid, gaussian
 _SHARE = 0.5
 #: A latent is sampled whole up to so many windows' area: beyond, SDXL repeats things, and attention grows squared.
 _WHOLE_UP_TO = 4
+#: Smaller windows show too little of a picture, whatever size a bundle works at.
+_LEAST_WINDOW_PX = 256
 _HEAD_CHANNELS = 64
 _FLOAT = np.dtype(np.float32).itemsize
 #: SDXL's VAE is 256 channels wide at full size, in float32; four such maps at a time.
@@ -62,19 +64,23 @@ class SizePlan:
 
     def smaller(self, bundle: Bundle, size: Size) -> SizePlan | None:
         """Return the plan to try where memory ran out, None if there is none for (width, height) `size`."""
-        window, multiple = default_window(bundle), bundle.size_multiple
-        side = max(size)
-        if self.vae_px is None or self.window_px is None:
-            plan = SizePlan(self.window_px or window, self.vae_px or _VAE_CELLS * bundle.pixels_per_cell)
-            if min(plan.window_px or side, plan.vae_px or side) < side:
-                return plan
-            return plan.smaller(bundle, size)
-        least = _LEAST_VAE_CELLS * bundle.pixels_per_cell
-        plan = SizePlan(
-            max(multiple * 2, self.window_px // 2 // multiple * multiple),
-            max(least, self.vae_px // 2 // multiple * multiple),
+        plan = SizePlan(self.window_px or default_window(bundle), self.vae_px or _VAE_CELLS * bundle.pixels_per_cell)
+        if plan == self:
+            plan = plan._halved(bundle)
+        while min(plan.window_px or 0, plan.vae_px or 0) >= max(size):  # which cuts nothing
+            previous, plan = plan, plan._halved(bundle)
+            if plan == previous:
+                return None
+        return None if plan == self else plan
+
+    def _halved(self, bundle: Bundle) -> SizePlan:
+        assert self.window_px is not None
+        assert self.vae_px is not None
+        multiple = bundle.size_multiple
+        return SizePlan(
+            max(2 * multiple, self.window_px // 2 // multiple * multiple),
+            max(_LEAST_VAE_CELLS * bundle.pixels_per_cell, self.vae_px // 2 // multiple * multiple),
         )
-        return plan if plan != self and least < side else None
 
     def as_settings(self) -> dict[str, Any]:
         """Return the settings that ask for the same windows, as far as there are any."""
@@ -93,7 +99,7 @@ class SizePlan:
 def default_window(bundle: Bundle) -> int:
     """Return the side in pixels that a bundle's networks work at best: SDXL's 1024, the demo's 256."""
     multiple = bundle.size_multiple
-    return max(1, bundle.manifest.defaults.min_size // multiple) * multiple
+    return max(_LEAST_WINDOW_PX, bundle.manifest.defaults.min_size) // multiple * multiple
 
 
 def choose_plan(bundle: Bundle, size: Size, photos: int, settings: Settings, memory_bytes: int | None) -> SizePlan:

@@ -88,7 +88,9 @@ def test_smaller_plans_end(sdxl):
         assert len(seen) < 20
     assert seen[:3] == [SizePlan(), SizePlan(1024, 512), SizePlan(512, 256)]
     assert len(set(seen)) == len(seen)
-    assert SizePlan().smaller(sdxl, (256, 256)) is None
+    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, 256)
+    assert SizePlan().smaller(sdxl, (128, 128)) is None
+    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, 512)
 
 
 def test_only_lack_of_memory_is_tried_again():
