@@ -26,6 +26,7 @@ from engine.progress import StepBar
 from engine.ray_cluster import Plan, gpu_is_used, restore_on_cluster
 from engine.report_page import ReportPage, check_page
 from engine.settings import Settings
+from engine.size_plan import settings_of
 from engine.tally import Tally
 from engine.work import Outcome, Watch, Work, restore_all
 
@@ -139,7 +140,7 @@ def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     settings, bundle = history.get("settings"), history.get("bundle")
     if not isinstance(settings, dict) or not isinstance(bundle, dict):
         raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
-    return {**settings, **given}, str(bundle.get("digest"))
+    return {**settings, **settings_of(history), **given}, str(bundle.get("digest"))
 
 
 def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> None:

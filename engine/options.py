@@ -16,6 +16,8 @@ from engine.settings import QUALITY_WORDS, ScaleRange, parse_scale
 _SETTINGS = (
     "upscale",
     "min_size",
+    "tile",
+    "vae_tiles",
     "prompt",
     "quality_words",
     "negative_prompt",
@@ -46,6 +48,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--upscale", type=float, metavar="X", help="size of the result over the photo's")
     size.add_argument(
         "--min-size", type=int, metavar="PX", help="work at least at this shorter side; the result's size stays"
+    )
+    size.add_argument(
+        "--tile",
+        type=_tile,
+        metavar="auto|off|PX",
+        help="sample in windows of PX pixels, half a window apart; auto: large photos, at the bundle's own size",
+    )
+    size.add_argument(
+        "--vae-tiles",
+        choices=("auto", "off", "fast"),
+        help="run the autoencoder in tiles, which is approximate; auto: where memory does not hold the whole",
     )
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", metavar="TEXT", help="what the photo shows; of any length")
@@ -91,6 +104,14 @@ def whole_number(low: int, high: int, meaning: str = "") -> Callable[[str], int]
         return int(text)
 
     return number
+
+
+def _tile(text: str) -> int | str:
+    if text in ("auto", "off"):
+        return text
+    if text.isascii() and text.isdigit() and len(text) <= 9:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected auto, off, or a window's side in pixels, got {text!r}")
 
 
 def _scale(text: str) -> ScaleRange:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engine.bundle import Bundle, default_bundle_dir, open_bundle
 from engine.conditioning import Conditioning
 from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
-from engine.errors import UsageError
+from engine.errors import BackendError, UsageError
 from engine.framing import (
     MAX_WORKING_PIXELS,
     PhotoLike,
@@ -35,19 +36,27 @@ from engine.framing import (
 from engine.geometry import Size, result_size
 from engine.history import history_of
 from engine.host_memory import total_memory_bytes
-from engine.network import GuidedNetwork
+from engine.network import GuidedNetwork, TextsAt, TiledNetwork
 from engine.noise import noise_source
 from engine.photo import Photo, Pixels
 from engine.prompts import Prompts, texts_of
 from engine.residency import Work, describe, keep_on_host
 from engine.runners import Runners
-from engine.sampler import Latent, Progress, StepTable, sample
+from engine.sampler import Latent, Network, Progress, StepTable, sample
 from engine.settings import Settings
+from engine.size_plan import SizePlan, choose_plan, is_out_of_memory, no_windows_on_device
 from engine.tables import table_for
+from engine.tiling import Tiling, run_tiled
 from engine.timings import Timings
 
 OnStep = Callable[[Progress], None]
+#: Told a stage, how many of its windows are done, and how many there are; for a step, of that step.
+OnTile = Callable[[str, int, int], None]
+#: Told what a person should know while it happens, a line each.
+OnNote = Callable[[str], None]
 
+#: Arrays of a photo's size on the host: as it came, as it is worked at, stage 1, the result, the colour fix's, out.
+_BYTES_PER_PIXEL = 20 * 3 * 4
 #: Texts whose conditioning is kept: a folder of photos shares one pair.
 _TEXTS_KEPT = 8
 
@@ -61,18 +70,24 @@ class Restored:
         settings: that repeat it.
         timings: of the batch that it was restored in.
         history: what goes into the file's metadata.
+        notes: what did not go as it was meant to, a sentence each.
     """
 
     photo: Photo
     settings: Settings
     timings: Timings
     history: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Restorer:
     """Restores photos with one bundle on one backend.
 
     Graphs are opened when they are first needed, and stay open until `close` where memory holds them all.
+
+    Attributes:
+        on_tile: told how far a stage that works in windows is; an exception from it ends the restoration.
+        on_note: told what did not go as it was meant to.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
@@ -86,6 +101,8 @@ class Restorer:
             memory = total_memory_bytes()
             self._runners = Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory))
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
+        self.on_tile: OnTile = lambda stage, done, total: None
+        self.on_note: OnNote = lambda line: None
         self._prompts = Prompts(bundle)
 
     @classmethod
@@ -235,9 +252,25 @@ class Restorer:
 
     @property
     def max_pixels(self) -> int:
-        """How many pixels this computer's memory lets a photo be worked at."""
+        """How many pixels a photo may be worked at: what a GPU holds whole, or a computer beside the windows."""
         memory = total_memory_bytes()
-        return MAX_WORKING_PIXELS if memory is None else pixels_in_memory(self.bundle, memory)
+        if memory is None:
+            return MAX_WORKING_PIXELS
+        if self._session is not None:
+            return pixels_in_memory(self.bundle, memory)
+        return min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
+
+    def size_plan(self, size: Size, settings: Settings, photos: int = 1) -> SizePlan:
+        """Return how photos of a working size would be worked at: whole, or in windows.
+
+        Raises:
+            UsageError, ImageError: as `engine.size_plan.choose_plan`; or windows were asked for on a GPU.
+        """
+        if self._session is not None:
+            if isinstance(settings.tile, int) or settings.vae_tiles == "fast":
+                raise no_windows_on_device()
+            return SizePlan()
+        return choose_plan(self.bundle, size, photos, settings, total_memory_bytes())
 
     def _restore_group(
         self,
@@ -252,8 +285,19 @@ class Restorer:
         with times.outside("everything else"):
             with times.outside("resize in"):
                 lq = np.stack([frame(source, size) for source in sources])
+            plan, notes = self.size_plan(size, settings, len(lq)), []
             run = self._run_on_host if self._session is None else self._run_on_device
-            restored, stage1 = run(lq, settings, seeds, noise, on_step, times)
+            try:
+                restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
+            except (BackendError, MemoryError) as error:
+                smaller = plan.smaller(self.bundle, size) if is_out_of_memory(error) else None
+                if smaller is None or self._session is not None:
+                    raise
+                notes.append(f"out of memory ({plan}); tried again: {smaller}")
+                self.on_note(notes[-1])
+                self._runners.close()
+                plan = smaller
+                restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
             with times.outside("color fix"):
                 restored = fix_colors(restored, stage1, settings.color_fix)
             with times.outside("resize out"):
@@ -264,33 +308,53 @@ class Restorer:
         results = []
         for photo, seed in zip(photos, seeds, strict=True):
             used = settings.updated({"seed": seed})
-            results.append(Restored(photo, used, times, history_of(self.bundle, used)))
+            history = history_of(self.bundle, used)
+            if plan != SizePlan():
+                history["size_plan"] = plan.as_data()
+            if notes:
+                history["notes"] = notes
+            results.append(Restored(photo, used, times, history, tuple(notes)))
         return results
 
     def _run_on_host(
         self,
         lq: Pixels,
         settings: Settings,
+        plan: SizePlan,
         seeds: list[int],
         noise: Latent | None,
         on_step: OnStep | None,
         times: Timings,
     ) -> tuple[Pixels, Pixels | None]:
         """Return the restored pixels and stage 1, where the colour fix or the pull needs it."""
+        cells = self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
+        tiles = plan.vae_tiles(self.bundle, cells["h"], cells["w"])
+        windows = plan.windows(self.bundle, cells["h"], cells["w"])
         texts = self.conditioning(settings, times=times)
-        z_lq = self.encode(lq, times=times)
+        z_lq = self.encode(lq, tiles=tiles, times=times)
         needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
-        stage1 = self.decode(z_lq, stage="stage 1", times=times) if needs_stage1 else None
+        stage1 = self.decode(z_lq, stage="stage 1", tiles=tiles, times=times) if needs_stage1 else None
         center = None
         if settings.restore_pull is not None and stage1 is not None:
-            center = self.encode_clean(stage1, times=times)
-        z = self.sample(z_lq, texts, settings, seeds=seeds, noise=noise, center=center, on_step=on_step, times=times)
-        return self.decode(z, times=times), stage1
+            center = self.encode_clean(stage1, tiles=tiles, times=times)
+        z = self.sample(
+            z_lq,
+            texts,
+            settings,
+            seeds=seeds,
+            noise=noise,
+            center=center,
+            windows=windows,
+            on_step=on_step,
+            times=times,
+        )
+        return self.decode(z, tiles=tiles, times=times), stage1
 
     def _run_on_device(
         self,
         lq: Pixels,
         settings: Settings,
+        plan: SizePlan,
         seeds: list[int],
         noise: Latent | None,
         on_step: OnStep | None,
@@ -329,17 +393,23 @@ class Restorer:
             self._texts[texts] = self._prompts.encode(texts, lambda graph, ids: self._run(graph, ids, "text", times))
         return self._texts[texts]
 
-    def encode(self, lq: Pixels, *, times: Timings | None = None) -> Latent:
-        """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5."""
-        return self._run("denoise_encoder", {"pixels": lq}, "denoise encoder", times)["z"]
+    def encode(self, lq: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
+        """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5.
 
-    def encode_clean(self, pixels: Pixels, *, times: Timings | None = None) -> Latent:
+        `tiles` of the latent, here and below, let a VAE graph see a part at a time, which is approximate: its
+        norms and its attention then see no more than a tile. None, or one tile, is exact.
+        """
+        return self._run_vae("denoise_encoder", lq, "denoise encoder", tiles, times)
+
+    def encode_clean(self, pixels: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
         """Return z f32[B,4,h,w] of clean pixels f32[B,3,8h,8w] in [-1, 1]: the pull's center."""
-        return self._run("vae_encoder", {"pixels": pixels}, "stage 1 encoder", times)["z"]
+        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", tiles, times)
 
-    def decode(self, z: Latent, *, stage: str = "vae decoder", times: Timings | None = None) -> Pixels:
+    def decode(
+        self, z: Latent, *, stage: str = "vae decoder", tiles: Tiling | None = None, times: Timings | None = None
+    ) -> Pixels:
         """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
-        return self._run("vae_decoder", {"z": z}, stage, times)["pixels"]
+        return self._run_vae("vae_decoder", z, stage, tiles, times)
 
     def table(self, settings: Settings) -> StepTable:
         """Return the sampler's table of step weights for some settings."""
@@ -348,13 +418,15 @@ class Restorer:
     def sample(
         self,
         z_lq: Latent,
-        texts: Sequence[Conditioning],
+        texts: Sequence[Conditioning] | TextsAt,
         settings: Settings,
         *,
         seeds: Sequence[int] | None = None,
         noise: Latent | None = None,
         step_noise: NDArray[np.float32] | None = None,
         center: Latent | None = None,
+        windows: Tiling | None = None,
+        at_once: int = 1,
         on_step: OnStep | None = None,
         estimates: bool = False,
         times: Timings | None = None,
@@ -363,12 +435,15 @@ class Restorer:
 
         Args:
             z_lq: f32[B,4,h,w], from `encode`.
-            texts: from `conditioning`; or, with a leading axis, each photo's own.
+            texts: from `conditioning`; or, with a leading axis, each photo's own; or a function from a window
+                to its texts, so that a prompt can hold for a part of the photo.
             settings: steps, sampler, scales and what goes with them.
             seeds: one per image; None gives all of them the settings' seed.
             noise: f32[B,4,h,w], the starting noise, instead of the seeds'.
             step_noise: f32[n,B,4,h,w], the noise of each step, instead of the seeds'.
             center: f32[B,4,h,w], from `encode_clean`; needed if the restoration pull is on.
+            windows: of the latent; None is what the settings and the size ask for.
+            at_once: windows that go through the networks together.
             on_step: called after every step; an exception from it ends the sampling.
             estimates: whether `on_step` is told the estimate of the clean latent at every step.
             times: that the stages' times are added to.
@@ -382,7 +457,19 @@ class Restorer:
         def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
             return self._run(graph, inputs, graph, times)
 
-        network = GuidedNetwork(run, self.bundle.spec("unet"), z_lq, texts)
+        def make(rows: Latent, row_texts: Sequence[Conditioning]) -> Network:
+            return GuidedNetwork(run, self.bundle.spec("unet"), rows, row_texts)
+
+        if windows is None:
+            height, width = (side * self.bundle.pixels_per_cell for side in z_lq.shape[2:])
+            plan = self.size_plan((width, height), settings, len(z_lq))
+            windows = plan.windows(self.bundle, *z_lq.shape[2:])
+        network: Network
+        if windows.is_whole and not callable(texts):
+            network = make(z_lq, texts)
+        else:
+            told = partial(self.on_tile, "step")
+            network = TiledNetwork(make, windows, z_lq, texts, at_once=at_once, on_tile=told)
         z: Latent | None = None
         for progress in sample(self.table(settings), network, draw, center=center, estimates=estimates):
             z = progress.x
@@ -390,6 +477,22 @@ class Restorer:
                 on_step(progress)
         assert z is not None
         return z
+
+    def _run_vae(
+        self, graph: str, image: Array, stage: str, tiles: Tiling | None, times: Timings | None
+    ) -> NDArray[np.float32]:
+        """Run a graph of the VAE on an image, f32[B,C,H,W], whole or by tiles of the latent."""
+        spec = self.bundle.spec(graph)
+        source, target = spec.inputs[0].name, spec.outputs[0].name
+
+        def run(part: Array) -> Array:
+            return self._run(graph, {source: part}, stage, times)[target]
+
+        if tiles is None or tiles.is_whole:
+            return run(image)
+        pixels = tiles.scaled(self.bundle.pixels_per_cell)
+        ways = (tiles, pixels) if source == "z" else (pixels, tiles)
+        return run_tiled(image, *ways, run, partial(self.on_tile, stage))
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
         runner = self._runners.open(graph, times)

@@ -47,6 +47,9 @@ class StepBar:
         self._owed -= 1
         self._bar.update()
 
+    def part(self, stage: str, done: int, total: int) -> None:
+        self._bar.set_postfix_str(f"{stage} {done}/{total}" if done < total else "")
+
     def note(self, text: str, *, detail: bool = False) -> None:
         if not (detail and self._quiet):
             self._bar.write(text, file=sys.stderr)

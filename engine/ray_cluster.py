@@ -119,6 +119,9 @@ class _Notes:
     def step(self) -> None:
         pass
 
+    def part(self, stage: str, done: int, total: int) -> None:
+        pass
+
     def note(self, text: str, *, detail: bool = False) -> None:
         self.texts.append((text, detail))
 

@@ -18,6 +18,7 @@ from engine.photo import Photo
 from engine.pipeline import Restored, Restorer
 from engine.preview import preview
 from engine.settings import Settings
+from engine.size_plan import SizePlan
 
 
 class Watch(Protocol):
@@ -28,6 +29,9 @@ class Watch(Protocol):
 
     def step(self) -> None:
         """Hear that a sampling step is done."""
+
+    def part(self, stage: str, done: int, total: int) -> None:
+        """Hear how many windows of a step, or of another stage, are done."""
 
     def note(self, text: str, *, detail: bool = False) -> None:
         """Hear something about a photo that its owner must know, or, as a detail, may want to."""
@@ -73,6 +77,8 @@ class Work:
 
     def restore(self, photo: Photo, seed: int, watch: Watch) -> Restored:
         """Restore a photo from a seed's noise."""
+        self.restorer.on_tile = watch.part
+        self.restorer.on_note = lambda text: watch.note(f"note: {text}")
         changes = {**self.settings.model_dump(), "seed": seed}
         return self.restorer.restore(photo, on_step=lambda _: watch.step(), **changes)
 
@@ -179,6 +185,9 @@ def _restore_one(
         _make_folder(output.parent)
         check_output(output, photo, overwrite=work.overwrite)
     size = work.restorer.working_size(photo, work.settings)
+    plan = work.restorer.size_plan(size, work.settings)
+    if plan != SizePlan():
+        watch.note(f"{job.photo}: {size[0]} × {size[1]} is {plan}", detail=True)
     memory = work.restorer.gpu_memory(size, work.settings)
     if memory is not None:
         watch.note(f"{job.photo}: {size[0]} × {size[1]} {memory['text']}", detail=True)

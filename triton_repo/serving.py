@@ -84,8 +84,15 @@ class Serving(BaseModel):
         """Refuse settings beyond what this server takes on.
 
         Raises:
-            UsageError: too many steps, or too long a text.
+            UsageError: too many steps, too long a text, or tiles of the VAE, which a server runs whole.
         """
+        if settings.vae_tiles == "fast":
+            raise UsageError(
+                "a server's VAE works at the whole photo",
+                where="options.vae_tiles",
+                expected="auto or off",
+                found="fast",
+            )
         if settings.steps > self.max_steps:
             raise UsageError(
                 "too many steps",

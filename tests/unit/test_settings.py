@@ -24,6 +24,9 @@ def test_settings_survive_json():
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"color_fix": "yes"}, "color_fix"),
+        ({"tile": "on"}, "tile"),
+        ({"tile": 8}, "tile"),
+        ({"vae_tiles": "exact"}, "vae_tiles"),
         ({"stpes": 4}, "stpes"),
     ],
 )

@@ -1,0 +1,199 @@
+"""Whole, in windows, or not at all: how a photo of a size is worked at, by what memory holds.
+
+Arithmetic on shapes, so that it is known before anything is loaded. What ONNX Runtime needs beside the weights
+is bounded from above: what a guess misses ends as "out of memory", and the next smaller plan is tried once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.bundle import Bundle
+from engine.console import format_memory
+from engine.errors import BackendError, ImageError, RestoreError, UsageError
+from engine.geometry import Size
+from engine.graphspec import parse_axis
+from engine.settings import Settings
+from engine.tiling import Tiling, Trapezoid, gaussian
+
+#: Of the computer's memory, what activations may take if nobody asks for more.
+_SHARE = 0.5
+#: A latent is sampled whole up to so many windows' area: beyond, SDXL repeats things, and attention grows squared.
+_WHOLE_UP_TO = 4
+#: Smaller windows show too little of a picture, whatever size a bundle works at.
+_LEAST_WINDOW_PX = 256
+_HEAD_CHANNELS = 64
+_FLOAT = np.dtype(np.float32).itemsize
+#: SDXL's VAE is 256 channels wide at full size, in float32; four such maps at a time.
+_VAE_BYTES_PER_PIXEL = 4 * 256 * _FLOAT
+#: Side of the VAE's tiles and how far neighbours overlap, in latent cells.
+_VAE_CELLS, _VAE_OVERLAP = 64, 16
+_LEAST_VAE_CELLS = 32
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """How a photo is worked at.
+
+    Attributes:
+        window_px: side of the windows that are sampled; None is the whole latent.
+        vae_px: side of the VAE's tiles; None is the whole image.
+    """
+
+    window_px: int | None = None
+    vae_px: int | None = None
+
+    def windows(self, bundle: Bundle, height: int, width: int) -> Tiling:
+        """Return the windows of a latent of `height` × `width` cells that are sampled, half a window apart."""
+        if self.window_px is None:
+            return _whole(height, width)
+        size = self.window_px // bundle.pixels_per_cell
+        return Tiling(height, width, size, size // 2, gaussian)
+
+    def vae_tiles(self, bundle: Bundle, height: int, width: int) -> Tiling:
+        """Return the VAE's tiles of a latent of `height` × `width` cells."""
+        if self.vae_px is None:
+            return _whole(height, width)
+        size = self.vae_px // bundle.pixels_per_cell
+        overlap = min(_VAE_OVERLAP, size // 2)
+        return Tiling(height, width, size, size - overlap, Trapezoid(overlap / size))
+
+    def smaller(self, bundle: Bundle, size: Size) -> SizePlan | None:
+        """Return the plan to try where memory ran out, None if there is none for (width, height) `size`."""
+        plan = SizePlan(self.window_px or default_window(bundle), self.vae_px or _VAE_CELLS * bundle.pixels_per_cell)
+        if plan == self:
+            plan = plan._halved(bundle)
+        while min(plan.window_px or 0, plan.vae_px or 0) >= max(size):  # which cuts nothing
+            previous, plan = plan, plan._halved(bundle)
+            if plan == previous:
+                return None
+        return None if plan == self else plan
+
+    def _halved(self, bundle: Bundle) -> SizePlan:
+        assert self.window_px is not None
+        assert self.vae_px is not None
+        multiple = bundle.size_multiple
+        return SizePlan(
+            max(2 * multiple, self.window_px // 2 // multiple * multiple),
+            max(_LEAST_VAE_CELLS * bundle.pixels_per_cell, self.vae_px // 2 // multiple * multiple),
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan for a result's record."""
+        return {"window_px": self.window_px, "vae_tile_px": self.vae_px}
+
+    def __str__(self) -> str:
+        parts = (("sampled", self.window_px), ("decoded", self.vae_px))
+        return ", ".join(f"{what} {'whole' if px is None else f'in windows of {px} pixels'}" for what, px in parts)
+
+
+def settings_of(history: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that ask for the windows of a result, from its record; {} if it was worked at whole."""
+    plan = history.get("size_plan")
+    if not isinstance(plan, Mapping):
+        return {}
+    found = {} if plan.get("window_px") is None else {"tile": plan["window_px"]}
+    return found if plan.get("vae_tile_px") is None else {**found, "vae_tiles": "fast"}
+
+
+def default_window(bundle: Bundle) -> int:
+    """Return the side in pixels that a bundle's networks work at best: SDXL's 1024, the demo's 256."""
+    multiple = bundle.size_multiple
+    return max(_LEAST_WINDOW_PX, bundle.manifest.defaults.min_size) // multiple * multiple
+
+
+def choose_plan(bundle: Bundle, size: Size, photos: int, settings: Settings, memory_bytes: int | None) -> SizePlan:
+    """Choose how photos are worked at on a computer.
+
+    Args:
+        bundle: whose networks work.
+        size: (width, height) in pixels that is worked at.
+        photos: that are restored together.
+        settings: what they leave open is chosen by size and memory; what they say is done, or refused.
+        memory_bytes: of the computer; None if the system does not tell.
+    Raises:
+        UsageError: windows of that side do not exist.
+        ImageError: what was asked for does not fit.
+    """
+    window = default_window(bundle)
+    multiple = bundle.size_multiple
+    memory = math.inf if memory_bytes is None else memory_bytes
+    if isinstance(settings.tile, int) and settings.tile % multiple:
+        raise UsageError(
+            "windows of this side do not exist",
+            where="--tile",
+            expected=f"a multiple of {multiple}, such as {window}",
+            found=settings.tile,
+        )
+    pixels = size[0] * size[1]
+    needed = {"tile": sampling_bytes(bundle, size, photos), "vae_tiles": vae_bytes(bundle, size, photos)}
+    for option, need in needed.items():
+        if getattr(settings, option) == "off" and need > memory:
+            name = f"--{option.replace('_', '-')}"
+            raise ImageError(
+                "too large to be worked at in one piece",
+                where=f"{size[0]} × {size[1]} pixels",
+                expected=f"{format_memory(need)} of memory",
+                found=format_memory(int(memory)),
+                fix=f"leave out {name} off: {name} auto works in windows",
+            )
+    if settings.tile == "auto":
+        too_large = pixels > _WHOLE_UP_TO * window**2 or needed["tile"] > _SHARE * memory
+        window_px = window if too_large and max(size) > window else None
+    else:
+        window_px = None if settings.tile == "off" or settings.tile >= max(size) else settings.tile
+    vae_px: int | None = _VAE_CELLS * bundle.pixels_per_cell
+    assert vae_px is not None
+    fits = needed["vae_tiles"] <= _SHARE * memory
+    if settings.vae_tiles == "off" or max(size) <= vae_px or (settings.vae_tiles == "auto" and fits):
+        vae_px = None
+    return SizePlan(window_px, vae_px)
+
+
+def vae_bytes(bundle: Bundle, size: Size, photos: int = 1) -> int:
+    """Return what the VAE needs at (width, height) pixels: its maps, and attention of each cell with each, twice."""
+    pixels = size[0] * size[1]
+    cells = pixels // bundle.pixels_per_cell**2
+    return photos * (_VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2)
+
+
+def sampling_bytes(bundle: Bundle, size: Size, photos: int = 1) -> int:
+    """Return what the UNet's attention needs at (width, height) pixels, for a guided step.
+
+    Transformers begin at the second level, whose channels and size the control features tell.
+    """
+    cells = size[0] * size[1] // bundle.pixels_per_cell**2
+    most = 0
+    for tensor in bundle.spec("controlnet").outputs:
+        _, channels, axis, _ = tensor.shape
+        _, ratio = parse_axis(axis)
+        if ratio < 1:
+            tokens = cells * ratio * ratio
+            most = max(most, int(int(channels) // _HEAD_CHANNELS * tokens**2))
+    return 2 * photos * 2 * _FLOAT * most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a smaller plan may help."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, BackendError) and error.problem.startswith("out of memory")
+    )
+
+
+def no_windows_on_device() -> RestoreError:
+    """Return the error for windows on a GPU, whose loop works at the whole latent."""
+    return UsageError(
+        "windows and tiles run on the CPU only, so far",
+        where="--tile, --vae-tiles",
+        fix="leave them at auto, which works at the whole on a GPU, or restore on --device cpu",
+    )
+
+
+def _whole(height: int, width: int) -> Tiling:
+    side = max(height, width)
+    return Tiling(height, width, side, side)

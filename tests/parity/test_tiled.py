@@ -1,0 +1,188 @@
+"""Restoring in windows and tiles, on real graphs: what must be equal is, and what memory lacks is tried smaller."""
+
+import numpy as np
+import pytest
+
+from engine import Restorer
+from engine.errors import BackendError, UsageError
+from engine.size_plan import SizePlan, settings_of
+from engine.tiling import Tiling
+
+STEPS = {"steps": 2, "min_size": 64}
+
+
+@pytest.fixture(scope="module")
+def photo():
+    rng = np.random.default_rng(0)
+    return rng.random((128, 192, 3), dtype=np.float32)
+
+
+@pytest.fixture
+def latents(restorer):
+    rng = np.random.default_rng(2)
+    return rng.normal(size=(1, restorer.bundle.latent_channels, 16, 24)).astype(np.float32)
+
+
+def sampled(restorer, z_lq, texts=None, windows=None, **changes):
+    settings = restorer.defaults.updated({**STEPS, **{k: v for k, v in changes.items() if k != "at_once"}})
+    center = z_lq * np.float32(0.5)
+    return restorer.sample(
+        z_lq,
+        restorer.conditioning(settings) if texts is None else texts,
+        settings,
+        center=center,
+        windows=windows,
+        at_once=changes.get("at_once", 1),
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"sampler": "dpmpp2m", "restore_pull": 2.0}, {"churn": 3.0}])
+def test_windows_differ_from_the_whole_and_not_by_how_many_go_at_once(restorer, latents, changes):
+    windows = Tiling(16, 24, 16, 8)
+    assert len(windows) == 2
+    whole = sampled(restorer, latents, **changes)
+    one = sampled(restorer, latents, windows=windows, **changes)
+    both = sampled(restorer, latents, windows=windows, at_once=2, **changes)
+    np.testing.assert_allclose(one, both, atol=2e-4)
+    assert np.isfinite(one).all()
+    difference = np.sqrt(np.mean((one - whole) ** 2)) / whole.std()
+    assert 1e-4 < difference < 1.0
+
+
+def test_a_window_as_large_as_the_latent_is_the_whole_bit_for_bit(restorer, latents):
+    assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, windows=Tiling(16, 24, 32, 16)))
+    assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, tile=256))
+
+
+def test_the_setting_makes_the_windows(restorer, latents):
+    by_setting = sampled(restorer, latents, tile=128)
+    assert np.array_equal(by_setting, sampled(restorer, latents, windows=Tiling(16, 24, 16, 8)))
+
+
+def test_a_prompt_for_a_window_changes_that_window_alone(restorer, latents):
+    windows = Tiling(16, 24, 16, 16)
+    one, other = (
+        restorer.conditioning(restorer.defaults.updated({**STEPS, "prompt": prompt, "steps": 1}))
+        for prompt in ("a dog", "a tin roof")
+    )
+    same = sampled(restorer, latents, lambda _: one, windows, steps=1)
+    assert np.array_equal(same, sampled(restorer, latents, one, windows, steps=1))
+    mixed = sampled(restorer, latents, lambda window: other if window.left else one, windows, steps=1)
+    assert np.array_equal(mixed[..., :8], same[..., :8])
+    assert np.abs(mixed[..., -8:] - same[..., -8:]).max() > 1e-4
+
+
+def test_tiles_of_the_vae_lie_where_they_belong(restorer, latents):
+    """Tiles of random weights agree where norms see the same; a tile in the wrong place would not correlate."""
+    pixels = restorer.decode(latents)
+    tiles = Tiling(16, 24, 16, 8)
+    in_tiles = restorer.decode(latents, tiles=tiles)
+    assert in_tiles.shape == pixels.shape
+    assert np.corrcoef(in_tiles.ravel(), pixels.ravel())[0, 1] > 0.9
+    assert not np.array_equal(in_tiles, pixels)
+    z = restorer.encode_clean(pixels)
+    z_in_tiles = restorer.encode_clean(pixels, tiles=tiles)
+    assert z_in_tiles.shape == z.shape
+    assert np.corrcoef(z_in_tiles.ravel(), z.ravel())[0, 1] > 0.9
+
+
+def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
+    assert np.array_equal(restorer.decode(latents), restorer.decode(latents, tiles=Tiling(16, 24, 64, 48)))
+
+
+@pytest.fixture
+def short_of_memory(bundle_fp32, monkeypatch):
+    """A restorer whose UNet takes no latent above a width; it counts what it refused."""
+    with Restorer.open(bundle_fp32) as opened:
+        refused = []
+
+        def make(limit):
+            inner = opened._run
+
+            def run(graph, inputs, stage, times):
+                if graph == "unet" and inputs["x"].shape[3] > limit:
+                    refused.append(inputs["x"].shape)
+                    raise BackendError("out of memory", where=graph)
+                return inner(graph, inputs, stage, times)
+
+            monkeypatch.setattr(opened, "_run", run)
+            return opened, refused
+
+        yield make
+
+
+def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memory, photo):
+    restorer, refused = short_of_memory(16)
+    notes = []
+    restorer.on_note = notes.append
+    result = restorer.restore(photo, **STEPS)
+    assert result.photo.size == (192, 128)
+    assert len(refused) == 1
+    assert notes == list(result.notes) == result.history["notes"]
+    assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
+    assert result.settings.tile == 128
+    again = restorer.restore(photo, **result.settings.model_dump())
+    assert len(refused) == 1
+    assert np.array_equal(again.photo.rgb, result.photo.rgb)
+    assert "notes" not in again.history
+
+
+def test_a_second_lack_of_memory_is_an_error(short_of_memory, photo):
+    restorer, refused = short_of_memory(0)
+    with pytest.raises(BackendError, match="out of memory"):
+        restorer.restore(photo, **STEPS)
+    assert len(refused) == 2
+
+
+def test_other_errors_are_not_tried_again(restorer, photo, monkeypatch):
+    calls = []
+
+    def run(*arguments):
+        calls.append(arguments)
+        raise BackendError("ONNX Runtime failed")
+
+    monkeypatch.setattr(restorer, "_run", run)
+    with pytest.raises(BackendError, match="ONNX Runtime failed"):
+        restorer.restore(photo, prompt="not yet seen", **STEPS)
+    assert len(calls) == 1
+
+
+def test_the_record_says_how_it_was_worked_at(restorer, photo):
+    whole = restorer.restore(photo, **STEPS)
+    assert "size_plan" not in whole.history
+    tiled = restorer.restore(photo, **STEPS, tile=128)
+    assert tiled.history["size_plan"] == {"window_px": 128, "vae_tile_px": None}
+    assert tiled.history["settings"]["tile"] == 128
+    told = []
+    restorer.on_tile = lambda *at: told.append(at)
+    restorer.restore(photo, **STEPS, tile=128)
+    restorer.on_tile = lambda *at: None
+    assert told == [("step", 1, 2), ("step", 2, 2)] * 2
+
+
+def test_the_record_keeps_what_was_asked_beside_what_was_chosen(restorer, photo, monkeypatch):
+    """So that a folder that is gone on with knows its results, and `--like` repeats the windows."""
+    monkeypatch.setattr(restorer, "size_plan", lambda *_, **__: SizePlan(128))
+    result = restorer.restore(photo, **STEPS)
+    assert result.history["settings"] == restorer.defaults.updated(STEPS).model_dump(mode="json")
+    assert result.history["settings"]["tile"] == "auto"
+    assert settings_of(result.history) == {"tile": 128}
+
+
+def test_a_side_that_is_no_multiple_is_refused(restorer, photo):
+    with pytest.raises(UsageError, match="windows of this side do not exist"):
+        restorer.restore(photo, **STEPS, tile=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("upscale", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "size", [(16, 16), (17, 31), (1, 1), (257, 101), (997, 499), (5000, 300), (300, 5000), (1009, 64)]
+)
+def test_every_size_comes_back_as_it_is_times_the_scale(restorer, size, upscale):
+    rng = np.random.default_rng(5)
+    photo = rng.random((size[1], size[0], 3), dtype=np.float32)
+    result = restorer.restore(photo, steps=1, min_size=64, upscale=upscale)
+    assert result.photo.size == tuple(int(side * upscale + 0.5) for side in size)
+    assert np.isfinite(result.photo.rgb).all()
+    assert restorer.size_plan((64, 64), restorer.defaults) == SizePlan()

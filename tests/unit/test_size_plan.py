@@ -1,0 +1,115 @@
+"""Whole, in windows, or refused: the choice by size, memory and settings, on SDXL's shapes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+from layouts import our_shapes
+
+from engine.bundle import Bundle
+from engine.errors import BackendError, ImageError, UsageError
+from engine.settings import Settings
+from engine.size_plan import (
+    SizePlan,
+    choose_plan,
+    default_window,
+    is_out_of_memory,
+    sampling_bytes,
+    settings_of,
+    vae_bytes,
+)
+from export.architecture import infer_architecture
+from export.graphs import graph_builders
+
+GIB = 2**30
+FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    """What a bundle of real checkpoints says of its shapes and defaults."""
+    builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp16", 49407)
+    graphs = {name: SimpleNamespace(spec=builder.spec) for name, builder in builders.items()}
+    return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
+
+
+def chosen(bundle, size, memory=1024 * GIB, **changes):
+    return choose_plan(bundle, size, 1, bundle.manifest.defaults.updated(changes), memory)
+
+
+def test_the_window_is_what_the_bundle_is_for(sdxl):
+    assert default_window(sdxl) == 1024
+    windows = SizePlan(1024).windows(sdxl, 192, 256)
+    assert (windows.size, windows.stride) == (128, 64)
+    assert {(w.height, w.width) for w in windows} == {(128, 128)}
+    assert [(w.top, w.left) for w in windows] == [(t, x) for t in (0, 64) for x in (0, 64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("size", "memory", "changes", "expected"),
+    [
+        ((1024, 1024), 1024 * GIB, {}, SizePlan()),
+        ((2048, 2048), 1024 * GIB, {}, SizePlan()),
+        ((2112, 2048), 1024 * GIB, {}, SizePlan(1024)),
+        ((4096, 3072), 16 * GIB, {}, SizePlan(1024, 512)),
+        ((1024, 1024), 6 * GIB, {}, SizePlan(None, 512)),
+        ((1024, 1024), None, {}, SizePlan()),
+        ((1024, 1024), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan(512, 512)),
+        ((512, 512), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan()),
+        ((4096, 4096), 1024 * GIB, {"tile": "off", "vae_tiles": "off"}, SizePlan()),
+    ],
+)
+def test_the_choice(sdxl, size, memory, changes, expected):
+    assert chosen(sdxl, size, memory, **changes) == expected
+
+
+@pytest.mark.parametrize("option", ["tile", "vae_tiles"])
+def test_the_whole_is_refused_where_memory_cannot_hold_it(sdxl, option):
+    with pytest.raises(ImageError, match="too large to be worked at in one piece") as caught:
+        chosen(sdxl, (8192, 8192), 8 * GIB, **{option: "off"})
+    assert f"--{option.replace('_', '-')} auto works in windows" in str(caught.value)
+    assert "8 GiB" in str(caught.value)
+
+
+def test_a_side_between_the_multiples_is_refused_with_one_that_works(sdxl):
+    with pytest.raises(UsageError, match="a multiple of 64, such as 1024"):
+        chosen(sdxl, (2048, 2048), tile=1000)
+
+
+def test_what_is_needed_grows_with_the_square_of_the_cells(sdxl):
+    """By hand: ten heads at the second level, each with 1024 tokens, twice in float32, for both texts."""
+    assert sampling_bytes(sdxl, (512, 512)) == 2 * 2 * 4 * 10 * 1024**2
+    assert sampling_bytes(sdxl, (1024, 1024), 3) == 3 * 16 * sampling_bytes(sdxl, (512, 512))
+    pixels, cells = 512 * 512, 64 * 64
+    assert vae_bytes(sdxl, (512, 512)) == 4096 * pixels + 8 * cells**2
+    assert vae_bytes(sdxl, (512, 512), 3) == 3 * vae_bytes(sdxl, (512, 512))
+
+
+def test_smaller_plans_end(sdxl):
+    plan, seen = SizePlan(), []
+    while plan is not None:
+        seen.append(plan)
+        plan = plan.smaller(sdxl, (2048, 2048))
+        assert len(seen) < 20
+    assert seen[:3] == [SizePlan(), SizePlan(1024, 512), SizePlan(512, 256)]
+    assert len(set(seen)) == len(seen)
+    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, 256)
+    assert SizePlan().smaller(sdxl, (128, 128)) is None
+    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, 512)
+
+
+def test_only_lack_of_memory_is_tried_again():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(BackendError("out of memory", where="unet"))
+    assert not is_out_of_memory(BackendError("ONNX Runtime failed"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_result_repeats_its_windows():
+    assert settings_of({}) == settings_of({"size_plan": SizePlan().as_data()}) == {}
+    assert settings_of({"size_plan": SizePlan(1024).as_data()}) == {"tile": 1024}
+    assert settings_of({"size_plan": SizePlan(1024, 512).as_data()}) == {"tile": 1024, "vae_tiles": "fast"}
+    assert str(SizePlan(1024)) == "sampled in windows of 1024 pixels, decoded whole"
