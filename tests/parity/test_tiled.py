@@ -120,8 +120,8 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memo
     assert len(refused) == 1
     assert notes == list(result.notes) == result.history["notes"]
     assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
-    assert result.settings.tile == 128
-    again = restorer.restore(photo, **result.settings.model_dump())
+    assert settings_of(result.history) == {"tile": 128, "vae_tiles": "fast"}
+    again = restorer.restore(photo, **{**result.settings.model_dump(), **settings_of(result.history)})
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
     assert "notes" not in again.history
