@@ -49,6 +49,7 @@ RESTORE = [
     (["empty.png"], 1, "empty.png: is not an image"),
     (["folder"], 1, "folder: holds no images"),
     (["thread.png", "--min-size", "1024"], 1, "too large to be worked at in one piece"),
+    (["cup.jpg", "--tile", "100"], 2, "windows of this side do not exist"),
     (["cup.jpg", "-o", "there.png"], 1, "there.png: exists already"),
     (["cup.jpg", "-o", "missing/out.png"], 1, "missing: no such folder"),
     (["cup.jpg", "-o", "missing/out"], 1, "no such folder"),

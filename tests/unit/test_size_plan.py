@@ -1,5 +1,6 @@
 """Whole, in windows, or refused: the choice by size, memory and settings, on SDXL's shapes."""
 
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from layouts import our_shapes
 
 from engine.bundle import Bundle
 from engine.errors import BackendError, ImageError, UsageError
+from engine.options import add_settings, given_settings
 from engine.settings import Settings
 from engine.size_plan import (
     SizePlan,
@@ -113,3 +115,18 @@ def test_a_result_repeats_its_windows():
     assert settings_of({"size_plan": SizePlan(1024).as_data()}) == {"tile": 1024}
     assert settings_of({"size_plan": SizePlan(1024, 512).as_data()}) == {"tile": 1024, "vae_tiles": "fast"}
     assert str(SizePlan(1024)) == "sampled in windows of 1024 pixels, decoded whole"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("auto", "auto"), ("off", "off"), ("1024", 1024), ("big", None), ("-1", None)]
+)
+def test_the_option(text, expected, capsys):
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    if expected is None:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--tile={text}"])
+        assert f"expected auto, off, or a window's side in pixels, got '{text}'" in capsys.readouterr().err
+    else:
+        given = given_settings(parser.parse_args(["--tile", text, "--vae-tiles", "fast"]))
+        assert given == {"tile": expected, "vae_tiles": "fast"}
