@@ -7,10 +7,12 @@ was written. All machines see photos, results and bundle under the same names.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,27 +73,56 @@ def restore_on_cluster(
         fix = "start one with 'ray start --head', and give its address, or auto on its head"
         raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
     try:
-        cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the command has its own
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs)]
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Actor,
-            fn_constructor_args=(plan,),
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
-            num_cpus=cpus,
-            num_gpus=1 if uses_gpu else 0,
-        )
-        for row in done.iter_rows():
-            notes, outcome = pickle.loads(row["outcome"])
-            job = jobs[row["index"]]
-            yield _told(notes, replace(outcome, job=_named(outcome.job, job)), job, plan.settings.steps, watch)
+        with _output_to_errors():
+            yield from _stream(jobs, plan, uses_gpu, watch)
     except RayError as error:
         found = str(error).strip().splitlines()[-1]
         raise BackendError("the Ray cluster gave up", where=f"--ray {address}", found=found) from error
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Send what is printed to standard error: Ray's core, which is no Python, tells of lost workers on the output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _stream(jobs: Sequence[Job], plan: Plan, uses_gpu: bool, watch: Watch) -> Iterator[Outcome]:
+    import ray
+
+    cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield from (Outcome(job) for job in jobs if not _is_work(job, plan))
+    rows = [
+        {"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs) if _is_work(job, plan)
+    ]
+    if not rows:
+        return
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Actor,
+        fn_constructor_args=(plan,),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
+        num_cpus=cpus,
+        num_gpus=1 if uses_gpu else 0,
+    )
+    for row in done.iter_rows():
+        notes, outcome = pickle.loads(row["outcome"])
+        job = jobs[row["index"]]
+        yield _told(notes, replace(outcome, job=_named(outcome.job, job)), job, plan.settings.steps, watch)
+
+
+def _is_work(job: Job, plan: Plan) -> bool:
+    return bool(job.outputs) or plan.previews
 
 
 class _Actor:
