@@ -65,21 +65,21 @@ def restore_on_cluster(
     except ImportError as error:
         fix = "pip install 'ray[data]'"
         raise BackendError("--ray needs a library", found=f"no module {error.name}", fix=fix) from error
-    try:
-        _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        found = str(error).strip().splitlines()[0]
-        fix = "start one with 'ray start --head', and give its address, or auto on its head"
-        raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
-    try:
-        with _output_to_errors():
+    with _output_to_errors():
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError) as error:
+            found = str(error).strip().splitlines()[0]
+            fix = "start one with 'ray start --head', and give its address, or auto on its head"
+            raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
+        try:
             yield from _stream(jobs, plan, uses_gpu, watch)
-    except RayError as error:
-        found = str(error).strip().splitlines()[-1]
-        raise BackendError("the Ray cluster gave up", where=f"--ray {address}", found=found) from error
-    finally:
-        ray.shutdown()
+        except RayError as error:
+            found = str(error).strip().splitlines()[-1]
+            raise BackendError("the Ray cluster gave up", where=f"--ray {address}", found=found) from error
+        finally:
+            ray.shutdown()  # which also prints what it has kept back
 
 
 @contextlib.contextmanager
