@@ -118,7 +118,12 @@ def _stream(jobs: Sequence[Job], plan: Plan, uses_gpu: bool, watch: Watch) -> It
     for row in done.iter_rows():
         notes, outcome = pickle.loads(row["outcome"])
         job = jobs[row["index"]]
-        yield _told(notes, replace(outcome, job=_named(outcome.job, job)), job, plan.settings.steps, watch)
+        names = {str(output.absolute()): str(output) for _, output in job.outputs}
+        reports = tuple(
+            {**report, "input": str(job.photo), "output": names[report["output"]]} for report in outcome.reports
+        )
+        outcome = replace(outcome, job=_named(outcome.job, job), reports=reports)
+        yield _told(notes, outcome, job, plan.settings.steps, watch)
 
 
 def _is_work(job: Job, plan: Plan) -> bool:
