@@ -7,10 +7,12 @@ was written. All machines see photos, results and bundle under the same names.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,35 +65,69 @@ def restore_on_cluster(
     except ImportError as error:
         fix = "pip install 'ray[data]'"
         raise BackendError("--ray needs a library", found=f"no module {error.name}", fix=fix) from error
+    with _output_to_errors():
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError) as error:
+            found = str(error).strip().splitlines()[0]
+            fix = "start one with 'ray start --head', and give its address, or auto on its head"
+            raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
+        try:
+            yield from _stream(jobs, plan, uses_gpu, watch)
+        except RayError as error:
+            found = str(error).strip().splitlines()[-1]
+            raise BackendError("the Ray cluster gave up", where=f"--ray {address}", found=found) from error
+        finally:
+            ray.shutdown()  # which also prints what it has kept back
+
+
+@contextlib.contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Send what is printed to standard error: Ray's core, which is no Python, tells of lost workers on the output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
     try:
-        _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        found = str(error).strip().splitlines()[0]
-        fix = "start one with 'ray start --head', and give its address, or auto on its head"
-        raise BackendError("no Ray cluster there", where=f"--ray {address}", found=found, fix=fix) from error
-    try:
-        cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the command has its own
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs)]
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Actor,
-            fn_constructor_args=(plan,),
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
-            num_cpus=cpus,
-            num_gpus=1 if uses_gpu else 0,
-        )
-        for row in done.iter_rows():
-            notes, outcome = pickle.loads(row["outcome"])
-            job = jobs[row["index"]]
-            yield _told(notes, replace(outcome, job=_named(outcome.job, job)), job, plan.settings.steps, watch)
-    except RayError as error:
-        found = str(error).strip().splitlines()[-1]
-        raise BackendError("the Ray cluster gave up", where=f"--ray {address}", found=found) from error
+        yield
     finally:
-        ray.shutdown()
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _stream(jobs: Sequence[Job], plan: Plan, uses_gpu: bool, watch: Watch) -> Iterator[Outcome]:
+    import ray
+
+    cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield from (Outcome(job) for job in jobs if not _is_work(job, plan))
+    rows = [
+        {"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs) if _is_work(job, plan)
+    ]
+    if not rows:
+        return
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Actor,
+        fn_constructor_args=(plan,),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
+        num_cpus=cpus,
+        num_gpus=1 if uses_gpu else 0,
+    )
+    for row in done.iter_rows():
+        notes, outcome = pickle.loads(row["outcome"])
+        job = jobs[row["index"]]
+        names = {str(output.absolute()): str(output) for _, output in job.outputs}
+        reports = tuple(
+            {**report, "input": str(job.photo), "output": names[report["output"]]} for report in outcome.reports
+        )
+        outcome = replace(outcome, job=_named(outcome.job, job), reports=reports)
+        yield _told(notes, outcome, job, plan.settings.steps, watch)
+
+
+def _is_work(job: Job, plan: Plan) -> bool:
+    return bool(job.outputs) or plan.previews
 
 
 class _Actor:

@@ -109,7 +109,7 @@ def write_png(pixels: Pixels16, beside: bytes, where: object) -> bytes:
             found=f"no module {error.name}",
             fix=f"{INSTALL}, or write a TIFF",
         ) from error
-    header, *rest = _chunks(imagecodecs.png_encode(np.ascontiguousarray(pixels), level=_PNG_LEVEL))
+    header, *rest = _chunks(bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels), level=_PNG_LEVEL)))
     about = [whole for kind, whole in _chunks(beside) if kind not in (b"IHDR", b"IDAT", b"IEND")]
     return b"".join([_PNG_SIGNATURE, header[1], *about, *(whole for _, whole in rest)])
 

@@ -77,7 +77,7 @@ def test_a_worker_is_killed_and_every_photo_is_finished_once(cluster, bundle_fp3
     names = [f"{number:02}.png" for number in range(COUNT)]
     assert sorted(path.name for path in out.glob("*.png")) == names
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
-    assert text.startswith("["), text  # nothing of Ray's beside the JSON
+    assert text.startswith("["), text[:500]  # nothing of Ray's beside the JSON
     made = [report["output"] for report in json.loads(text)]
     assert len(made) == len(set(made))
     assert set(made) <= {os.path.join("out", name) for name in names}
