@@ -6,21 +6,17 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.backends import make_backend
 from engine.backends.base import Backend
 from engine.bundle import Bundle, default_bundle_dir, open_bundle
-from engine.conditioning import Conditioning
-from engine.device import Array
 from engine.device_session import DeviceBackend, DeviceSession, Job, work_for
 from engine.errors import BackendError, UsageError
 from engine.framing import (
@@ -36,29 +32,22 @@ from engine.framing import (
 from engine.geometry import Size, result_size
 from engine.history import history_of
 from engine.host_memory import total_memory_bytes
-from engine.network import GuidedNetwork, TextsAt, TiledNetwork
 from engine.noise import noise_source
 from engine.photo import Photo, Pixels
-from engine.prompts import Prompts, texts_of
+from engine.prompts import texts_of
 from engine.residency import Work, describe, keep_on_host
 from engine.runners import Runners
-from engine.sampler import Latent, Network, Progress, StepTable, sample
+from engine.sampler import Latent
 from engine.settings import Settings
 from engine.size_plan import SizePlan, choose_plan, is_out_of_memory, no_windows_on_device
-from engine.tables import table_for
-from engine.tiling import Tiling, run_tiled
+from engine.stages import OnStep, Stages
 from engine.timings import Timings
 
-OnStep = Callable[[Progress], None]
-#: Told a stage, how many of its windows are done, and how many there are; for a step, of that step.
-OnTile = Callable[[str, int, int], None]
 #: Told what a person should know while it happens, a line each.
 OnNote = Callable[[str], None]
 
 #: Arrays of a photo's size on the host: as it came, as it is worked at, stage 1, the result, the colour fix's, out.
 _BYTES_PER_PIXEL = 20 * 3 * 4
-#: Texts whose conditioning is kept: a folder of photos shares one pair.
-_TEXTS_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -80,30 +69,23 @@ class Restored:
     notes: tuple[str, ...] = ()
 
 
-class Restorer:
+class Restorer(Stages):
     """Restores photos with one bundle on one backend.
 
     Graphs are opened when they are first needed, and stay open until `close` where memory holds them all.
 
     Attributes:
-        on_tile: told how far a stage that works in windows is; an exception from it ends the restoration.
         on_note: told what did not go as it was meant to.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
-        self.bundle = bundle
+        memory = None if isinstance(backend, DeviceBackend) else total_memory_bytes()
+        super().__init__(bundle, Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory)))
         self._backend = backend
         self._session: DeviceSession | None = None
         if isinstance(backend, DeviceBackend):
-            self._runners = Runners(backend, bundle)
             self._session = DeviceSession(backend, self._runners, bundle, vram_budget_bytes)
-        else:
-            memory = total_memory_bytes()
-            self._runners = Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory))
-        self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
-        self.on_tile: OnTile = lambda stage, done, total: None
         self.on_note: OnNote = lambda line: None
-        self._prompts = Prompts(bundle)
 
     @classmethod
     def open(
@@ -149,10 +131,6 @@ class Restorer:
             steps.callback(self._runners.close)
             if self._session is not None:
                 steps.callback(self._session.close)
-
-    def forget_texts(self) -> None:
-        """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
-        self._texts.clear()
 
     @property
     def defaults(self) -> Settings:
@@ -374,127 +352,3 @@ class Restorer:
         )
         with times.graph("gpu"):
             return self._session.restore(job, times)
-
-    # -- the stages on their own ----------------------------------------------------------------
-
-    def conditioning(self, settings: Settings, *, times: Timings | None = None) -> list[Conditioning]:
-        """Return what the positive and the negative text tell the networks.
-
-        Args:
-            settings: their prompt, quality words, negative prompt and guidance.
-            times: that the stage's time is added to.
-        Returns:
-            Two, or the positive alone where no step is guided; contexts are of one length.
-        """
-        texts = texts_of(settings)
-        if texts not in self._texts:
-            while len(self._texts) >= _TEXTS_KEPT:
-                del self._texts[next(iter(self._texts))]
-            self._texts[texts] = self._prompts.encode(texts, lambda graph, ids: self._run(graph, ids, "text", times))
-        return self._texts[texts]
-
-    def encode(self, lq: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
-        """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5.
-
-        `tiles` of the latent, here and below, let a VAE graph see a part at a time, which is approximate: its
-        norms and its attention then see no more than a tile. None, or one tile, is exact.
-        """
-        return self._run_vae("denoise_encoder", lq, "denoise encoder", tiles, times)
-
-    def encode_clean(self, pixels: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
-        """Return z f32[B,4,h,w] of clean pixels f32[B,3,8h,8w] in [-1, 1]: the pull's center."""
-        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", tiles, times)
-
-    def decode(
-        self, z: Latent, *, stage: str = "vae decoder", tiles: Tiling | None = None, times: Timings | None = None
-    ) -> Pixels:
-        """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
-        return self._run_vae("vae_decoder", z, stage, tiles, times)
-
-    def table(self, settings: Settings) -> StepTable:
-        """Return the sampler's table of step weights for some settings."""
-        return table_for(settings)
-
-    def sample(
-        self,
-        z_lq: Latent,
-        texts: Sequence[Conditioning] | TextsAt,
-        settings: Settings,
-        *,
-        seeds: Sequence[int] | None = None,
-        noise: Latent | None = None,
-        step_noise: NDArray[np.float32] | None = None,
-        center: Latent | None = None,
-        windows: Tiling | None = None,
-        at_once: int = 1,
-        on_step: OnStep | None = None,
-        estimates: bool = False,
-        times: Timings | None = None,
-    ) -> Latent:
-        """Sample a clean latent. Source: Eq. 8 to 10.
-
-        Args:
-            z_lq: f32[B,4,h,w], from `encode`.
-            texts: from `conditioning`; or, with a leading axis, each photo's own; or a function from a window
-                to its texts, so that a prompt can hold for a part of the photo.
-            settings: steps, sampler, scales and what goes with them.
-            seeds: one per image; None gives all of them the settings' seed.
-            noise: f32[B,4,h,w], the starting noise, instead of the seeds'.
-            step_noise: f32[n,B,4,h,w], the noise of each step, instead of the seeds'.
-            center: f32[B,4,h,w], from `encode_clean`; needed if the restoration pull is on.
-            windows: of the latent; None is what the settings and the size ask for.
-            at_once: windows that go through the networks together.
-            on_step: called after every step; an exception from it ends the sampling.
-            estimates: whether `on_step` is told the estimate of the clean latent at every step.
-            times: that the stages' times are added to.
-        Returns:
-            z f32[B,4,h,w].
-        """
-        times = times or Timings()
-        seeds = [settings.seed] * len(z_lq) if seeds is None else seeds
-        draw = noise_source(seeds, z_lq.shape[1:], noise, step_noise)
-
-        def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-            return self._run(graph, inputs, graph, times)
-
-        def make(rows: Latent, row_texts: Sequence[Conditioning]) -> Network:
-            return GuidedNetwork(run, self.bundle.spec("unet"), rows, row_texts)
-
-        if windows is None:
-            height, width = (side * self.bundle.pixels_per_cell for side in z_lq.shape[2:])
-            plan = self.size_plan((width, height), settings, len(z_lq))
-            windows = plan.windows(self.bundle, *z_lq.shape[2:])
-        network: Network
-        if windows.is_whole and not callable(texts):
-            network = make(z_lq, texts)
-        else:
-            told = partial(self.on_tile, "step")
-            network = TiledNetwork(make, windows, z_lq, texts, at_once=at_once, on_tile=told)
-        z: Latent | None = None
-        for progress in sample(self.table(settings), network, draw, center=center, estimates=estimates):
-            z = progress.x
-            if on_step is not None:
-                on_step(progress)
-        assert z is not None
-        return z
-
-    def _run_vae(
-        self, graph: str, image: Array, stage: str, tiles: Tiling | None, times: Timings | None
-    ) -> NDArray[np.float32]:
-        """Run a graph of the VAE on an image, f32[B,C,H,W], whole or by tiles of the latent."""
-        spec = self.bundle.spec(graph)
-        source, target = spec.inputs[0].name, spec.outputs[0].name
-
-        def run(part: Array) -> Array:
-            return self._run(graph, {source: part}, stage, times)[target]
-
-        if tiles is None or tiles.is_whole:
-            return run(image)
-        pixels = tiles.scaled(self.bundle.pixels_per_cell)
-        ways = (tiles, pixels) if source == "z" else (pixels, tiles)
-        return run_tiled(image, *ways, run, partial(self.on_tile, stage))
-
-    def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:
-        runner = self._runners.open(graph, times)
-        with (times or Timings()).graph(stage):
-            return runner.infer(inputs)

@@ -14,7 +14,8 @@ from conftest import DATA
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-LIMIT_S = 10
+#: Of CPU time: 6 s on most machines, 10.4 s on the slowest that was seen, for imports above all.
+LIMIT_S = 20
 SDXL, SUPIR = "sdxl.safetensors", "supir.safetensors"
 
 
