@@ -149,13 +149,14 @@ def test_out_of_memory_is_no_bug(monkeypatch, capsys, bundle_fp32, photo_path, t
 
 
 def test_a_photo_for_more_memory_than_there_is_is_refused(monkeypatch, capsys, bundle_fp32, place):
-    """The VAE's attention compares each cell with each: 64 × 2250 cells, 83 GB."""
+    """At the whole, which was asked for, the VAE's maps alone take 4 kB for each of 64 × 576,000 pixels."""
     monkeypatch.setattr("engine.pipeline.total_memory_bytes", lambda: 16 * 10**9)
-    arguments = [str(place / "thread.png"), "--bundle", str(bundle_fp32), "--min-size", "64"]
+    arguments = [str(place / "thread.png"), "--bundle", str(bundle_fp32), "--min-size", "64", "--vae-tiles", "off"]
     assert run_command(restore_main, arguments) == 1
     error = capsys.readouterr().err
     assert "thread.png" in error
-    assert "up to 4.0 million pixels on this computer" in error
+    assert "too large to be worked at in one piece" in error
+    assert "--vae-tiles auto works in windows" in error
 
 
 def test_networks_that_give_no_numbers_are_told(monkeypatch, capsys, bundle_fp32, place):
