@@ -459,6 +459,7 @@ def test_a_stopped_build_goes_on_behind_its_last_plan(tmp_path, monkeypatch, bui
 
 def test_ctrl_c_is_heard_while_a_plan_is_compiled(planned, tmp_path):
     code = f"""
+import io
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path
@@ -471,7 +472,7 @@ library = open_library("tensorrt-rtx")
 options = PlanOptions(library, ("8.6", "8.9", "12.0"), None, {{"unet": graph.plan.profiles * 8}}, False)
 compiler = _Compiler(library, graph.spec, bundle.path)
 print("compiling", flush=True)
-compiler.compile(options)
+compiler.compile(options, io.BytesIO())
 print("done", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
