@@ -18,8 +18,9 @@ from engine import Restorer
 from engine.backends import BACKENDS, MAX_THREADS
 from engine.bundle import Bundle, default_bundle_dir, read_manifest
 from engine.errors import ImageError, RestoreError
+from engine.files import remove_parts
 from engine.history import history_of
-from engine.imageio import read_history, remove_parts
+from engine.imageio import read_history
 from engine.jobs import Job, Placement, check_folder, find_photos, is_folder, plan_jobs
 from engine.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.progress import StepBar
@@ -49,7 +50,10 @@ def restore(arguments: Sequence[str]) -> int:
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {bundle.manifest.notice}", file=sys.stderr)
         _warn_of_idle_options(options, settings)
-        history = lambda seed: history_of(bundle, settings.updated({"seed": seed}))  # noqa: E731
+
+        def history(seed: int) -> dict[str, Any]:
+            return history_of(bundle, settings.updated({"seed": seed}))
+
         jobs = plan_jobs(found, placement, settings.seed, history)
         for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
             remove_parts(folder)

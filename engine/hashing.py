@@ -12,10 +12,11 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from pydantic import BaseModel, ValidationError
 
+from engine.errors import OutputError
+from engine.files import whole_file
 from engine.places import cache_dir
 
 #: Smaller files are hashed in a tenth of a second.
@@ -58,7 +59,7 @@ def hash_file(path: Path) -> str:
     found = _hash(path)
     settled = now_ns - max(before.modified_ns, before.changed_ns) > SETTLED_NS
     if settled and _state(path) == before:
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             _keep(memory, _Entry(state=before, sha256=found))
     return found
 
@@ -84,6 +85,5 @@ def _hash(path: Path) -> str:
 
 def _keep(memory: Path, entry: _Entry) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=memory.parent, delete=False) as file:
-        file.write(entry.model_dump_json())
-    Path(file.name).replace(memory)
+    with whole_file(memory, "keep the hash") as file:
+        file.write(entry.model_dump_json().encode())

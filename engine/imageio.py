@@ -5,28 +5,21 @@ A result is written beside its place and moved there, so no half file is ever se
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import ExifTags
 
 from engine.decoding import READ_SUFFIXES, damage_told, decode, open_image
 from engine.encoding import HISTORY_TAG, check_format, encode_photo, format_of
-from engine.errors import ImageError, OutputError, from_os_error
+from engine.errors import ImageError, OutputError
+from engine.files import whole_file
 from engine.photo import Photo
-
-#: How a file is called while it is written, behind a dot and 32 hexadecimal digits.
-_PART = ".part"
-#: Nothing is written to for so long: a part is one write of what is in memory.
-_PART_IS_STALE_S = 600.0
 
 
 def read_photo(path: Path) -> Photo:
@@ -125,39 +118,6 @@ def write_file(path: Path, encoded: bytes) -> None:
     """
     with whole_file(path, "write the image") as file:
         file.write(encoded)
-
-
-@contextmanager
-def whole_file(path: Path, action: str) -> Iterator[BinaryIO]:
-    """Give a file to write to, which gets its name when it is whole, whatever ends the program or the computer.
-
-    Args:
-        path: that it gets; what is there is replaced.
-        action: what errors call it, as in "write the image".
-    Raises:
-        OutputError: the disk is full, or the place cannot be written to.
-    """
-    # Short, since the name itself may be as long as names can be; and nobody else's, on any machine.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{_PART}")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the name without the content
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise from_os_error(error, path, action) from error
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder; a part that may still be written to is left."""
-    for part in folder.glob(f".{'[0-9a-f]' * 32}{_PART}"):
-        with contextlib.suppress(OSError):  # somebody else's, or just now moved to its place
-            if time.time() - part.stat().st_mtime > _PART_IS_STALE_S:
-                part.unlink()
 
 
 def read_history(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from engine.errors import OutputError
-from engine.imageio import whole_file
+from engine.files import whole_file
 from engine.places import APP_NAME
 from engine.tally import Tally, duration, reason
 from engine.work import Outcome

@@ -34,6 +34,7 @@ from engine.bundle import (
 )
 from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, from_os_error
+from engine.files import whole_file
 from engine.host_memory import release_free_memory, return_large_blocks_at_once
 from export.graphs import GraphBuilder
 from export.nets.layers import Sinusoid
@@ -380,9 +381,8 @@ def _drop_unfinished(partial: Path, state: _State) -> None:
 
 
 def _save(partial: Path, state: _State) -> None:
-    temporary = partial / f"{_STATE}.part"
-    temporary.write_text(state.model_dump_json())
-    temporary.replace(partial / _STATE)
+    with whole_file(partial / _STATE, "keep the state of the build") as file:
+        file.write(state.model_dump_json().encode())
 
 
 def _swap(partial: Path, output: Path) -> None:

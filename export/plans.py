@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.bundle import File, Graph, Plan, describe_file, plan_key
 from engine.errors import BuildError, UsageError
+from engine.files import whole_file
 from engine.graphspec import DType, GraphSpec, parse_axis, resolve
 from engine.profiles import Profile
 from export.audit import HeavyLayer, audit, heavy_layers, inspect_engine
@@ -247,9 +248,8 @@ def read_timing_cache(config: Any, file: Path) -> None:
 
 def keep_timing_cache(config: Any, file: Path) -> None:
     """Write what has been measured so far."""
-    temporary = file.with_name(f"{file.name}.part")
-    temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    temporary.replace(file)
+    with whole_file(file, "keep the timing cache") as whole:
+        whole.write(bytes(config.get_timing_cache().serialize()))
 
 
 def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:

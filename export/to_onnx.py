@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from onnxscript import opset18 as op
 from onnxscript import optimizer
 
 from engine.errors import from_os_error
+from engine.files import whole_file
 from engine.graphspec import DType, GraphSpec, TensorSpec, parse_axis
 from engine.places import cache_dir
 from export.graphs import TRACE_SYMBOLS, GraphBuilder, call_arguments
@@ -65,14 +65,10 @@ def trace(builder: GraphBuilder) -> onnx.ModelProto:
     structure = _trace(builder)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            temporary.write_bytes(structure.SerializeToString())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(error, file, "keep the trace") from error
+    with whole_file(file, "keep the trace") as whole:
+        whole.write(structure.SerializeToString())
     return structure
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, r
 from engine.bundle import Bundle, Graph, Plan
 from engine.console import format_memory
 from engine.device import STREAMS, Buffer, Device, Stream, stream_of
+from engine.errors import OutputError
+from engine.files import whole_file
 from engine.graphspec import GraphSpec, resolve
 from engine.profiles import choose_profile
 from engine.residency import Activations
@@ -295,10 +296,8 @@ class TrtRunner(BufferRunner):
         self._runtime_cache = None
         if kernels is None:
             return
-        with contextlib.suppress(OSError):
-            temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
-            temporary.write_bytes(bytes(kernels))
-            temporary.replace(file)
+        with contextlib.suppress(OutputError), whole_file(file, "keep the kernels") as whole:
+            whole.write(bytes(kernels))
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from engine.bundle import Plan
+from engine.errors import OutputError
+from engine.files import whole_file
 from engine.profiles import choose_profile
 from engine.residency import Activations
 
@@ -74,7 +75,5 @@ class MemoryNotes:
             return
         self._notes = {key: note for key, note in self._notes.items() if key in keys} | {plan.key: memory}
         plain = {key: note.model_dump(mode="json") for key, note in self._notes.items()}
-        with contextlib.suppress(OSError):
-            temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
-            temporary.write_text(json.dumps(plain))
-            temporary.replace(self._file)
+        with contextlib.suppress(OutputError), whole_file(self._file, "keep the notes") as file:
+            file.write(json.dumps(plain).encode())

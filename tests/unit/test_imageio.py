@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.errors import ImageError, OutputError
-from engine.imageio import check_output, list_images, read_history, read_photo, remove_parts, write_photo
+from engine.files import remove_parts
+from engine.imageio import check_output, list_images, read_history, read_photo, write_photo
 from engine.photo import Photo, photo_from_array, resize
 
 HISTORY = {"engine": "test", "settings": {"prompt": 'a "cup", Straße, 猫', "steps": 15}}
