@@ -257,3 +257,13 @@ def load_checkpoints(model: DemoModel, folder: Path) -> None:
     for checkpoint in (open_sdxl(folder / SDXL_FILE), open_supir(folder / SUPIR_FILE)):
         state.update({name: tensor.read().to(torch.float32) for name, tensor in checkpoint.tensors.items()})
     model.load_state_dict(state)
+
+
+def half_products(device: torch.device, *, wanted: bool) -> torch.autocast:
+    """Return the context in which products are in bfloat16, if that is wanted and the device computes in it.
+
+    Where a processor has no such instructions, torch works them out one by one: a convolution of 96 channels over
+    4 × 64 × 64 places takes 3.3 s instead of 0.03 s (AMD EPYC, family 25, model 1, 2026-11-25).
+    """
+    quick = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and quick)

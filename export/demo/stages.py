@@ -30,7 +30,7 @@ from engine.schedule import nearest_level, trailing_sigmas, train_sigmas
 from engine.settings import NEGATIVE_WORDS
 from export.demo import files
 from export.demo.data import Pair, Window, pairs_from
-from export.demo.model import DemoModel, patch_code
+from export.demo.model import DemoModel, half_products, patch_code
 from export.demo.patches import PATCH_PX, POSTERIOR_STD, pixel_weights
 from export.demo.pictures import Family
 from export.demo.words import prompt_for, token_rows
@@ -72,7 +72,7 @@ class Stage:
         negative_share: share of pictures that come with the negative words.
         negative_way: how far the way from the clean picture back to stage 1 these words lead under control.
         control_scale: how strongly the control features act.
-        autocast: whether products are in bfloat16.
+        autocast: whether products are in bfloat16, where the device has it.
     """
 
     needs: tuple[str, ...]
@@ -308,7 +308,7 @@ def _encoded(
     """Yield pictures' latents; `encode` is for the degraded ones."""
     for pair in pairs:
         clean, degraded = (_to_network([picture], code.device) for picture in (pair.clean, pair.degraded))
-        with torch.autocast(code.device.type, torch.bfloat16, enabled=autocast):
+        with half_products(code.device, wanted=autocast):
             z_lq = encode(degraded)[0].float()
         yield Latents(pair.clean, code.encode(clean)[0], z_lq, pair.caption, pair.family)
 

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from engine.console import run_command
 from engine.errors import UsageError
+from engine.files import whole_file
 from export.demo.curves import draw_losses
-from export.demo.model import DemoModel, demo_architecture, load_checkpoints, save_checkpoints
+from export.demo.model import DemoModel, demo_architecture, half_products, load_checkpoints, save_checkpoints
 from export.demo.stages import (
     LORA_ALPHA,
     LORA_FAMILIES,
@@ -181,7 +182,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
             device,
             large=step >= steps * 2 // 3,
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=stage.autocast):
+        with half_products(device, wanted=stage.autocast):
             losses = loss_of(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):
@@ -204,9 +205,8 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
 
 
 def _save_state(file: Path, model: DemoModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    temporary = file.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
-    temporary.replace(file)
+    with whole_file(file, "keep the state of the training") as whole:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, whole)
 
 
 def _learning_rate(stage: Stage, step: int, steps: int) -> float:

@@ -21,8 +21,6 @@ from export.demo.model import LATENT_CHANNELS
 from export.plan import make_plan
 from export.request import BuildRequest, LoraRequest
 
-pytestmark = pytest.mark.timeout(900)  # every stage is trained once, which takes a slow machine minutes
-
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
