@@ -101,5 +101,5 @@ def test_each_lora_helps_its_own_family_also_beside_the_other(variants, images, 
         rows = measure(tmp_path, images, variants[name])["rows"]
         own = [row["psnr"] for (_, method), row in rows.items() if method not in ("bicubic", "classic", "stage 1")]
         scores[name] = np.mean(own)
-    assert scores[lora] > scores["lightning"] + 0.1  # the aim was 0.3: why it is missed stands beside the weights
+    assert scores[lora] > scores["lightning"] + 0.3
     assert scores["ours"] > scores[lora] - 0.1

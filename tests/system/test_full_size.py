@@ -14,8 +14,7 @@ from conftest import DATA
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-#: Of CPU time: 6 s on most machines, 10.4 s on the slowest that was seen, for imports above all.
-LIMIT_S = 20
+LIMIT_S = 10
 SDXL, SUPIR = "sdxl.safetensors", "supir.safetensors"
 
 
