@@ -8,12 +8,21 @@ from engine import __version__
 from engine.bundle import Bundle
 from engine.places import APP_NAME
 from engine.settings import Settings
+from engine.size_plan import SizePlan
 
 
-def history_of(bundle: Bundle, settings: Settings) -> dict[str, Any]:
-    """Return the engine, the bundle and the settings that a result is made with, as plain data."""
+def history_of(bundle: Bundle, settings: Settings, plan: SizePlan | None = None) -> dict[str, Any]:
+    """Return what a result is made with, as plain data.
+
+    Args:
+        bundle: whose networks.
+        settings: as they were asked for.
+        plan: how the photo was worked at; it is left out if that was whole, or before it is chosen.
+    """
+    worked_at = {} if plan is None or plan == SizePlan() else {"size_plan": plan.as_data()}
     return {
         "engine": f"{APP_NAME} {__version__}",
         "bundle": {"name": bundle.manifest.name, "digest": bundle.digest},
         "settings": settings.model_dump(mode="json"),
+        **worked_at,
     }

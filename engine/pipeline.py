@@ -238,8 +238,8 @@ class Restorer(Stages):
             return pixels_in_memory(self.bundle, memory)
         return min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
 
-    def size_plan(self, size: Size, settings: Settings, photos: int = 1) -> SizePlan:
-        """Return how photos of a working size would be worked at: whole, or in windows.
+    def size_plan(self, size: Size, settings: Settings) -> SizePlan:
+        """Return how a photo of a working size would be worked at: whole, or in windows.
 
         Raises:
             UsageError, ImageError: as `engine.size_plan.choose_plan`; or windows were asked for on a GPU.
@@ -248,7 +248,7 @@ class Restorer(Stages):
             if isinstance(settings.tile, int) or settings.vae_tiles == "fast":
                 raise no_windows_on_device()
             return SizePlan()
-        return choose_plan(self.bundle, size, photos, settings, total_memory_bytes())
+        return choose_plan(self.bundle, size, settings, total_memory_bytes())
 
     def _restore_group(
         self,
@@ -263,7 +263,7 @@ class Restorer(Stages):
         with times.outside("everything else"):
             with times.outside("resize in"):
                 lq = np.stack([frame(source, size) for source in sources])
-            plan, notes = self.size_plan(size, settings, len(lq)), []
+            plan, notes = self.size_plan(size, settings), []
             run = self._run_on_host if self._session is None else self._run_on_device
             try:
                 restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
@@ -286,9 +286,7 @@ class Restorer(Stages):
         results = []
         for photo, seed in zip(photos, seeds, strict=True):
             used = settings.updated({"seed": seed})
-            history = history_of(self.bundle, used)
-            if plan != SizePlan():
-                history["size_plan"] = plan.as_data()
+            history = history_of(self.bundle, used, plan)
             if notes:
                 history["notes"] = notes
             results.append(Restored(photo, used, times, history, tuple(notes)))

@@ -51,14 +51,14 @@ class SizePlan:
     def windows(self, bundle: Bundle, height: int, width: int) -> Tiling:
         """Return the windows of a latent of `height` × `width` cells that are sampled, half a window apart."""
         if self.window_px is None:
-            return _whole(height, width)
+            return Tiling.whole(height, width)
         size = self.window_px // bundle.pixels_per_cell
         return Tiling(height, width, size, size // 2, gaussian)
 
     def vae_tiles(self, bundle: Bundle, height: int, width: int) -> Tiling:
         """Return the VAE's tiles of a latent of `height` × `width` cells."""
         if self.vae_px is None:
-            return _whole(height, width)
+            return Tiling.whole(height, width)
         size = self.vae_px // bundle.pixels_per_cell
         overlap = min(_VAE_OVERLAP, size // 2)
         return Tiling(height, width, size, size - overlap, Trapezoid(overlap / size))
@@ -107,13 +107,12 @@ def default_window(bundle: Bundle) -> int:
     return max(_LEAST_WINDOW_PX, bundle.manifest.defaults.min_size) // multiple * multiple
 
 
-def choose_plan(bundle: Bundle, size: Size, photos: int, settings: Settings, memory_bytes: int | None) -> SizePlan:
-    """Choose how photos are worked at on a computer.
+def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: int | None) -> SizePlan:
+    """Choose how a photo is worked at on a computer; what is restored beside it has no say.
 
     Args:
         bundle: whose networks work.
         size: (width, height) in pixels that is worked at.
-        photos: that are restored together.
         settings: what they leave open is chosen by size and memory; what they say is done, or refused.
         memory_bytes: of the computer; None if the system does not tell.
     Raises:
@@ -131,7 +130,7 @@ def choose_plan(bundle: Bundle, size: Size, photos: int, settings: Settings, mem
             found=settings.tile,
         )
     pixels = size[0] * size[1]
-    needed = {"tile": sampling_bytes(bundle, size, photos), "vae_tiles": vae_bytes(bundle, size, photos)}
+    needed = {"tile": sampling_bytes(bundle, size), "vae_tiles": vae_bytes(bundle, size)}
     for option, need in needed.items():
         if getattr(settings, option) == "off" and need > memory:
             name = f"--{option.replace('_', '-')}"
@@ -155,14 +154,14 @@ def choose_plan(bundle: Bundle, size: Size, photos: int, settings: Settings, mem
     return SizePlan(window_px, vae_px)
 
 
-def vae_bytes(bundle: Bundle, size: Size, photos: int = 1) -> int:
+def vae_bytes(bundle: Bundle, size: Size) -> int:
     """Return what the VAE needs at (width, height) pixels: its maps, and attention of each cell with each, twice."""
     pixels = size[0] * size[1]
     cells = pixels // bundle.pixels_per_cell**2
-    return photos * (_VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2)
+    return _VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2
 
 
-def sampling_bytes(bundle: Bundle, size: Size, photos: int = 1) -> int:
+def sampling_bytes(bundle: Bundle, size: Size) -> int:
     """Return what the UNet's attention needs at (width, height) pixels, for a guided step.
 
     Transformers begin at the second level, whose channels and size the control features tell.
@@ -175,7 +174,7 @@ def sampling_bytes(bundle: Bundle, size: Size, photos: int = 1) -> int:
         if ratio < 1:
             tokens = cells * ratio * ratio
             most = max(most, int(int(channels) // _HEAD_CHANNELS * tokens**2))
-    return 2 * photos * 2 * _FLOAT * most
+    return 2 * 2 * _FLOAT * most
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -192,8 +191,3 @@ def no_windows_on_device() -> RestoreError:
         where="--tile, --vae-tiles",
         fix="leave them at auto, which works at the whole on a GPU, or restore on --device cpu",
     )
-
-
-def _whole(height: int, width: int) -> Tiling:
-    side = max(height, width)
-    return Tiling(height, width, side, side)

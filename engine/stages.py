@@ -5,6 +5,7 @@ Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -35,7 +36,7 @@ OnTile = Callable[[str, int, int], None]
 _TEXTS_KEPT = 8
 
 
-class Stages:
+class Stages(ABC):
     """What a restoration is made of.
 
     Attributes:
@@ -50,9 +51,9 @@ class Stages:
         self._texts: dict[tuple[str, ...], list[Conditioning]] = {}
         self._prompts = Prompts(bundle)
 
-    def size_plan(self, size: Size, settings: Settings, photos: int = 1) -> SizePlan:
-        """Return how photos of a working size are worked at: here at the whole."""
-        return SizePlan()
+    @abstractmethod
+    def size_plan(self, size: Size, settings: Settings) -> SizePlan:
+        """Return how a photo of a working size, (width, height) in pixels, would be worked at: whole, or in windows."""
 
     def forget_texts(self) -> None:
         """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
@@ -143,8 +144,7 @@ class Stages:
 
         if windows is None:
             height, width = (side * self.bundle.pixels_per_cell for side in z_lq.shape[2:])
-            plan = self.size_plan((width, height), settings, len(z_lq))
-            windows = plan.windows(self.bundle, *z_lq.shape[2:])
+            windows = self.size_plan((width, height), settings).windows(self.bundle, *z_lq.shape[2:])
         network: Network
         if windows.is_whole and not callable(texts):
             network = make(z_lq, texts)

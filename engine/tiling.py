@@ -81,6 +81,12 @@ class Tiling:
     stride: int
     profile: Profile = gaussian
 
+    @classmethod
+    def whole(cls, height: int, width: int) -> Tiling:
+        """Return the one window that holds an image."""
+        side = max(height, width)
+        return cls(height, width, side, side)
+
     def scaled(self, factor: int) -> Tiling:
         """Return the same windows on an image with `factor` pixels for each cell."""
         return replace(

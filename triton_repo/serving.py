@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from engine.bundle import Bundle, open_bundle
 from engine.errors import BundleError, UsageError
 from engine.framing import pixels_in_memory
+from engine.geometry import Size
 from engine.host_memory import total_memory_bytes
 from engine.settings import Settings
+from engine.size_plan import SizePlan, choose_plan
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
 PARAMETER = "engine"
@@ -79,6 +81,14 @@ class Serving(BaseModel):
             if memory is None
             else min(self.max_pixels, pixels_in_memory(bundle, memory // _ATTENTION_SHARE))
         )
+
+    def size_plan(self, bundle: Bundle, size: Size, settings: Settings) -> SizePlan:
+        """Return how a photo of (width, height) pixels is worked at: sampled as the command line would, decoded whole.
+
+        Raises:
+            UsageError, ImageError: as `engine.size_plan.choose_plan`.
+        """
+        return SizePlan(choose_plan(bundle, size, settings, total_memory_bytes()).window_px)
 
     def check(self, settings: Settings) -> None:
         """Refuse settings beyond what this server takes on.

@@ -151,6 +151,22 @@ def test_photos_share_batches_and_each_is_what_it_is_alone(server, client, direc
     assert len({result.image for result in results}) == len(requests)
 
 
+def test_windows_are_those_of_each_request(server, direct):
+    """Requests that differ in nothing but their windows come together, and none gets another's."""
+    requests = [{"tile": "off"}, {"tile": 256}]
+
+    async def together():
+        async with AsyncClient(f"127.0.0.1:{server.ports.grpc}", timeout_s=240) as opened:
+            return await asyncio.gather(*(opened.restore(PHOTO, steps=1, seed=8, **request) for request in requests))
+
+    results = asyncio.run(together())
+    for request, result in zip(requests, results, strict=True):
+        alone = direct.restore(decode_photo(PHOTO), steps=1, seed=8, **request)
+        assert_same_picture(result.image, np.rint(alone.photo.rgb.clip(0, 1) * np.float32(255)).astype(np.uint8))
+        assert result.history == alone.history
+    assert results[0].image != results[1].image
+
+
 def test_equal_requests_are_answered_from_the_cache_and_another_seed_is_not(server, client):
     first = client.restore(small_png(), steps=1, seed=21, **SMALL)
     steps = counted(server, "restoration_steps_total")
@@ -290,6 +306,8 @@ BAD = {
     "a long prompt": (PHOTO, {"prompt": "word " * 2000}, "options.prompt: too long"),
     "a prompt of 100 MB": (PHOTO, lambda: b'{"prompt": "' + b"x" * 100_000_000 + b'"}', "options: too long"),
     "an unknown format": (PHOTO, {"format": "exe"}, "options.format"),
+    "windows that do not exist": (PHOTO, {"tile": 100}, "windows of this side do not exist"),
+    "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE works at the whole photo"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
 }
 

@@ -39,7 +39,7 @@ def sdxl():
 
 
 def chosen(bundle, size, memory=1024 * GIB, **changes):
-    return choose_plan(bundle, size, 1, bundle.manifest.defaults.updated(changes), memory)
+    return choose_plan(bundle, size, bundle.manifest.defaults.updated(changes), memory)
 
 
 def test_the_window_is_what_the_bundle_is_for(sdxl):
@@ -84,10 +84,9 @@ def test_a_side_between_the_multiples_is_refused_with_one_that_works(sdxl):
 def test_what_is_needed_grows_with_the_square_of_the_cells(sdxl):
     """By hand: ten heads at the second level, each with 1024 tokens, twice in float32, for both texts."""
     assert sampling_bytes(sdxl, (512, 512)) == 2 * 2 * 4 * 10 * 1024**2
-    assert sampling_bytes(sdxl, (1024, 1024), 3) == 3 * 16 * sampling_bytes(sdxl, (512, 512))
+    assert sampling_bytes(sdxl, (1024, 1024)) == 16 * sampling_bytes(sdxl, (512, 512))
     pixels, cells = 512 * 512, 64 * 64
     assert vae_bytes(sdxl, (512, 512)) == 4096 * pixels + 8 * cells**2
-    assert vae_bytes(sdxl, (512, 512), 3) == 3 * vae_bytes(sdxl, (512, 512))
 
 
 def test_smaller_plans_end(sdxl):

@@ -52,6 +52,7 @@ class TritonPythonModel:
                 found=f"{width} × {height} with --upscale {settings.upscale:g}",
                 fix="lower --upscale",
             )
+        self._serving.size_plan(self._bundle, size, settings)  # or windows that do not exist are refused by `sample`
         pixels = frame(photo, size)[None]
         texts = texts_of(settings)
         deadline = None if delivery.timeout_s is None else started + delivery.timeout_s

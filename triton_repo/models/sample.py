@@ -22,6 +22,7 @@ from engine.graphspec import resolve
 from engine.pipeline import Restorer
 from engine.sampler import Latent, Progress, StepTable
 from engine.settings import Settings
+from engine.tiling import Tiling
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
 from triton_repo.models.device import device_of
@@ -36,7 +37,7 @@ class Job:
 
     Attributes:
         index: its place in the batch.
-        table: its sampler's; jobs with equal ones run together.
+        table, windows: its sampler's, and of its latent; jobs with equal ones run together.
         error: why it ended, if it did.
     """
 
@@ -45,6 +46,7 @@ class Job:
     settings: Settings
     run: Run
     table: StepTable
+    windows: Tiling
     texts: tuple[Conditioning, ...]
     z_lq: Latent
     watched: Watched | None = None
@@ -139,16 +141,20 @@ class TritonPythonModel:
         if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
             raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
         texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
-        job = Job(index, request, settings, run, table, texts, z_lq)
+        bundle, (rows, columns) = self._restorer.bundle, z_lq.shape[2:]
+        size = (columns * bundle.pixels_per_cell, rows * bundle.pixels_per_cell)
+        windows = self._serving.size_plan(bundle, size, settings).windows(bundle, rows, columns)
+        job = Job(index, request, settings, run, table, windows, texts, z_lq)
         job.check_wanted(0)
         job.watched = None if run.watch is None else Watched(run.watch)
         return job
 
     def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Group what can share a pass: one sampler's table, and pixels that one large photo could have."""
+        """Group what can share a pass: one sampler's table and windows, and pixels that one large photo could have."""
         groups: dict[tuple[Any, ...], list[Job]] = {}
         for job in jobs:
-            groups.setdefault((job.table, job.z_lq.shape, job.texts[0].context.shape, len(job.texts)), []).append(job)
+            key = (job.table, job.z_lq.shape, job.windows, job.texts[0].context.shape, len(job.texts))
+            groups.setdefault(key, []).append(job)
         for (_, shape, *_), group in groups.items():
             pixels = shape[2] * shape[3] * self._restorer.bundle.pixels_per_cell**2
             size = max(1, self._max_pixels // pixels)
@@ -177,6 +183,7 @@ class TritonPythonModel:
                     batch[0].settings,
                     seeds=[job.settings.seed for job in batch],
                     center=self._center(batch),
+                    windows=batch[0].windows,
                     on_step=on_step,
                     estimates=any(job.run.preview_every for job in batch),
                     times=times,
