@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--megapixels", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8, 12], metavar="MP")
     parser.add_argument("--steps", type=whole_number(1, 1000), default=2, metavar="N")
     parser.add_argument("--tile", default="auto", metavar="auto|off|PX")
-    parser.add_argument("--vae-tiles", default="auto", metavar="auto|off|fast")
+    parser.add_argument("--vae-tiles", default="auto", metavar="auto|off|exact|fast")
     parser.add_argument("--json", type=path_option, metavar="FILE")
     options = parser.parse_args(arguments)
     passed = ["--steps", str(options.steps), "--tile", options.tile, "--vae-tiles", options.vae_tiles]
@@ -108,9 +108,10 @@ def main(arguments: Sequence[str]) -> int:
 def _print(row: dict[str, Any]) -> None:
     size, seconds, million = row["size"], row["total_ms"] / 1e3, row["pixels"] / 1e6
     plan = row["size_plan"] or {}
-    way = ", ".join(
+    ways = [
         f"{what} {plan[key]}" for what, key in (("windows", "window_px"), ("tiles", "vae_tile_px")) if plan.get(key)
-    )
+    ]
+    way = ", ".join(ways + ["VAE by rows"] * bool(plan.get("vae_by_rows")))
     memory = format_memory(row["peak_memory_bytes"])
     per_million = seconds / million
     cells = (f"{size[0]} × {size[1]}", f"{million:.2f}", f"{seconds:.1f}", f"{per_million:.1f}", memory, way or "whole")

@@ -26,7 +26,7 @@ from engine.places import APP_NAME
 from engine.profiles import Profile
 from engine.settings import Settings
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 GRAPHS = (
     "text_encoder",
@@ -37,6 +37,8 @@ GRAPHS = (
     "controlnet",
     "unet",
 )
+#: Those that see pixels; `vae_encoder` and `vae_decoder` are two halves, `denoise_encoder` is another first half.
+VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
 REBUILD = "build it again: python export/build_engines.py --output {path}"
 
 
@@ -115,12 +117,44 @@ class Plan(_Model):
     key: str
 
 
+class Norm(_Model):
+    """A group norm: the map, by its name, whose mean and deviation a piece must be given."""
+
+    map: str
+    groups: int
+    eps: float
+
+
+class Piece(_Model):
+    """A part of a graph that is exact on a few rows of an image; `engine.pieces` runs them one after the other.
+
+    Attributes:
+        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one piece
+            gives and another takes. `mean` and `inverse`, f32[B,C,1,1], are the statistics of the normed map.
+        norm: that the piece begins with, if it does.
+        halo: rows above and below its own that it must see of a map, in the map's rows.
+        whole: maps that it must see as a whole.
+    """
+
+    spec: GraphSpec
+    norm: Norm | None
+    halo: tuple[int, int]
+    whole: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Its graph's name in the file of pieces."""
+        return f"{self.spec.name}.onnx"
+
+
 class Graph(_Model):
     """One ONNX graph, and the plan it was compiled to; its weights lie in the bundle's weights file.
 
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
         probe: inputs, and what the torch module makes of them: a weightless plan is checked by it.
+        pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
+        pieces_file: a zip file of the pieces' graphs.
     """
 
     spec: GraphSpec
@@ -129,6 +163,14 @@ class Graph(_Model):
     weights_bytes: int
     plan: Plan | None = None
     probe: File | None = None
+    pieces: tuple[Piece, ...] = ()
+    pieces_file: File | None = None
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Its files in the bundle's folder."""
+        plan = None if self.plan is None else self.plan.file
+        return tuple(file for file in (self.file, plan, self.probe, self.pieces_file) if file is not None)
 
 
 class Tokenizer(_Model):
@@ -224,6 +266,11 @@ class Bundle:
         """What the sides of a worked image must be a multiple of, in pixels."""
         return self.pixels_per_cell * self.spec("unet").multiples["h"]
 
+    @property
+    def has_pieces(self) -> bool:
+        """Tell whether the VAE's graphs come in pieces too."""
+        return all(self.manifest.graphs[graph].pieces for graph in VAE_GRAPHS)
+
     def spec(self, graph: str) -> GraphSpec:
         return self.manifest.graphs[graph].spec
 
@@ -231,11 +278,8 @@ class Bundle:
         return self.path / entry.name
 
     def files(self) -> tuple[File, ...]:
-        manifest = self.manifest
-        graphs = (graph.file for graph in manifest.graphs.values())
-        plans = (graph.plan.file for graph in manifest.graphs.values() if graph.plan is not None)
-        probes = (graph.probe for graph in manifest.graphs.values() if graph.probe is not None)
-        return (*graphs, *plans, *probes, manifest.weights, manifest.tokenizer.file)
+        graphs = (file for graph in self.manifest.graphs.values() for file in graph.files)
+        return (*graphs, self.manifest.weights, self.manifest.tokenizer.file)
 
 
 def default_bundle_dir() -> Path:

@@ -57,8 +57,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     size.add_argument(
         "--vae-tiles",
-        choices=("auto", "off", "fast"),
-        help="run the autoencoder in tiles, which is approximate; auto: where memory does not hold the whole",
+        choices=("auto", "off", "exact", "fast"),
+        help="run the autoencoder a few rows at a time, exactly, or in tiles, which is approximate and needs least "
+        "memory; auto: whole, exact or fast, the first that memory holds",
     )
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", metavar="TEXT", help="what the photo shows; of any length")

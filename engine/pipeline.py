@@ -245,7 +245,7 @@ class Restorer(Stages):
             UsageError, ImageError: as `engine.size_plan.choose_plan`; or windows were asked for on a GPU.
         """
         if self._session is not None:
-            if isinstance(settings.tile, int) or settings.vae_tiles == "fast":
+            if isinstance(settings.tile, int) or settings.vae_tiles in ("exact", "fast"):
                 raise no_windows_on_device()
             return SizePlan()
         return choose_plan(self.bundle, size, settings, total_memory_bytes())
@@ -304,15 +304,15 @@ class Restorer(Stages):
     ) -> tuple[Pixels, Pixels | None]:
         """Return the restored pixels and stage 1, where the colour fix or the pull needs it."""
         cells = self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
-        tiles = plan.vae_tiles(self.bundle, cells["h"], cells["w"])
+        way = plan.vae_way(self.bundle, cells["h"], cells["w"])
         windows = plan.windows(self.bundle, cells["h"], cells["w"])
         texts = self.conditioning(settings, times=times)
-        z_lq = self.encode(lq, tiles=tiles, times=times)
+        z_lq = self.encode(lq, way=way, times=times)
         needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
-        stage1 = self.decode(z_lq, stage="stage 1", tiles=tiles, times=times) if needs_stage1 else None
+        stage1 = self.decode(z_lq, stage="stage 1", way=way, times=times) if needs_stage1 else None
         center = None
         if settings.restore_pull is not None and stage1 is not None:
-            center = self.encode_clean(stage1, tiles=tiles, times=times)
+            center = self.encode_clean(stage1, way=way, times=times)
         z = self.sample(
             z_lq,
             texts,
@@ -324,7 +324,7 @@ class Restorer(Stages):
             on_step=on_step,
             times=times,
         )
-        return self.decode(z, tiles=tiles, times=times), stage1
+        return self.decode(z, way=way, times=times), stage1
 
     def _run_on_device(
         self,

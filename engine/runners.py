@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
-from engine.backends.base import Backend, Runner
+from engine.backends.base import Backend, PieceBackend, Runner
 from engine.bundle import Bundle
+from engine.errors import BackendError
 from engine.host_memory import release_free_memory
+from engine.pieces import OpenPiece
 from engine.residency import needed_beside
 from engine.timings import Timings
 
@@ -39,11 +42,32 @@ class Runners:
         """
         runner = self.opened.get(graph)
         if runner is None:
-            if self._kept is not None:
-                self.close(set(self.opened) - self._kept - needed_beside(graph))
+            self._make_room(graph)
             with (times or Timings()).graph(f"load {graph}"):
                 runner = self.opened[graph] = self._backend.open(self._bundle, graph)
         return runner
+
+    def open_piece(self, graph: str) -> OpenPiece:
+        """Return what opens the pieces of a graph of the VAE, for a run over them.
+
+        Raises:
+            BackendError: the bundle has no pieces, or the backend runs whole graphs only.
+        """
+        self._make_room(graph)
+        entry = self._bundle.manifest.graphs[graph].pieces_file
+        if entry is None or not isinstance(self._backend, PieceBackend):
+            raise BackendError(
+                "the VAE cannot run by rows here",
+                where=graph,
+                expected="a bundle with pieces, on ONNX Runtime's CPU provider",
+                fix="restore with --vae-tiles auto, fast or off",
+            )
+        return partial(self._backend.open_piece, self._bundle.file(entry))
+
+    def _make_room(self, graph: str) -> None:
+        """Close what is not kept and not needed beside a graph."""
+        if self._kept is not None:
+            self.close(set(self.opened) - self._kept - needed_beside(graph))
 
     def close(self, graphs: Iterable[str] | None = None) -> None:
         """Give the memory of some graphs back, or of all; they are opened again when they are needed."""

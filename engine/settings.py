@@ -13,7 +13,8 @@ Sampler = Literal["edm", "dpmpp2m"]
 ColorFix = Literal["wavelet", "adain", "none"]
 #: "auto" leaves the choice to size and memory, "off" works at the whole; a number is a window's side in pixels.
 Tile = Annotated[int, Field(ge=64, le=8192)] | Literal["auto", "off"]
-VaeTiles = Literal["auto", "off", "fast"]
+#: "exact" works at a few rows at a time, "fast" at tiles, which is approximate.
+VaeTiles = Literal["auto", "off", "exact", "fast"]
 
 #: Our own words; they steer guidance towards a clean photograph and away from what degrades one.
 QUALITY_WORDS = (
@@ -75,7 +76,7 @@ class Settings(BaseModel):
     upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
     min_size: int = Field(1024, ge=64, le=8192, description="shorter side that is worked at, at least, in pixels")
     tile: Tile = Field("auto", description="windows that are sampled: their side in pixels, auto, or off")
-    vae_tiles: VaeTiles = Field("auto", description="whether the VAE works in tiles, which is approximate")
+    vae_tiles: VaeTiles = Field("auto", description="whether the VAE works at parts: exact, or fast")
     prompt: str = Field("", max_length=MAX_TEXT, description="what the photo shows")
     quality_words: str = Field(QUALITY_WORDS, max_length=MAX_TEXT, description="appended to the prompt")
     negative_prompt: str = Field(NEGATIVE_WORDS, max_length=MAX_TEXT, description="what guidance leads away from")

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from engine.bundle import Bundle
+from engine.bundle import VAE_GRAPHS, Bundle
 from engine.console import format_memory
 from engine.errors import BackendError, ImageError, RestoreError, UsageError
 from engine.geometry import Size
-from engine.graphspec import parse_axis
+from engine.graphspec import parse_axis, resolve
+from engine.pieces import ByRows, peak_bytes
 from engine.settings import Settings
 from engine.tiling import Tiling, Trapezoid, gaussian
 
+#: How a graph of the VAE works at an image: by rows, or in tiles, of which the whole may be one.
+VaeWay = Tiling | ByRows
+
 #: Of the computer's memory, what activations may take if nobody asks for more.
 _SHARE = 0.5
+#: And of it, what the VAE's maps may take by rows: they are held beside everything else of a large photo.
+_ROWS_SHARE = 0.25
 #: A latent is sampled whole up to so many windows' area: beyond, SDXL repeats things, and attention grows squared.
 _WHOLE_UP_TO = 4
 #: Smaller windows show too little of a picture, whatever size a bundle works at.
@@ -43,10 +49,12 @@ class SizePlan:
     Attributes:
         window_px: side of the windows that are sampled; None is the whole latent.
         vae_px: side of the VAE's tiles; None is the whole image.
+        vae_by_rows: whether the VAE works at the whole image a few rows at a time.
     """
 
     window_px: int | None = None
     vae_px: int | None = None
+    vae_by_rows: bool = False
 
     def windows(self, bundle: Bundle, height: int, width: int) -> Tiling:
         """Return the windows of a latent of `height` × `width` cells that are sampled, half a window apart."""
@@ -55,8 +63,10 @@ class SizePlan:
         size = self.window_px // bundle.pixels_per_cell
         return Tiling(height, width, size, size // 2, gaussian)
 
-    def vae_tiles(self, bundle: Bundle, height: int, width: int) -> Tiling:
-        """Return the VAE's tiles of a latent of `height` × `width` cells."""
+    def vae_way(self, bundle: Bundle, height: int, width: int) -> VaeWay:
+        """Return how the VAE works: by rows, or in these tiles of a latent of `height` × `width` cells."""
+        if self.vae_by_rows:
+            return ByRows()
         if self.vae_px is None:
             return Tiling.whole(height, width)
         size = self.vae_px // bundle.pixels_per_cell
@@ -65,31 +75,41 @@ class SizePlan:
 
     def smaller(self, bundle: Bundle, size: Size) -> SizePlan | None:
         """Return the plan to try where memory ran out, None if there is none for (width, height) `size`."""
-        plan = SizePlan(self.window_px or default_window(bundle), self.vae_px or _VAE_CELLS * bundle.pixels_per_cell)
+        window = self.window_px or default_window(bundle)
+        tile = self.vae_px or _VAE_CELLS * bundle.pixels_per_cell
+        if self.vae_px is None and not self.vae_by_rows and bundle.has_pieces:
+            plan = SizePlan(window, vae_by_rows=True)
+        else:
+            plan = SizePlan(window, tile)
         if plan == self:
             plan = plan._halved(bundle)
-        while min(plan.window_px or 0, plan.vae_px or 0) >= max(size):  # which cuts nothing
+        while plan._cuts_nothing(size):
             previous, plan = plan, plan._halved(bundle)
             if plan == previous:
                 return None
         return None if plan == self else plan
 
+    def _cuts_nothing(self, size: Size) -> bool:
+        assert self.window_px is not None
+        return min(self.window_px, self.vae_px or self.window_px) >= max(size)
+
     def _halved(self, bundle: Bundle) -> SizePlan:
         assert self.window_px is not None
-        assert self.vae_px is not None
         multiple = bundle.size_multiple
-        return SizePlan(
-            max(2 * multiple, self.window_px // 2 // multiple * multiple),
-            max(_LEAST_VAE_CELLS * bundle.pixels_per_cell, self.vae_px // 2 // multiple * multiple),
-        )
+        window = max(2 * multiple, self.window_px // 2 // multiple * multiple)
+        if self.vae_px is None:
+            return replace(self, window_px=window)
+        tile = max(_LEAST_VAE_CELLS * bundle.pixels_per_cell, self.vae_px // 2 // multiple * multiple)
+        return replace(self, window_px=window, vae_px=tile)
 
     def as_data(self) -> dict[str, Any]:
         """Return the plan for a result's record."""
-        return {"window_px": self.window_px, "vae_tile_px": self.vae_px}
+        return {"window_px": self.window_px, "vae_tile_px": self.vae_px, "vae_by_rows": self.vae_by_rows}
 
     def __str__(self) -> str:
-        parts = (("sampled", self.window_px), ("decoded", self.vae_px))
-        return ", ".join(f"{what} {'whole' if px is None else f'in windows of {px} pixels'}" for what, px in parts)
+        sampled = "whole" if self.window_px is None else f"in windows of {self.window_px} pixels"
+        decoded = "whole" if self.vae_px is None else f"in windows of {self.vae_px} pixels, which is approximate"
+        return f"sampled {sampled}, decoded {'by rows' if self.vae_by_rows else decoded}"
 
 
 def settings_of(history: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +118,8 @@ def settings_of(history: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(plan, Mapping):
         return {}
     found = {} if plan.get("window_px") is None else {"tile": plan["window_px"]}
+    if plan.get("vae_by_rows"):
+        return {**found, "vae_tiles": "exact"}
     return found if plan.get("vae_tile_px") is None else {**found, "vae_tiles": "fast"}
 
 
@@ -130,7 +152,23 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
             found=settings.tile,
         )
     pixels = size[0] * size[1]
+    if settings.vae_tiles == "exact" and not bundle.has_pieces:
+        raise UsageError(
+            "this bundle's VAE does not work by rows",
+            where="--vae-tiles",
+            expected="auto, off or fast",
+            found="exact",
+            fix="bundles for a CPU, built by this version, have what it takes",
+        )
     needed = {"tile": sampling_bytes(bundle, size), "vae_tiles": vae_bytes(bundle, size)}
+    if settings.vae_tiles == "exact" and (need := rows_bytes(bundle, size)) > memory:
+        raise ImageError(
+            "too large for an exact VAE",
+            where=f"{size[0]} × {size[1]} pixels",
+            expected=f"{format_memory(need)} of memory",
+            found=format_memory(int(memory)),
+            fix="--vae-tiles fast needs less, and is approximate",
+        )
     for option, need in needed.items():
         if getattr(settings, option) == "off" and need > memory:
             name = f"--{option.replace('_', '-')}"
@@ -146,12 +184,15 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
         window_px = window if too_large and max(size) > window else None
     else:
         window_px = None if settings.tile == "off" or settings.tile >= max(size) else settings.tile
-    vae_px: int | None = _VAE_CELLS * bundle.pixels_per_cell
-    assert vae_px is not None
-    fits = needed["vae_tiles"] <= _SHARE * memory
-    if settings.vae_tiles == "off" or max(size) <= vae_px or (settings.vae_tiles == "auto" and fits):
-        vae_px = None
-    return SizePlan(window_px, vae_px)
+    vae_px = _VAE_CELLS * bundle.pixels_per_cell
+    whole_fits = needed["vae_tiles"] <= _SHARE * memory
+    by_rows = settings.vae_tiles == "exact"
+    if settings.vae_tiles == "auto" and not whole_fits:
+        by_rows = bundle.has_pieces and rows_bytes(bundle, size) <= _ROWS_SHARE * memory
+    if by_rows:
+        return SizePlan(window_px, vae_by_rows=True)
+    whole = settings.vae_tiles == "off" or (settings.vae_tiles == "auto" and whole_fits) or max(size) <= vae_px
+    return SizePlan(window_px, None if whole else vae_px)
 
 
 def vae_bytes(bundle: Bundle, size: Size) -> int:
@@ -159,6 +200,16 @@ def vae_bytes(bundle: Bundle, size: Size) -> int:
     pixels = size[0] * size[1]
     cells = pixels // bundle.pixels_per_cell**2
     return _VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2
+
+
+def rows_bytes(bundle: Bundle, size: Size) -> int:
+    """Return what the VAE needs at (width, height) pixels if it works by rows."""
+    factor = bundle.pixels_per_cell
+    symbols = {"B": 1, "h": size[1] // factor, "w": size[0] // factor}
+    return max(
+        peak_bytes(bundle.manifest.graphs[graph].pieces, resolve(bundle.spec(graph).inputs[0].shape, symbols))
+        for graph in VAE_GRAPHS
+    )
 
 
 def sampling_bytes(bundle: Bundle, size: Size) -> int:

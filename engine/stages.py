@@ -19,11 +19,12 @@ from engine.geometry import Size
 from engine.network import GuidedNetwork, TextsAt, TiledNetwork
 from engine.noise import noise_source
 from engine.photo import Pixels
+from engine.pieces import ByRows, run_pieces
 from engine.prompts import Prompts, texts_of
 from engine.runners import Runners
 from engine.sampler import Latent, Network, Progress, StepTable, sample
 from engine.settings import Settings
-from engine.size_plan import SizePlan
+from engine.size_plan import SizePlan, VaeWay
 from engine.tables import table_for
 from engine.tiling import Tiling, run_tiled
 from engine.timings import Timings
@@ -75,23 +76,24 @@ class Stages(ABC):
             self._texts[texts] = self._prompts.encode(texts, lambda graph, ids: self._run(graph, ids, "text", times))
         return self._texts[texts]
 
-    def encode(self, lq: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
+    def encode(self, lq: Pixels, *, way: VaeWay | None = None, times: Timings | None = None) -> Latent:
         """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5.
 
-        `tiles` of the latent, here and below, let a VAE graph see a part at a time, which is approximate: its
-        norms and its attention then see no more than a tile. None, or one tile, is exact.
+        `way`, here and below: None runs the graph on the whole; `ByRows` is exact as well, and needs less memory.
+        Tiles of the latent let the graph see a part at a time, which is approximate: its norms and its attention
+        then see no more than a tile.
         """
-        return self._run_vae("denoise_encoder", lq, "denoise encoder", tiles, times)
+        return self._run_vae("denoise_encoder", lq, "denoise encoder", way, times)
 
-    def encode_clean(self, pixels: Pixels, *, tiles: Tiling | None = None, times: Timings | None = None) -> Latent:
+    def encode_clean(self, pixels: Pixels, *, way: VaeWay | None = None, times: Timings | None = None) -> Latent:
         """Return z f32[B,4,h,w] of clean pixels f32[B,3,8h,8w] in [-1, 1]: the pull's center."""
-        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", tiles, times)
+        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", way, times)
 
     def decode(
-        self, z: Latent, *, stage: str = "vae decoder", tiles: Tiling | None = None, times: Timings | None = None
+        self, z: Latent, *, stage: str = "vae decoder", way: VaeWay | None = None, times: Timings | None = None
     ) -> Pixels:
         """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
-        return self._run_vae("vae_decoder", z, stage, tiles, times)
+        return self._run_vae("vae_decoder", z, stage, way, times)
 
     def table(self, settings: Settings) -> StepTable:
         """Return the sampler's table of step weights for some settings."""
@@ -160,19 +162,25 @@ class Stages(ABC):
         return z
 
     def _run_vae(
-        self, graph: str, image: Array, stage: str, tiles: Tiling | None, times: Timings | None
+        self, graph: str, image: Array, stage: str, way: VaeWay | None, times: Timings | None
     ) -> NDArray[np.float32]:
-        """Run a graph of the VAE on an image, f32[B,C,H,W], whole or by tiles of the latent."""
+        """Run a graph of the VAE on an image, f32[B,C,H,W]."""
         spec = self.bundle.spec(graph)
         source, target = spec.inputs[0].name, spec.outputs[0].name
 
         def run(part: Array) -> Array:
             return self._run(graph, {source: part}, stage, times)[target]
 
-        if tiles is None or tiles.is_whole:
+        if isinstance(way, ByRows):
+            open_piece = self._runners.open_piece(graph)
+            with (times or Timings()).graph(stage):
+                return run_pieces(
+                    self.bundle.manifest.graphs[graph].pieces, image, open_piece, way, partial(self.on_tile, stage)
+                )
+        if way is None or way.is_whole:
             return run(image)
-        pixels = tiles.scaled(self.bundle.pixels_per_cell)
-        ways = (tiles, pixels) if source == "z" else (pixels, tiles)
+        pixels = way.scaled(self.bundle.pixels_per_cell)
+        ways = (way, pixels) if source == "z" else (pixels, way)
         return run_tiled(image, *ways, run, partial(self.on_tile, stage))
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:

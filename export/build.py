@@ -27,6 +27,7 @@ from engine.bundle import (
     Graph,
     Lora,
     Manifest,
+    Piece,
     Plan,
     Tokenizer,
     describe_file,
@@ -39,13 +40,14 @@ from engine.host_memory import release_free_memory, return_large_blocks_at_once
 from export.graphs import GraphBuilder
 from export.nets.layers import Sinusoid
 from export.pack import pack
+from export.pieces import cut, write_pieces
 from export.plan import BuildPlan
 from export.plans import compile_plan
 from export.to_onnx import is_cached
 from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
 from export.tracing import traced_ahead
 from export.verify import verify
-from export.weights import WEIGHTS, write_weights
+from export.weights import WEIGHTS, Weight, write_weights
 
 _STATE = "state.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
@@ -199,7 +201,8 @@ def _run_stages(
             progress.stage(f"verifying {name}")
             weightless = plan.compiling is not None and plan.compiling.weightless
             probe = partial / f"{name}.probe.npz" if weightless else None
-            verification = verify(builder, file, probe)
+            pieces, pieces_file = _cut(builder, partial, plan.layout.weights)
+            verification = verify(builder, file, probe, None if pieces_file is None else (pieces, pieces_file))
             release_free_memory()  # before it is compiled: a graph's weights, each time
             graph = Graph(
                 spec=builder.spec,
@@ -207,6 +210,8 @@ def _run_stages(
                 verification=verification,
                 weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in builder.parameters),
                 probe=None if probe is None else describe_file(probe),
+                pieces=pieces,
+                pieces_file=None if pieces_file is None else describe_file(pieces_file),
             )
             if plan.compiling is not None:
                 compiled = _reused(present, plan, graph, state.weights, partial)
@@ -218,6 +223,16 @@ def _run_stages(
             state.graphs[name] = graph
             _save(partial, state)
         progress.advance(work[name])
+
+
+def _cut(builder: GraphBuilder, partial: Path, weights: Mapping[str, Weight]) -> tuple[tuple[Piece, ...], Path | None]:
+    """Write a graph's pieces, if it has some; returns them and their file."""
+    structures = cut(builder)
+    if not structures:
+        return (), None
+    file = partial / f"{builder.spec.name}.pieces.zip"
+    write_pieces(structures, file, weights)
+    return tuple(each.piece for each in structures), file
 
 
 def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> Plan | None:
@@ -370,9 +385,7 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
 
 def _drop_unfinished(partial: Path, state: _State) -> None:
     """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
-    finished = {_STATE, *(graph.file.name for graph in state.graphs.values())}
-    finished.update(graph.plan.file.name for graph in state.graphs.values() if graph.plan is not None)
-    finished.update(graph.probe.name for graph in state.graphs.values() if graph.probe is not None)
+    finished = {_STATE, *(file.name for graph in state.graphs.values() for file in graph.files)}
     if state.weights is not None:
         finished.add(state.weights.name)
     for path in partial.iterdir():

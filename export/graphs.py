@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.bundle import VAE_GRAPHS
 from engine.graphspec import (
     PRECISION_DTYPES,
     Axis,
@@ -35,7 +36,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 #: Latent sides must be multiples of this: two halvings in the UNet, and SPEC's rule.
 CELL_MULTIPLE = 8
-_VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
 _LATENT_SYMBOLS = {"h": CELL_MULTIPLE, "w": CELL_MULTIPLE}
 
 #: Sizes for tracing: every symbol differs from its smallest value, or torch.export would fix it
@@ -187,7 +187,7 @@ def _specs(arch: Architecture, precision: Precision, vae_precision: Precision) -
     ) -> GraphSpec:
         return GraphSpec(
             name=name,
-            precision=vae_precision if name in _VAE_GRAPHS else precision,
+            precision=vae_precision if name in VAE_GRAPHS else precision,
             inputs=inputs,
             outputs=outputs,
             multiples=_LATENT_SYMBOLS if latent else {},

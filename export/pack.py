@@ -11,7 +11,8 @@ from engine.errors import BuildError
 from engine.graphspec import DType, GraphSpec
 from export.weights import WEIGHTS, Weight
 
-_TYPES: dict[DType, int] = {
+#: ONNX's numbers for our types.
+ONNX_TYPES: dict[DType, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
@@ -43,7 +44,7 @@ def _external(parameter: onnx.ValueInfoProto, graph: str, weights: Mapping[str, 
     kind = parameter.type.tensor_type
     shape = tuple(axis.dim_value for axis in kind.shape.dim)
     weight = weights.get(parameter.name)
-    if weight is None or weight.shape != shape or _TYPES[weight.dtype] != kind.elem_type:
+    if weight is None or weight.shape != shape or ONNX_TYPES[weight.dtype] != kind.elem_type:
         raise BuildError(
             "a parameter of the graph is not in the weights file",
             where=f"{graph}: {parameter.name}",

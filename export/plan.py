@@ -21,6 +21,7 @@ from export.architecture import Architecture, Shapes, infer_architecture, missin
 from export.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
 from export.graphs import GraphBuilder, graph_builders
 from export.lora import LoadedLora, open_lora
+from export.pieces import pieces_key
 from export.plans import DEFAULT_TARGETS, WITHOUT_BF16, PlanOptions, check_targets
 from export.presets import PRESETS
 from export.request import BuildRequest
@@ -120,6 +121,7 @@ class BuildPlan:
             "loras": {lora.name: {"file": hashes[lora.file], "scale": lora.scale} for lora in self.loras},
             "tokenizer": {path.name: hash_file(path) for path in vocabulary},
             "graphs": {name: trace_key(builder) for name, builder in self.builders.items()},
+            "pieces": {name: key for name, builder in self.builders.items() if (key := pieces_key(builder))},
             "onnxruntime": importlib.metadata.version("onnxruntime"),
             "plans": None if self.compiling is None else self._compiling_key(self.compiling),
         }

@@ -7,7 +7,8 @@ arithmetic, at a size other than the one that was traced.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from engine.backends.ort import OrtBackend
-from engine.bundle import Verification
+from engine.bundle import Piece, Verification
 from engine.errors import BuildError
 from engine.graphspec import GraphSpec, Precision, TensorSpec
+from engine.pieces import ByRows, run_pieces
 from export.graphs import GraphBuilder, call_arguments
 from export.weights import WEIGHTS
 
@@ -40,13 +42,16 @@ _METHODS: dict[Precision, str] = {
 }
 
 
-def verify(builder: GraphBuilder, file: Path, probe: Path | None = None) -> Verification:
+def verify(
+    builder: GraphBuilder, file: Path, probe: Path | None = None, pieces: tuple[Sequence[Piece], Path] | None = None
+) -> Verification:
     """Compare a packed graph with its module.
 
     Args:
         builder: of the graph.
         file: the ONNX file; the weights file lies beside it.
         probe: where inputs and torch's outputs are kept, for plans that get their weights later.
+        pieces: of the graph, and their file: they are compared as well.
     Raises:
         BuildError: an output disagrees; the graph and the output are named.
     """
@@ -56,6 +61,10 @@ def verify(builder: GraphBuilder, file: Path, probe: Path | None = None) -> Veri
     found = _run_onnx(spec, file, inputs)
     bound = _BOUNDS[spec.precision]
     errors = {name: relative_l2(found[name], expected[name]) for name in expected}
+    if pieces is not None:
+        name = spec.outputs[0].name
+        in_pieces = _run_pieces(*pieces, inputs[spec.inputs[0].name].numpy())
+        errors[f"{name} in pieces"] = relative_l2(in_pieces, expected[name])
     for name, error in errors.items():
         if not error <= bound:
             raise BuildError(
@@ -141,6 +150,11 @@ def _run_onnx(spec: GraphSpec, file: Path, inputs: dict[str, torch.Tensor]) -> d
         runner = OrtBackend().open_file(widened, _widened_spec(spec))
         wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         return runner.infer({name: value.numpy() for name, value in wide.items()})
+
+
+def _run_pieces(pieces: Sequence[Piece], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Run a graph's pieces in bands of two rows, or of two cells where attention is."""
+    return run_pieces(pieces, image, partial(OrtBackend().open_piece, file), ByRows(band_bytes=1))
 
 
 def widen(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -96,12 +96,12 @@ class Serving(BaseModel):
         Raises:
             UsageError: too many steps, too long a text, or tiles of the VAE, which a server runs whole.
         """
-        if settings.vae_tiles == "fast":
+        if settings.vae_tiles in ("exact", "fast"):
             raise UsageError(
                 "a server's VAE works at the whole photo",
                 where="options.vae_tiles",
                 expected="auto or off",
-                found="fast",
+                found=settings.vae_tiles,
             )
         if settings.steps > self.max_steps:
             raise UsageError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.bundle import Bundle
+from engine.bundle import Bundle, Piece
 from engine.device import Array
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec, resolve
@@ -70,6 +72,23 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back what its runners share; they are of no use afterwards."""
+        ...
+
+
+@runtime_checkable
+class PieceBackend(Protocol):
+    """Opens the pieces of graphs as well; see `engine.pieces`."""
+
+    def open_piece(self, file: Path, piece: Piece) -> AbstractContextManager[Runner]:
+        """Open a piece for as long as it runs.
+
+        Args:
+            file: the pieces' file, the weights beside it.
+            piece: of the graph.
+        Raises:
+            BundleError: the file does not hold it.
+            BackendError: the backend cannot run it.
+        """
         ...
 
 

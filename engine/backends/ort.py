@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +15,10 @@ from typing import Any
 import onnxruntime as ort
 
 from engine.backends.base import Runner
-from engine.bundle import Bundle
+from engine.bundle import Bundle, Piece
 from engine.console import format_bytes
 from engine.device import Array
-from engine.errors import BackendError
+from engine.errors import BackendError, BundleError
 from engine.graphspec import GraphSpec
 
 #: Errors come as exceptions; the log would say them a second time, in colours.
@@ -50,6 +52,35 @@ class OrtBackend:
         Raises:
             BackendError: it is not a graph that this provider can run.
         """
+        options = self._options(spec)
+        return OrtRunner(open_session(file, ["CPUExecutionProvider"], options, without=_WITHOUT), spec)
+
+    @contextmanager
+    def open_piece(self, file: Path, piece: Piece) -> Iterator[Runner]:
+        """Open one of a graph's pieces for as long as it runs; see `engine.pieces`.
+
+        Args:
+            file: the pieces' file, the weights beside it.
+            piece: of the graph.
+        Raises:
+            BundleError: the file does not hold it.
+            BackendError: as `open_file`.
+        """
+        try:
+            with zipfile.ZipFile(file) as archive:
+                graph = archive.read(piece.file_name)
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError("a piece of a graph cannot be read", where=file, found=str(error)) from error
+        options = self._options(piece.spec)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        session = open_session(graph, ["CPUExecutionProvider"], options, name=piece.spec.name, without=_WITHOUT)
+        runner = OrtRunner(session, piece.spec)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+    def _options(self, spec: GraphSpec) -> ort.SessionOptions:
         if spec.precision == "bf16":
             raise BackendError(
                 "ONNX Runtime's CPU provider has no bf16 operators",
@@ -69,7 +100,7 @@ class OrtBackend:
         if self.threads > (os.cpu_count() or 1):
             # Threads that wait by spinning keep the others from the cores.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return OrtRunner(open_session(file, ["CPUExecutionProvider"], options, without=_WITHOUT), spec)
+        return options
 
 
 class OrtRunner(Runner):
@@ -93,18 +124,20 @@ class OrtRunner(Runner):
 
 
 def open_session(
-    file: Path,
+    graph: Path | bytes,
     providers: Sequence[Any],
     options: ort.SessionOptions | None = None,
     *,
+    name: str | None = None,
     without: Sequence[str] = (),
 ) -> ort.InferenceSession:
     """Return a session for a graph.
 
     Args:
-        file: the ONNX file, its weights beside it.
+        graph: the ONNX file, its weights beside it; or what would be in the file.
         providers: as ONNX Runtime takes them.
         options: of the session; the log level is set here.
+        name: of the graph in errors; None is the file's.
         without: ONNX Runtime's names of optimizations that are left out.
     Raises:
         BackendError: it is not a graph that the providers can run.
@@ -112,9 +145,11 @@ def open_session(
     options = options or ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     try:
-        return ort.InferenceSession(str(file), options, providers=list(providers), disabled_optimizers=list(without))
+        source = str(graph) if isinstance(graph, Path) else graph
+        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        raise BackendError("ONNX Runtime cannot open the graph", where=file, found=_first_line(error)) from error
+        where = name or graph
+        raise BackendError("ONNX Runtime cannot open the graph", where=where, found=_first_line(error)) from error
 
 
 @lru_cache(maxsize=1)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from golden import relative_l2
 
 from engine import Restorer
 from engine.errors import BackendError, UsageError
+from engine.pieces import ByRows
 from engine.size_plan import SizePlan, settings_of
 from engine.tiling import Tiling
 
@@ -76,18 +78,57 @@ def test_tiles_of_the_vae_lie_where_they_belong(restorer, latents):
     """Tiles of random weights agree where norms see the same; a tile in the wrong place would not correlate."""
     pixels = restorer.decode(latents)
     tiles = Tiling(16, 24, 16, 8)
-    in_tiles = restorer.decode(latents, tiles=tiles)
+    in_tiles = restorer.decode(latents, way=tiles)
     assert in_tiles.shape == pixels.shape
     assert np.corrcoef(in_tiles.ravel(), pixels.ravel())[0, 1] > 0.9
     assert not np.array_equal(in_tiles, pixels)
     z = restorer.encode_clean(pixels)
-    z_in_tiles = restorer.encode_clean(pixels, tiles=tiles)
+    z_in_tiles = restorer.encode_clean(pixels, way=tiles)
     assert z_in_tiles.shape == z.shape
     assert np.corrcoef(z_in_tiles.ravel(), z.ravel())[0, 1] > 0.9
 
 
 def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
-    assert np.array_equal(restorer.decode(latents), restorer.decode(latents, tiles=Tiling(16, 24, 64, 48)))
+    assert np.array_equal(restorer.decode(latents), restorer.decode(latents, way=Tiling(16, 24, 64, 48)))
+
+
+@pytest.mark.parametrize("band_bytes", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("fixture", ["bundle_fp32", "bundle_fp16"])
+def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
+    """To rounding, whatever the bands are: two rows each, some, or everything at once."""
+    with Restorer.open(request.getfixturevalue(fixture)) as restorer:
+        pixels = restorer.decode(latents)
+        whole = [pixels, restorer.encode_clean(pixels), restorer.encode(pixels)]
+        told = []
+        restorer.on_tile = lambda stage, done, total: told.append((stage, done, total))
+        way = ByRows(band_bytes)
+        by_rows = [
+            restorer.decode(latents, way=way),
+            restorer.encode_clean(pixels, way=way),
+            restorer.encode(pixels, way=way),
+        ]
+    for found, expected in zip(by_rows, whole, strict=True):
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        assert relative_l2(found, expected) < 1e-5
+    for stage in {stage for stage, _, _ in told}:
+        done = [(done, total) for name, done, total in told if name == stage]
+        assert done == [(index + 1, len(done)) for index in range(len(done))]
+
+
+def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
+    both = np.concatenate([latents, latents * 3 + 1])
+    by_rows = restorer.decode(both, way=ByRows(1))
+    assert relative_l2(by_rows, restorer.decode(both)) < 1e-5
+    assert relative_l2(by_rows[1:], restorer.decode(both[1:])) < 1e-5
+
+
+def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):
+    whole = restorer.restore(photo, **STEPS)
+    by_rows = restorer.restore(photo, **STEPS, vae_tiles="exact")
+    assert by_rows.history["size_plan"] == {"window_px": None, "vae_tile_px": None, "vae_by_rows": True}
+    assert settings_of(by_rows.history) == {"vae_tiles": "exact"}
+    np.testing.assert_allclose(by_rows.photo.rgb, whole.photo.rgb, atol=1e-4)
 
 
 @pytest.fixture
@@ -119,8 +160,9 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memo
     assert result.photo.size == (192, 128)
     assert len(refused) == 1
     assert notes == list(result.notes) == result.history["notes"]
-    assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
-    assert settings_of(result.history) == {"tile": 128, "vae_tiles": "fast"}
+    assert notes[0].startswith("out of memory (sampled whole, decoded whole); tried again: ")
+    assert notes[0].endswith("sampled in windows of 128 pixels, decoded by rows")
+    assert settings_of(result.history) == {"tile": 128, "vae_tiles": "exact"}
     again = restorer.restore(photo, **{**result.settings.model_dump(), **settings_of(result.history)})
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
@@ -151,7 +193,7 @@ def test_the_record_says_how_it_was_worked_at(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
     assert "size_plan" not in whole.history
     tiled = restorer.restore(photo, **STEPS, tile=128)
-    assert tiled.history["size_plan"] == {"window_px": 128, "vae_tile_px": None}
+    assert tiled.history["size_plan"] == {"window_px": 128, "vae_tile_px": None, "vae_by_rows": False}
     assert tiled.history["settings"]["tile"] == 128
     told = []
     restorer.on_tile = lambda *at: told.append(at)

@@ -26,7 +26,7 @@ def test_settings_survive_json():
         ({"color_fix": "yes"}, "color_fix"),
         ({"tile": "on"}, "tile"),
         ({"tile": 8}, "tile"),
-        ({"vae_tiles": "exact"}, "vae_tiles"),
+        ({"vae_tiles": "slow"}, "vae_tiles"),
         ({"stpes": 4}, "stpes"),
     ],
 )

@@ -25,6 +25,7 @@ from engine.size_plan import (
 )
 from export.architecture import infer_architecture
 from export.graphs import graph_builders
+from export.pieces import cut
 
 GIB = 2**30
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
@@ -34,7 +35,10 @@ FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 def sdxl():
     """What a bundle of real checkpoints says of its shapes and defaults."""
     builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp16", 49407)
-    graphs = {name: SimpleNamespace(spec=builder.spec) for name, builder in builders.items()}
+    graphs = {
+        name: SimpleNamespace(spec=builder.spec, pieces=tuple(each.piece for each in cut(builder)))
+        for name, builder in builders.items()
+    }
     return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
 
 
@@ -57,7 +61,12 @@ def test_the_window_is_what_the_bundle_is_for(sdxl):
         ((2048, 2048), 1024 * GIB, {}, SizePlan()),
         ((2112, 2048), 1024 * GIB, {}, SizePlan(1024)),
         ((4096, 3072), 16 * GIB, {}, SizePlan(1024, 512)),
+        ((4096, 3072), 96 * GIB, {}, SizePlan(1024, vae_by_rows=True)),
+        ((4096, 3072), 1024 * GIB, {}, SizePlan(1024)),
+        ((4096, 3072), 96 * GIB, {"vae_tiles": "fast"}, SizePlan(1024, 512)),
+        ((4096, 3072), 1024 * GIB, {"vae_tiles": "exact"}, SizePlan(1024, vae_by_rows=True)),
         ((1024, 1024), 6 * GIB, {}, SizePlan(None, 512)),
+        ((1024, 1024), 8 * GIB, {}, SizePlan(None, vae_by_rows=True)),
         ((1024, 1024), None, {}, SizePlan()),
         ((1024, 1024), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan(512, 512)),
         ((512, 512), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan()),
@@ -74,6 +83,17 @@ def test_the_whole_is_refused_where_memory_cannot_hold_it(sdxl, option):
         chosen(sdxl, (8192, 8192), 8 * GIB, **{option: "off"})
     assert f"--{option.replace('_', '-')} auto works in windows" in str(caught.value)
     assert "8 GiB" in str(caught.value)
+
+
+def test_an_exact_vae_is_refused_where_memory_cannot_hold_its_maps(sdxl):
+    with pytest.raises(ImageError, match="too large for an exact VAE") as caught:
+        chosen(sdxl, (8192, 8192), 32 * GIB, vae_tiles="exact")
+    assert "--vae-tiles fast needs less" in str(caught.value)
+    without = {**sdxl.manifest.graphs, "vae_decoder": SimpleNamespace(spec=sdxl.spec("vae_decoder"), pieces=())}
+    bundle = Bundle(Path("bf16"), SimpleNamespace(graphs=without, defaults=Settings()), "0")
+    assert chosen(bundle, (4096, 3072), 96 * GIB) == SizePlan(1024, 512)
+    with pytest.raises(UsageError, match="this bundle's VAE does not work by rows"):
+        chosen(bundle, (1024, 1024), vae_tiles="exact")
 
 
 def test_a_side_between_the_multiples_is_refused_with_one_that_works(sdxl):
@@ -95,11 +115,12 @@ def test_smaller_plans_end(sdxl):
         seen.append(plan)
         plan = plan.smaller(sdxl, (2048, 2048))
         assert len(seen) < 20
-    assert seen[:3] == [SizePlan(), SizePlan(1024, 512), SizePlan(512, 256)]
+    assert seen[:4] == [SizePlan(), SizePlan(1024, vae_by_rows=True), SizePlan(1024, 512), SizePlan(512, 256)]
     assert len(set(seen)) == len(seen)
-    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, 256)
+    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, vae_by_rows=True)
+    assert SizePlan(128, vae_by_rows=True).smaller(sdxl, (192, 128)) == SizePlan(128, 512)
     assert SizePlan().smaller(sdxl, (128, 128)) is None
-    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, 512)
+    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, vae_by_rows=True)
 
 
 def test_only_lack_of_memory_is_tried_again():
@@ -113,6 +134,7 @@ def test_a_result_repeats_its_windows():
     assert settings_of({}) == settings_of({"size_plan": SizePlan().as_data()}) == {}
     assert settings_of({"size_plan": SizePlan(1024).as_data()}) == {"tile": 1024}
     assert settings_of({"size_plan": SizePlan(1024, 512).as_data()}) == {"tile": 1024, "vae_tiles": "fast"}
+    assert settings_of({"size_plan": SizePlan(vae_by_rows=True).as_data()}) == {"vae_tiles": "exact"}
     assert str(SizePlan(1024)) == "sampled in windows of 1024 pixels, decoded whole"
 
 

@@ -1,0 +1,162 @@
+"""A VAE graph in pieces: bands cover a map, memory is what was said, files are equal where bundles are."""
+
+import math
+import tracemalloc
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+from layouts import our_shapes
+
+from engine.backends.ort import OrtBackend
+from engine.bundle import VAE_GRAPHS, open_bundle
+from engine.errors import BackendError, BundleError
+from engine.graphspec import resolve
+from engine.pieces import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
+from engine.runners import Runners
+from export.architecture import infer_architecture
+from export.graphs import graph_builders
+from export.pieces import cut, pieces_key
+
+FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    """SDXL's VAE in pieces, by its graphs' names."""
+    builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp32", 49407)
+    return {graph: tuple(each.piece for each in cut(builders[graph])) for graph in VAE_GRAPHS}
+
+
+def shape_of(graph, height, width):
+    return (1, 4, height // 8, width // 8) if graph == "vae_decoder" else (1, 3, height, width)
+
+
+def test_the_pieces_are_a_chain_that_begins_and_ends_as_the_graph(sdxl):
+    for graph, pieces in sdxl.items():
+        known = {"z" if graph == "vae_decoder" else "pixels"}
+        for piece in pieces:
+            maps = {tensor.name for tensor in piece.spec.inputs} - {"mean", "inverse"}
+            assert maps <= known
+            assert (piece.norm is not None) == (len(piece.spec.inputs) == len(maps) + 2)
+            assert piece.norm is None or piece.norm.map in maps
+            known |= {tensor.name for tensor in piece.spec.outputs}
+        assert pieces[-1].spec.outputs[0].name == ("pixels" if graph == "vae_decoder" else "z")
+        shapes = _shapes(pieces, shape_of(graph, 128, 192))
+        assert shapes["pixels"] == (1, 3, 128, 192)
+        assert shapes["z"] == (1, 4, 16, 24)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**22), st.sampled_from(VAE_GRAPHS))
+def test_bands_cover_every_row_once_and_see_what_they_need(sdxl, height, width, band_bytes, graph):
+    pieces = sdxl[graph]
+    shapes = _shapes(pieces, shape_of(graph, 8 * height, 8 * width))
+    for piece in pieces:
+        bands = _Bands(piece, shapes, band_bytes)
+        result = shapes[piece.spec.outputs[0].name]
+        source = shapes[piece.spec.inputs[0].name]
+        rows, source_rows = (math.prod(shape[2:]) if piece.whole else shape[2] for shape in (result, source))
+        seen = list(bands)
+        assert len(seen) == len(bands)
+        assert [row for band in seen for row in range(band.start, band.start + band.count)] == list(range(rows))
+        ratio = source_rows / rows
+        for band in seen:
+            assert 0 <= band.first < band.stop <= source_rows
+            assert band.first <= max(0, band.start * ratio - piece.halo[0])
+            assert band.stop >= min(source_rows, (band.start + band.count) * ratio + piece.halo[1])
+            assert band.skip == band.start - band.first / ratio
+            assert band.skip + band.count <= (band.stop - band.first) / ratio
+
+
+@pytest.mark.parametrize("graph", VAE_GRAPHS)
+def test_memory_is_what_was_said(sdxl, graph):
+    """With pieces that give zeros: what is left are the maps."""
+    pieces = sdxl[graph]
+    shape = shape_of(graph, 256, 320)
+
+    class Zeros:
+        def __init__(self, piece):
+            self.spec = piece.spec
+
+        def infer(self, inputs):
+            known = {tensor.name: inputs[tensor.name].shape for tensor in self.spec.inputs}
+            output = self.spec.outputs[0]
+            return {output.name: np.zeros(resolve(output.shape, self.spec.sizes_of(known)), np.float32)}
+
+    @contextmanager
+    def open_piece(piece):
+        yield Zeros(piece)
+
+    image = np.zeros(shape, np.float32)
+    tracemalloc.start()
+    try:
+        run_pieces(pieces, image, open_piece, ByRows(1 << 20))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    said = peak_bytes(pieces, shape) - _BESIDE_BYTES
+    assert 0.95 * said < peak < said + (12 << 20)
+
+
+def test_what_sdxl_needs_for_twelve_megapixels_by_hand(sdxl):
+    """The decoder's last level: a block's input of 256 channels, its middle of 128, and in its place the result."""
+    needed = peak_bytes(sdxl["vae_decoder"], shape_of("vae_decoder", 3008, 4032)) - _BESIDE_BYTES
+    assert needed == (256 + 128) * 4 * 3008 * 4032
+
+
+def test_the_input_is_not_changed_and_a_piece_is_closed_behind_its_bands(bundle_fp32):
+    bundle = open_bundle(bundle_fp32)
+    graph = bundle.manifest.graphs["vae_decoder"]
+    backend, opened = OrtBackend(), []
+
+    @contextmanager
+    def open_piece(piece):
+        assert not opened
+        opened.append(piece)
+        with backend.open_piece(bundle.file(graph.pieces_file), piece) as runner:
+            yield runner
+        opened.pop()
+
+    z = np.random.default_rng(0).normal(size=(1, bundle.latent_channels, 8, 8)).astype(np.float32)
+    before = z.copy()
+    run_pieces(graph.pieces, z, open_piece, ByRows(1))
+    assert np.array_equal(z, before)
+
+
+def test_a_graph_in_bf16_has_no_pieces_and_other_graphs_have_none():
+    arch = infer_architecture(our_shapes(FULL))
+    assert all(not cut(builder) for builder in graph_builders(arch, "bf16", 49407).values())
+    builders = graph_builders(arch, "fp16", 49407)
+    assert not cut(builders["unet"])
+    assert pieces_key(builders["unet"]) is None
+    assert pieces_key(builders["vae_encoder"]) != pieces_key(builders["denoise_encoder"])
+
+
+def test_the_pieces_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32, tmp_path):
+    other = build_bundle(tmp_path / "again")
+    for graph in VAE_GRAPHS:
+        name = f"{graph}.pieces.zip"
+        assert (other / name).read_bytes() == (bundle_fp32 / name).read_bytes()
+
+
+def test_a_damaged_file_of_pieces_is_named(bundle_fp32, tmp_path):
+    piece = open_bundle(bundle_fp32).manifest.graphs["vae_decoder"].pieces[0]
+    for text in (None, b"no zip"):
+        file = tmp_path / "vae_decoder.pieces.zip"
+        if text is not None:
+            file.write_bytes(text)
+        with pytest.raises(BundleError, match="a piece of a graph cannot be read") as caught:
+            OrtBackend().open_piece(file, piece).__enter__()
+        assert str(file) in str(caught.value)
+
+
+def test_a_backend_that_runs_whole_graphs_only_says_so(bundle_fp32):
+    with pytest.raises(BackendError, match="the VAE cannot run by rows here") as caught:
+        Runners(object(), open_bundle(bundle_fp32)).open_piece("vae_decoder")
+    assert "--vae-tiles auto" in str(caught.value)
