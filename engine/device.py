@@ -1,4 +1,4 @@
-"""What an accelerator promises: buffers, streams and events, and the three kernels of a sampling step.
+"""What an accelerator promises: buffers, streams and events, and the kernels of sampling.
 
 `engine.cuda` keeps the promise on NVIDIA's GPUs; the tests keep it in NumPy, and write down every call.
 Work is put on a stream and runs there in order; nothing waits for it unless a method says so.

@@ -2,7 +2,8 @@
 
 Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
 or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
-keeps the number of the step. Progress comes from events that the stream passes.
+keeps the number of the step. Of a latent that is worked at in windows, what is recorded is a window, and
+the device keeps its number as well. Progress comes from events that the stream passes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 
 from engine.backends.buffers import BufferRunner
 from engine.device import Array, Buffer, Device, Event, Replay, Stream
+from engine.device_windows import Arrays, WindowTables
 from engine.errors import ScheduleError
-from engine.graphspec import DType, GraphSpec, resolve
+from engine.graphspec import GraphSpec, resolve
 from engine.packed_table import noisy_steps, pack_table
 from engine.sampler import Latent, Progress, Step, StepTable
 from engine.step_kernels import COLUMNS
+from engine.tiling import Tiling
 
 #: Steps that lie on the stream beyond the last one that is known to be done: enough that it never
 #: runs dry, and how far a loop that is cancelled still goes.
@@ -38,6 +41,7 @@ class LoopInputs:
             then, if P is 2, all with the negative one. In the networks' precision.
         noise: the field of a draw, f32[B,C,h,w], on the host: 0 is the start, 1 + i belongs to step i.
         center: f32[B,C,h,w], on the device; needed only if the table uses it.
+        windows: of the latent, which the networks see one at a time; None is the whole.
     """
 
     z_lq: Buffer
@@ -45,6 +49,7 @@ class LoopInputs:
     vector: Array
     noise: Callable[[int], Latent]
     center: Buffer | None = None
+    windows: Tiling | None = None
 
 
 class DeviceLoop:
@@ -123,7 +128,7 @@ class DeviceLoop:
             stop = self._stream.record()
             stop.synchronize()
         assert start is not None
-        return stop.ms_since(start) / repeats
+        return stop.ms_since(start) / repeats * work.windows_of_a_step
 
     @property
     def latent(self) -> Buffer:
@@ -133,7 +138,7 @@ class DeviceLoop:
 
     def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
         draws = noisy_steps(table)
-        key = (inputs.z_lq.shape, inputs.context.shape, len(draws))
+        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.windows)
         if self._work is None or self._work.key != key:
             self.close()
             self._work = _Work(self._device, self._stream, self._controlnet, self._unet, key)
@@ -147,9 +152,7 @@ class DeviceLoop:
         stream.upload(work.step, np.zeros(1, dtype=np.uint32))
         stream.upload(work.context, inputs.context)
         stream.upload(work.vector, inputs.vector)
-        photos = inputs.z_lq.shape[0]
-        for first in range(0, work.rows, photos):
-            stream.copy(work.lq.rows(first, first + photos), inputs.z_lq)
+        work.take_photos(inputs.z_lq)
         if inputs.center is not None:
             stream.copy(work.center, inputs.center)
 
@@ -163,22 +166,22 @@ class DeviceLoop:
             raise
 
 
-#: What buffers depend on: shapes of the latents and of the texts' context, and how many noises steps use.
-LoopKey = tuple[tuple[int, ...], tuple[int, ...], int]
-_Arrays = dict[str, tuple[tuple[int, ...], DType]]
+#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, windows.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], int, Tiling | None]
 
 
-def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[_Arrays, _Arrays]:
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
     """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
 
     Args:
         unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
         key: of the size.
     """
-    latent, context, draws = key
+    latent, context, draws, windows = key
+    part = latent[1:] if windows is None else (latent[1], windows.rows.size, windows.columns.size)
     rows = context[0]
-    symbols = unet.sizes_of({"x": (rows, *latent[1:]), "context": context})
-    own: _Arrays = {
+    symbols = unet.sizes_of({"x": (rows, *part), "context": context})
+    own: Arrays = {
         "latent": (latent, "float32"),
         "previous": (latent, "float32"),
         "center": (latent, "float32"),
@@ -186,10 +189,13 @@ def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[_Arrays, _Arrays]:
         "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
         "step": ((1,), "uint32"),
     }
-    tensors: _Arrays = {
+    if windows is not None:
+        own |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
+        own |= {**WindowTables.arrays(windows), "window": ((1,), "uint32")}
+    tensors: Arrays = {
         tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
     }
-    return own, {**tensors, "lq": ((rows, *latent[1:]), "float32")}
+    return own, {**tensors, "lq": ((rows, *part), "float32")}
 
 
 class _Work:
@@ -204,7 +210,7 @@ class _Work:
         key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, _ = key
+        latent, context, _, windows = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[0]
         self._runs: dict[bool, int] = {}
@@ -218,10 +224,12 @@ class _Work:
         except BaseException:
             self.close()
             raise
-        self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in own)
+        named = ("latent", "previous", "center", "noise", "table", "step")
+        self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
+        self._windows = None if windows is None else WindowTables(windows, self._made)
         # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
         self._tensors = {name: self._made[name] for name in tensors}
-        self.context, self.vector, self.lq = (self._made[name] for name in ("context", "vector", "lq"))
+        self.context, self.vector = (self._made[name] for name in ("context", "vector"))
 
     def close(self) -> None:
         self._forget_recordings()
@@ -240,22 +248,48 @@ class _Work:
         for runner in (self._controlnet, self._unet):
             runner.forget_recordings()
 
+    @property
+    def windows_of_a_step(self) -> int:
+        return 1 if self._windows is None else len(self._windows.tiling)
+
+    def take_photos(self, z_lq: Buffer) -> None:
+        """Copy the latents of the degraded photos to where steps read them."""
+        if self._windows is None:
+            for first in range(0, self.rows, self.photos):
+                self._stream.copy(self._made["lq"].rows(first, first + self.photos), z_lq)
+        else:
+            self._windows.upload(self._stream)
+            self._stream.upload(self._made["window"], np.zeros(1, dtype=np.uint32))
+            self._stream.copy(self._made["photos"], z_lq)
+
     def enqueue_step(self, step: Step) -> None:
         """Put the table's next row on the stream; `step` tells whether it is guided."""
-        kind = step.guided
         if self._recorded and self._recorded_on != self._memory_version:
             self._stream.synchronize()
             self._forget_recordings()
+        if self._windows is None:
+            self._start(step.guided, self._enqueue)
+            return
+        tensors, totals = self._rows(step.guided), self._totals(step.guided)
+        self._prepare(self._stream, tensors, self._made["input"], 1)
+        for total in totals:
+            self._stream.launch("clear", self._count, total)
+        for _ in range(self.windows_of_a_step):
+            self._start(step.guided, self._enqueue_window)
+        self._combine(self._stream, totals)
+
+    def _start(self, kind: bool, enqueue: Callable[[Stream, bool], None]) -> None:
+        """Start what all steps of a kind, or all their windows, have in common: as it is, or recorded."""
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
         self._runs[kind] = self._runs.get(kind, 0) + 1
         if self._runs[kind] > 1 and self._is_recordable:  # the first run lets libraries allocate what they need
             self._recorded_on = self._memory_version
-            self._recorded[kind] = self._stream.capture(lambda stream: self._enqueue(stream, kind))
+            self._recorded[kind] = self._stream.capture(lambda stream: enqueue(stream, kind))
             self._recorded[kind].launch(self._stream)
         else:
-            self._enqueue(self._stream, kind)
+            enqueue(self._stream, kind)
 
     @property
     def _is_recordable(self) -> bool:
@@ -283,33 +317,61 @@ class _Work:
             name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
         }
 
+    @property
+    def _count(self) -> int:
+        return int(np.prod(self.x.shape))
+
+    def _totals(self, guided: bool) -> tuple[Buffer, ...]:
+        """Return where the windows' predictions are added up: the positive, and if there is one the negative text's."""
+        return tuple(self._made[name] for name in (("pos", "neg") if guided else ("pos",)))
+
+    def _predictions(self, eps: Buffer, guided: bool) -> tuple[Buffer, ...]:
+        """Return the same of a network's output."""
+        return tuple(
+            eps.rows(first, first + self.photos) for first in range(0, (1 + guided) * self.photos, self.photos)
+        )
+
     def _enqueue(self, stream: Stream, guided: bool) -> None:
-        passes = 2 if guided else 1
-        rows = passes * self.photos
+        """Put a step at the whole latent on the stream."""
         tensors = self._rows(guided)
-        count = int(np.prod(self.x.shape))
+        self._prepare(stream, tensors, tensors["x"], 2 if guided else 1)
+        self._enqueue_networks(stream, tensors)
+        self._combine(stream, self._predictions(tensors["eps"], guided))
+
+    def _enqueue_window(self, stream: Stream, guided: bool) -> None:
+        """Put a step's next window on the stream."""
+        assert self._windows is not None
+        tensors, window = self._rows(guided), self._made["window"]
+        for image, name in (("input", "x"), ("photos", "lq")):
+            self._windows.take(stream, window, self._made[image], tensors[name], 2 if guided else 1)
+        self._enqueue_networks(stream, tensors)
+        for total, part in zip(self._totals(guided), self._predictions(tensors["eps"], guided), strict=True):
+            self._windows.add(stream, window, part, total)
+        stream.launch("advance_window", 1, window, self.windows_of_a_step)
+
+    def _prepare(self, stream: Stream, tensors: Mapping[str, Buffer], network_x: Buffer, passes: int) -> None:
         stream.launch(
             "prepare_step",
-            count,
+            self._count,
             self.table,
             self.step,
             self.noise,
             self.x,
-            tensors["x"],
+            network_x,
             tensors["timestep"],
             tensors["control_scale"],
             passes,
-            rows,
+            tensors["timestep"].shape[0],
         )
-        self._enqueue_networks(stream, tensors)
-        eps = tensors["eps"]
+
+    def _combine(self, stream: Stream, predictions: Sequence[Buffer]) -> None:
         stream.launch(
             "combine_step",
-            count,
+            self._count,
             self.table,
             self.step,
-            eps.rows(0, self.photos),
-            eps.rows(self.photos, rows) if guided else None,
+            predictions[0],
+            predictions[1] if len(predictions) > 1 else None,
             self.center,
             self.noise,
             self.x,

@@ -22,12 +22,14 @@ from engine.bundle import GRAPHS, Bundle
 from engine.conditioning import Conditioning
 from engine.device import STREAMS, Buffer, Device, Event, Stream
 from engine.device_loop import DeviceLoop, LoopInputs, loop_arrays, stack_texts
+from engine.device_windows import VaeTiles, tile_arrays
 from engine.graphspec import resolve
 from engine.packed_table import noisy_steps
 from engine.photo import Pixels
 from engine.residency import PHASES, Activations, Need, Residency, Work, arrange
 from engine.runners import Runners
 from engine.sampler import Latent, Progress, StepTable
+from engine.tiling import Tiling
 from engine.timings import Timings
 
 #: What a session keeps beside the loop's arrays: photos, and latents.
@@ -118,6 +120,7 @@ class DeviceSession:
         self.free_bytes = backend.device.memory_bytes()[0]
         self._buffers: dict[str, Buffer] = {}
         self._loop: DeviceLoop | None = None
+        self._tiles: VaeTiles | None = None
         self._work: Work | None = None
         self._residency: Residency | None = None
 
@@ -127,7 +130,7 @@ class DeviceSession:
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
-        self._work = None
+        self._work = self._tiles = None
 
     def plan(self, work: Work) -> tuple[Need, Residency]:
         """Return what a work needs of the device's memory, and what will stay there.
@@ -179,15 +182,13 @@ class DeviceSession:
         main, side = self._main, self._side
         clock = _Clock()
         self._make_room(job.work)
-        encoder = self._runner("denoise_encoder")
-        symbols = encoder.spec.sizes_of({"pixels": job.lq.shape})
-        latent = resolve(encoder.spec.tensor("z").shape, symbols)
+        spec = self._bundle.spec("denoise_encoder")
+        latent = resolve(spec.tensor("z").shape, spec.sizes_of({"pixels": job.lq.shape}))
         lq, z_lq = self._buffer("lq", job.lq.shape), self._buffer("z_lq", latent)
         main.upload(lq, job.lq)
         clock.start("denoise encoder", main)
-        encoder.enqueue(main, {"pixels": lq}, {"z": z_lq})
+        self._enqueue_vae(main, "denoise_encoder", lq, z_lq)
         encoded = clock.stop("denoise encoder", main)
-        del encoder  # here and below: what is held here could not be released by phase
         self._enter(1)
         texts = job.texts()
         stage_1 = center = None
@@ -196,12 +197,12 @@ class DeviceSession:
             decoded = self._buffer("stage 1", job.lq.shape)
             side.wait(encoded)
             clock.start("stage 1", side)
-            self._runner("vae_decoder").enqueue(side, {"z": z_lq}, {"pixels": decoded})
+            self._enqueue_vae(side, "vae_decoder", z_lq, decoded)
             ready = clock.stop("stage 1", side)
             if job.table.uses_center:
                 center = self._buffer("center", latent)
                 clock.start("stage 1 encoder", side)
-                self._runner("vae_encoder").enqueue(side, {"pixels": decoded}, {"z": center})
+                self._enqueue_vae(side, "vae_encoder", decoded, center)
                 ready = clock.stop("stage 1 encoder", side)
                 main.wait(ready)
             stage_1 = side.download(decoded)
@@ -213,7 +214,7 @@ class DeviceSession:
             for name in ("context", "vector")
         )
         clock.start("noise and texts", main)
-        loop.prepare(job.table, LoopInputs(z_lq, context, vector, job.noise, center))
+        loop.prepare(job.table, LoopInputs(z_lq, context, vector, job.noise, center, job.work.windows))
         clock.stop("noise and texts", main)
         clock.start("steps", main)
         for progress in loop.run(job.table):
@@ -224,17 +225,31 @@ class DeviceSession:
             kept = self._buffer("z", latent)
             main.copy(kept, z)
             z, sampled = kept, main.record()
-        del loop
+        del loop  # what is held here could not be released by phase
         self._enter(4)
         side.wait(sampled)
         restored = self._buffer("restored", job.lq.shape)
         clock.start("vae decoder", side)
-        self._runner("vae_decoder").enqueue(side, {"z": z}, {"pixels": restored})
+        self._enqueue_vae(side, "vae_decoder", z, restored)
         clock.stop("vae decoder", side)
         result = side.download(restored).result()
         self._synchronize()
         times.device_ms.update(clock.read())
         return result, stage_1.result() if stage_1 is not None else None
+
+    def _enqueue_vae(self, stream: Stream, graph: str, source: Buffer, target: Buffer) -> None:
+        """Put a graph of the VAE on a stream, at the whole or in tiles."""
+        runner = self._runner(graph)
+        assert self._work is not None
+        if self._work.tiles is None:
+            (given,), (made,) = runner.spec.inputs, runner.spec.outputs
+            runner.enqueue(stream, {given.name: source}, {made.name: target})
+            return
+        if self._tiles is None:
+            for name, (shape, dtype) in tile_arrays(self._bundle, self._work).items():
+                self._buffers[name] = self._device.buffer(shape, dtype)
+            self._tiles = VaeTiles(self._bundle, self._work.tiles, self._buffers, stream)
+        self._tiles.enqueue(stream, runner, source, target)
 
     def _need(self, work: Work, activations: Mapping[str, Activations]) -> Need:
         bundle = self._bundle
@@ -311,16 +326,26 @@ class DeviceSession:
         self._side.synchronize()
 
 
-def work_for(photos: int, latent: tuple[int, int], texts: int, chunks: int, table: StepTable) -> Work:
+def work_for(
+    photos: int,
+    latent: tuple[int, int],
+    texts: int,
+    chunks: int,
+    table: StepTable,
+    windows: Tiling | None = None,
+    tiles: Tiling | None = None,
+) -> Work:
     """Return the sizes of a restoration.
 
     Args:
         photos: how many are restored together.
         latent: height and width, in cells.
         table: of the sampler.
+        windows, tiles: of the latent, as `engine.residency.Work` takes them; of one window, they are the whole.
     """
     passes = tuple(sorted({2 if step.guided else 1 for step in table.steps}))
-    return Work(photos, *latent, texts, chunks, passes, len(noisy_steps(table)))
+    parts = (None if each is None or each.is_whole else each for each in (windows, tiles))
+    return Work(photos, *latent, texts, chunks, passes, len(noisy_steps(table)), *parts)
 
 
 def buffer_bytes(bundle: Bundle, work: Work) -> int:
@@ -329,8 +354,9 @@ def buffer_bytes(bundle: Bundle, work: Work) -> int:
     symbols = {"B": work.photos, "h": work.height, "w": work.width}
     pixels, latent = (resolve(decoder.tensor(name).shape, symbols) for name in ("pixels", "z"))
     context = resolve(unet.tensor("context").shape, {"B": work.rows, "k": work.chunks})
-    own, tensors = loop_arrays(unet, (latent, context, work.draws))
-    loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in (*own.values(), *tensors.values()))
+    own, tensors = loop_arrays(unet, (latent, context, work.draws, work.windows))
+    arrays = (*own.values(), *tensors.values(), *tile_arrays(bundle, work).values())
+    loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
     floats = len(_PIXEL_BUFFERS) * math.prod(pixels) + len(_LATENT_BUFFERS) * math.prod(latent)
     return loop + floats * np.dtype(np.float32).itemsize
 

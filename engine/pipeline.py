@@ -26,7 +26,6 @@ from engine.framing import (
     finish,
     fix_colors,
     frame,
-    pixels_in_memory,
     size_to_work_at,
 )
 from engine.geometry import Size, result_size
@@ -34,12 +33,13 @@ from engine.history import history_of
 from engine.host_memory import total_memory_bytes
 from engine.noise import noise_source
 from engine.photo import Photo, Pixels
+from engine.pieces import ByRows
 from engine.prompts import texts_of
 from engine.residency import Work, describe, keep_on_host
 from engine.runners import Runners
 from engine.sampler import Latent
 from engine.settings import Settings
-from engine.size_plan import SizePlan, choose_plan, is_out_of_memory, no_windows_on_device
+from engine.size_plan import SizePlan, choose_plan, device_plans, is_out_of_memory
 from engine.stages import OnStep, Stages
 from engine.timings import Timings
 
@@ -218,37 +218,42 @@ class Restorer(Stages):
         """
         if self._session is None:
             return None
-        need, residency = self._session.plan(self._work((1, 3, size[1], size[0]), settings))
+        work = self._work((1, 3, size[1], size[0]), settings, self.size_plan(size, settings))
+        need, residency = self._session.plan(work)
         return describe(need, residency, self._session.free_bytes)
 
-    def _work(self, shape: Sequence[int], settings: Settings) -> Work:
+    def _work(self, shape: Sequence[int], settings: Settings, plan: SizePlan) -> Work:
         """Return the sizes of a restoration of pixels of a shape."""
         latent = self.bundle.spec("denoise_encoder").sizes_of({"pixels": shape})
+        cells = (latent["h"], latent["w"])
         texts = texts_of(settings)
         chunks = self._prompts.count_chunks(texts)
-        return work_for(shape[0], (latent["h"], latent["w"]), len(texts), chunks, self.table(settings))
+        tiles = plan.vae_way(self.bundle, *cells)
+        assert not isinstance(tiles, ByRows)
+        windows = plan.windows(self.bundle, *cells)
+        return work_for(shape[0], cells, len(texts), chunks, self.table(settings), windows, tiles)
 
     @property
     def max_pixels(self) -> int:
-        """How many pixels a photo may be worked at: what a GPU holds whole, or a computer beside the windows."""
+        """How many pixels a photo may be worked at: what the computer holds beside windows."""
         memory = total_memory_bytes()
-        if memory is None:
-            return MAX_WORKING_PIXELS
-        if self._session is not None:
-            return pixels_in_memory(self.bundle, memory)
-        return min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
+        return MAX_WORKING_PIXELS if memory is None else min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
 
     def size_plan(self, size: Size, settings: Settings) -> SizePlan:
         """Return how a photo of a working size would be worked at: whole, or in windows.
 
         Raises:
-            UsageError, ImageError: as `engine.size_plan.choose_plan`; or windows were asked for on a GPU.
+            UsageError, ImageError: as `engine.size_plan.choose_plan`, or `device_plans`. What a GPU's memory holds
+                in no way is an error of the restoration.
         """
-        if self._session is not None:
-            if isinstance(settings.tile, int) or settings.vae_tiles in ("exact", "fast"):
-                raise no_windows_on_device()
-            return SizePlan()
-        return choose_plan(self.bundle, size, settings, total_memory_bytes())
+        if self._session is None:
+            return choose_plan(self.bundle, size, settings, total_memory_bytes())
+        *plans, last = device_plans(self.bundle, size, settings)
+        for plan in plans:
+            with contextlib.suppress(BackendError):  # too large for the memory, or for the plans' profiles
+                self._session.plan(self._work((1, 3, size[1], size[0]), settings, plan))
+                return plan
+        return last
 
     def _restore_group(
         self,
@@ -268,11 +273,14 @@ class Restorer(Stages):
             try:
                 restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
             except (BackendError, MemoryError) as error:
-                smaller = plan.smaller(self.bundle, size) if is_out_of_memory(error) else None
-                if smaller is None or self._session is not None:
+                by_rows = self._session is None
+                smaller = plan.smaller(self.bundle, size, by_rows=by_rows) if is_out_of_memory(error) else None
+                if smaller is None:
                     raise
                 notes.append(f"out of memory ({plan}); tried again: {smaller}")
                 self.on_note(notes[-1])
+                if self._session is not None:
+                    self._session.close()
                 self._runners.close()
                 plan = smaller
                 restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
@@ -338,7 +346,7 @@ class Restorer(Stages):
     ) -> tuple[Pixels, Pixels | None]:
         """Do the same with everything between photo and result on the device."""
         assert self._session is not None
-        work = self._work(lq.shape, settings)
+        work = self._work(lq.shape, settings, plan)
         job = Job(
             lq,
             work,

@@ -15,6 +15,7 @@ from engine.console import format_memory
 from engine.device import STREAMS, stream_of
 from engine.errors import BackendError
 from engine.graphspec import GraphSpec
+from engine.tiling import Tiling
 
 #: Graphs that are needed together, in the order of a restoration.
 PHASES = (
@@ -40,6 +41,8 @@ class Work:
         chunks: of 77 tokens that each text fills.
         passes: how often a step sees every photo: 1 where it is unguided, 2 where it is guided.
         draws: fields of noise that the steps use.
+        windows: of the latent, which the networks see one at a time; None is the whole.
+        tiles: of the latent, which the VAE sees one at a time; None is the whole.
     """
 
     photos: int
@@ -49,6 +52,8 @@ class Work:
     chunks: int
     passes: tuple[int, ...]
     draws: int
+    windows: Tiling | None = None
+    tiles: Tiling | None = None
 
     @property
     def rows(self) -> int:
@@ -59,9 +64,12 @@ class Work:
         """Return every size that a graph is run at, as what its symbols stand for."""
         if "h" not in spec.symbols:  # the text towers
             return ({"B": self.texts * self.chunks},)
-        passes = self.passes if "k" in spec.symbols else (1,)
+        is_network = "k" in spec.symbols
+        parts = self.windows if is_network else self.tiles
+        height, width = (self.height, self.width) if parts is None else (parts.rows.size, parts.columns.size)
         all_symbols = [
-            {"B": self.photos * count, "h": self.height, "w": self.width, "k": self.chunks} for count in passes
+            {"B": self.photos * count, "h": height, "w": width, "k": self.chunks}
+            for count in (self.passes if is_network else (1,))
         ]
         return tuple({name: symbols[name] for name in spec.symbols} for symbols in all_symbols)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.bundle import VAE_GRAPHS, Bundle
 from engine.console import format_memory
-from engine.errors import BackendError, ImageError, RestoreError, UsageError
+from engine.errors import BackendError, ImageError, UsageError
 from engine.geometry import Size
 from engine.graphspec import parse_axis, resolve
 from engine.pieces import ByRows, peak_bytes
@@ -73,11 +73,17 @@ class SizePlan:
         overlap = min(_VAE_OVERLAP, size // 2)
         return Tiling(height, width, size, size - overlap, Trapezoid(overlap / size))
 
-    def smaller(self, bundle: Bundle, size: Size) -> SizePlan | None:
-        """Return the plan to try where memory ran out, None if there is none for (width, height) `size`."""
+    def smaller(self, bundle: Bundle, size: Size, *, by_rows: bool = True) -> SizePlan | None:
+        """Return the plan to try where memory ran out, None if there is none.
+
+        Args:
+            bundle: whose networks work.
+            size: (width, height) in pixels that is worked at.
+            by_rows: whether the VAE can work by rows there.
+        """
         window = self.window_px or default_window(bundle)
         tile = self.vae_px or _VAE_CELLS * bundle.pixels_per_cell
-        if self.vae_px is None and not self.vae_by_rows and bundle.has_pieces:
+        if self.vae_px is None and not self.vae_by_rows and by_rows and bundle.has_pieces:
             plan = SizePlan(window, vae_by_rows=True)
         else:
             plan = SizePlan(window, tile)
@@ -142,16 +148,8 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
         ImageError: what was asked for does not fit.
     """
     window = default_window(bundle)
-    multiple = bundle.size_multiple
     memory = math.inf if memory_bytes is None else memory_bytes
-    if isinstance(settings.tile, int) and settings.tile % multiple:
-        raise UsageError(
-            "windows of this side do not exist",
-            where="--tile",
-            expected=f"a multiple of {multiple}, such as {window}",
-            found=settings.tile,
-        )
-    pixels = size[0] * size[1]
+    _check_window(bundle, settings)
     if settings.vae_tiles == "exact" and not bundle.has_pieces:
         raise UsageError(
             "this bundle's VAE does not work by rows",
@@ -180,7 +178,7 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
                 fix=f"leave out {name} off: {name} auto works in windows",
             )
     if settings.tile == "auto":
-        too_large = pixels > _WHOLE_UP_TO * window**2 or needed["tile"] > _SHARE * memory
+        too_large = _is_beyond_the_whole(bundle, size) or needed["tile"] > _SHARE * memory
         window_px = window if too_large and max(size) > window else None
     else:
         window_px = None if settings.tile == "off" or settings.tile >= max(size) else settings.tile
@@ -193,6 +191,57 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
         return SizePlan(window_px, vae_by_rows=True)
     whole = settings.vae_tiles == "off" or (settings.vae_tiles == "auto" and whole_fits) or max(size) <= vae_px
     return SizePlan(window_px, None if whole else vae_px)
+
+
+def device_plans(bundle: Bundle, size: Size, settings: Settings) -> list[SizePlan]:
+    """Return the ways in which a GPU may work at a photo, the best first; which one fits, its memory decides.
+
+    Args:
+        bundle, size, settings: as `choose_plan`.
+    Raises:
+        UsageError: windows of that side do not exist, or the VAE was to work by rows.
+    """
+    _check_window(bundle, settings)
+    if settings.vae_tiles == "exact":
+        raise UsageError(
+            "the VAE works by rows on the CPU only",
+            where="--vae-tiles",
+            expected="auto, off or fast",
+            found="exact",
+            fix="leave it at auto, which works at the whole where the GPU holds it, or restore on --device cpu",
+        )
+    window = default_window(bundle)
+    windows: list[int | None] = [None, window] if max(size) > window else [None]
+    if isinstance(settings.tile, int):
+        windows = [None if settings.tile >= max(size) else settings.tile]
+    elif settings.tile == "off":
+        windows = [None]
+    elif _is_beyond_the_whole(bundle, size):
+        windows = windows[-1:]
+    # A window's side too: plans may be for that one alone.
+    sides = sorted({window, _VAE_CELLS * bundle.pixels_per_cell}, reverse=True)
+    smaller: list[int | None] = [side for side in sides if side < max(size)]
+    tiles = [None, *smaller]
+    if settings.vae_tiles == "off":
+        tiles = [None]
+    elif settings.vae_tiles == "fast" and smaller:
+        tiles = smaller
+    return [SizePlan(window_px, vae_px) for window_px in windows for vae_px in tiles]
+
+
+def _check_window(bundle: Bundle, settings: Settings) -> None:
+    multiple = bundle.size_multiple
+    if isinstance(settings.tile, int) and settings.tile % multiple:
+        raise UsageError(
+            "windows of this side do not exist",
+            where="--tile",
+            expected=f"a multiple of {multiple}, such as {default_window(bundle)}",
+            found=settings.tile,
+        )
+
+
+def _is_beyond_the_whole(bundle: Bundle, size: Size) -> bool:
+    return size[0] * size[1] > _WHOLE_UP_TO * default_window(bundle) ** 2
 
 
 def vae_bytes(bundle: Bundle, size: Size) -> int:
@@ -231,14 +280,5 @@ def sampling_bytes(bundle: Bundle, size: Size) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether a smaller plan may help."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, BackendError) and error.problem.startswith("out of memory")
-    )
-
-
-def no_windows_on_device() -> RestoreError:
-    """Return the error for windows on a GPU, whose loop works at the whole latent."""
-    return UsageError(
-        "windows and tiles run on the CPU only, so far",
-        where="--tile, --vae-tiles",
-        fix="leave them at auto, which works at the whole on a GPU, or restore on --device cpu",
+        isinstance(error, BackendError) and error.problem.startswith(("out of memory", "out of GPU memory"))
     )

@@ -1,4 +1,4 @@
-"""A sampler's table on the device, and what the three kernels of a step do with a row of it.
+"""A sampler's table on the device, what the three kernels of a step do with a row of it, and the kernels of windows.
 
 The host computes the table before the loop and uploads it whole. The device keeps the number of the
 step, so every step is the same work and can be recorded once and replayed:
@@ -9,13 +9,28 @@ step, so every step is the same work and can be recorded once and replayed:
 
 `engine.sampler.sample` is their oracle: sums run over the same terms in the same order, in float32
 and without fused multiplications, so that the results are the same bits.
+
+An image that is worked at in windows (`engine.tiling`) keeps the number of the window on the device too:
+
+    clear            the image that windows are added to
+    take_window      the window's part of an image, once for each text
+    add_window       the part, weighted, to the image; one window after the other, in the host's order
+    advance_window   the next one, and behind the last the first
 """
 
 from __future__ import annotations
 
 from importlib import resources
 
-KERNELS = ("prepare_step", "combine_step", "advance_step")
+KERNELS = (
+    "prepare_step",
+    "combine_step",
+    "advance_step",
+    "clear",
+    "take_window",
+    "add_window",
+    "advance_window",
+)
 #: Terms of a step's sums, in the order in which they are added.
 DENOISED_TERMS = ("x", "pos", "neg", "center")
 UPDATE_TERMS = ("x", "pos", "neg", "center", "noise", "previous")

@@ -64,6 +64,24 @@ class Trapezoid:
         return np.clip((depth - 0.25) * 2.0, 1e-9, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Windows along one side of an image.
+
+    Attributes:
+        starts: of each window.
+        weights: of its places, f32[n, size]; a place's sum over all windows is 1.
+    """
+
+    starts: tuple[int, ...]
+    weights: Array
+
+    @property
+    def size(self) -> int:
+        """Side of a window."""
+        return int(self.weights.shape[1])
+
+
 @dataclass(frozen=True)
 class Tiling:
     """The windows of an image, row by row.
@@ -103,18 +121,18 @@ class Tiling:
         return len(self) == 1
 
     def __len__(self) -> int:
-        return len(self._rows[0]) * len(self._columns[0])
+        return len(self.rows.starts) * len(self.columns.starts)
 
     def __iter__(self) -> Iterator[Window]:
         height, width = min(self.size, self.height), min(self.size, self.width)
-        for top in self._rows[0]:
-            for left in self._columns[0]:
+        for top in self.rows.starts:
+            for left in self.columns.starts:
                 yield Window(top, left, height, width)
 
     def weights(self, index: int) -> Array:
         """Return what the values of window number `index` count, f32[height,width]; all windows' sum is 1."""
-        row, column = divmod(index, len(self._columns[0]))
-        return np.outer(self._rows[1][row], self._columns[1][column]).astype(np.float32)
+        row, column = divmod(index, len(self.columns.starts))
+        return np.outer(self.rows.weights[row], self.columns.weights[column])
 
     def add(self, total: Array, index: int, values: Array) -> None:
         """Add a window's values, f32[B,C,height,width], weighted, to the image f32[B,C,H,W]."""
@@ -126,22 +144,24 @@ class Tiling:
         return tuple(self)
 
     @cached_property
-    def _rows(self) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    def rows(self) -> Axis:
+        """The windows from top to bottom."""
         return self._axis(self.height)
 
     @cached_property
-    def _columns(self) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    def columns(self) -> Axis:
+        """The windows from left to right."""
         return self._axis(self.width)
 
-    def _axis(self, length: int) -> tuple[tuple[int, ...], NDArray[np.float64]]:
-        """Return where windows start along an axis, and each one's weights there, f64[n, size]."""
+    def _axis(self, length: int) -> Axis:
         size = min(self.size, length)
         starts = starts_of(length, size, min(self.stride, size))
         profile = self.profile(size)
         total = np.zeros(length)
         for start in starts:
             total[start : start + size] += profile
-        return starts, np.stack([profile / total[start : start + size] for start in starts])
+        weights = np.stack([profile / total[start : start + size] for start in starts])
+        return Axis(starts, weights.astype(np.float32))
 
 
 def starts_of(length: int, size: int, stride: int) -> tuple[int, ...]:

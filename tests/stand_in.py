@@ -41,7 +41,15 @@ extern "C" void run_{name}(unsigned long long threads, unsigned long long count,
 }}
 """
 #: How many buffers and numbers each kernel takes behind its count.
-_ARGUMENTS = {"prepare_step": (7, 2), "combine_step": (8, 0), "advance_step": (1, 0)}
+_ARGUMENTS = {
+    "prepare_step": (7, 2),
+    "combine_step": (8, 0),
+    "advance_step": (1, 0),
+    "clear": (1, 0),
+    "take_window": (5, 6),
+    "add_window": (7, 5),
+    "advance_window": (1, 1),
+}
 
 
 @cache

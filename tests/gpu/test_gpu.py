@@ -22,6 +22,7 @@ from engine.guidance import Ramp, RestorationPull
 from engine.packed_table import pack_table
 from engine.sampler import dpmpp2m_table, weighted_sum
 from engine.schedule import karras_sigmas, nearest_level
+from engine.size_plan import SizePlan
 from engine.step_kernels import COLUMNS
 from export.plans import known_targets
 
@@ -175,6 +176,16 @@ def test_a_restoration_is_the_cpu_s(on_gpu, restorer, photo, record_property):
         worst = min(worst, psnr(found, expected))
         record_property("psnr_db", round(float(worst), 2))
         assert worst > bound, changes
+
+
+def test_windows_and_tiles_are_the_cpu_s(on_gpu, restorer, photo, monkeypatch, record_property):
+    wide = np.concatenate([photo, photo[:, ::-1]], axis=1)
+    for each in (on_gpu, restorer):
+        monkeypatch.setattr(each, "size_plan", lambda *_: SizePlan(64, 64))
+    found, expected = (r.restore(wide, steps=4).photo.rgb for r in (on_gpu, restorer))
+    worst = psnr(found, expected)
+    record_property("psnr_db", round(float(worst), 2))
+    assert worst > (60.0 if on_gpu.bundle.manifest.precision == "fp32" else 45.0)
 
 
 def test_networks_agree_with_the_reference(on_gpu, reference):

@@ -13,10 +13,12 @@ from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
 from engine.bundle import GRAPHS, open_bundle
 from engine.command import restore
+from engine.cuda import OutOfMemoryError
 from engine.device import stream_of
 from engine.device_loop import LOOK_AHEAD
-from engine.errors import BackendError
+from engine.errors import BackendError, UsageError
 from engine.residency import Activations
+from engine.size_plan import SizePlan
 
 pytestmark = needs_compiler
 
@@ -316,6 +318,130 @@ def test_buffers_are_what_was_said_before(bundle_fp32, folder, photo, changes):
         restorer.restore(photo, **settings.model_dump())
         latent = 4 * 8 * 16 * 4  # "z", which only a loop that leaves needs
         assert told - latent == backend.device.in_use
+
+
+PLANS = {"windows": SizePlan(64), "tiles": SizePlan(None, 64), "both": SizePlan(64, 64)}
+
+
+def worked_at(monkeypatch, plan, *restorers):
+    for restorer in restorers:
+        monkeypatch.setattr(restorer, "size_plan", lambda *_: plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["edm", "edm, guided at first only", "edm, everything", "dpmpp2m, pulled"])
+def test_windows_and_tiles_are_the_hosts_to_the_bit(on_device, on_host, photo, monkeypatch, name, plan):
+    whole = on_host.restore(photo, seed=3, **SETTINGS[name]).photo.rgb
+    worked_at(monkeypatch, PLANS[plan], on_device, on_host)
+    found, expected = (r.restore(photo, seed=3, **SETTINGS[name]) for r in (on_device, on_host))
+    assert np.array_equal(found.photo.rgb, expected.photo.rgb)
+    assert not np.array_equal(found.photo.rgb, whole)
+    assert found.history["size_plan"] == PLANS[plan].as_data()
+
+
+def test_photos_of_a_batch_have_windows_too(on_device, on_host, photo, monkeypatch):
+    worked_at(monkeypatch, PLANS["both"], on_device, on_host)
+    photos = [photo, photo[:, ::-1]]
+    for seeds in ([1, 2], [7, 8]):
+        found, expected = (r.restore_batch(photos, seeds=seeds, steps=2) for r in (on_device, on_host))
+        for one, other in zip(found, expected, strict=True):
+            assert np.array_equal(one.photo.rgb, other.photo.rgb)
+
+
+def test_a_window_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(on_device, photo, device, monkeypatch):
+    worked_at(monkeypatch, PLANS["windows"], on_device)
+    on_device.restore(photo, steps=4)
+    assert len(device.of("capture")) == 1
+    assert len(device.of("replay")) == 4 * 3 - 1  # three windows; the first is not replayed
+    starts = [index for index, call in enumerate(device.calls) if call[2:] == ("prepare_step",)]
+    ends = [index for index, call in enumerate(device.calls) if call[2:] == ("advance_step",)]
+    assert len(starts) == len(ends) == 4
+    assert {call[0] for call in device.calls[starts[0] : ends[-1]]} <= {
+        *("launch", "graph", "capture", "replay", "record", "wait on host")
+    }
+    step = device.calls[starts[-1] : ends[-1] + 1]
+    assert [call[-1] for call in step if call[0] == "launch"] == [
+        *("prepare_step", "clear", "clear", "combine_step", "advance_step")
+    ]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_memory_in_windows_is_flat_and_what_was_said(bundle_fp32, folder, photo, monkeypatch, plan):
+    backend = HostBackend(HostDevice(folder))
+    with Restorer(open_bundle(bundle_fp32), backend) as restorer:
+        worked_at(monkeypatch, PLANS[plan], restorer)
+        settings = restorer.defaults.updated({"restore_pull": 2.0, "steps": 2})
+        told = restorer.gpu_memory((128, 64), settings)["buffers_bytes"]
+        restorer.restore(photo, **settings.model_dump())
+        used = backend.device.in_use
+        assert told - 4 * 8 * 16 * 4 == used  # but for "z", which only a loop that leaves needs
+        restorer.restore(photo, **settings.model_dump())
+        assert backend.device.in_use == used
+    assert backend.device.in_use == 0
+
+
+def test_a_run_that_was_cancelled_amid_windows_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
+    worked_at(monkeypatch, PLANS["windows"], on_device, on_host)
+
+    def stop(progress):
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        on_device.restore(photo, steps=20, on_step=stop)
+    on_device._session._loop._work._made["window"].array[...] = 1  # as if a window had failed
+    found, expected = (r.restore(photo, steps=3).photo.rgb for r in (on_device, on_host))
+    assert np.array_equal(found, expected)
+
+
+def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
+    """Activations that grow with the cells, as a library tells them; the test bundle's windows have 256 pixels."""
+    bundle = open_bundle(bundle_fp32)
+    per_cell = 1 << 20
+
+    class Growing(HostBackend):
+        def known_activations(self, bundle, graph, sizes):
+            share = {"vae_decoder": 4, "unet": 1}.get(graph, 0)
+            return Activations(share * per_cell * max(size["h"] * size["w"] for size in sizes) if share else 0)
+
+    def plan_on(gib, **changes):
+        backend = Growing(HostDevice(folder, total_bytes=int(gib * 2**30)))
+        with Restorer(bundle, backend) as restorer:
+            settings = restorer.defaults.updated(changes)
+            return restorer.size_plan((512, 1024), settings)
+
+    cells = 64 * 128
+    everything = (4 + 1) * cells / 1024
+    assert plan_on(everything + 2, tile="off") == SizePlan()
+    assert plan_on(everything + 2) == SizePlan(256)  # beyond four windows' area
+    assert plan_on(8 + 16 + 2, tile="off") == SizePlan(None, 512)
+    assert plan_on(8 + 16 + 2) == SizePlan(256, 512)
+    assert plan_on(0.1) == SizePlan(256, 256)  # the smallest; that it does not fit is told where it is restored
+    assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
+    with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
+        plan_on(1000, vae_tiles="exact")
+    with pytest.raises(UsageError, match="windows of this side do not exist"):
+        plan_on(1000, tile=100)
+
+
+def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried_once(bundle_fp32, folder, on_host, monkeypatch):
+    backend = HostBackend(HostDevice(folder))
+    photo, notes = np.random.default_rng(1).random((128, 192, 3), dtype=np.float32), []
+    with Restorer(open_bundle(bundle_fp32), backend) as restorer:
+        restorer.on_note = notes.append
+        make = backend.device.buffer
+
+        def buffer(shape, dtype):
+            if shape[-2:] == (16, 24) and not notes:
+                raise OutOfMemoryError("out of GPU memory", found="cuMemAlloc")
+            return make(shape, dtype)
+
+        monkeypatch.setattr(backend.device, "buffer", buffer)
+        result = restorer.restore(photo, steps=2, min_size=64)
+        assert len(notes) == 1
+        assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
+        again = on_host.restore(photo, steps=2, min_size=64, tile=128)
+        assert np.array_equal(result.photo.rgb, again.photo.rgb)
+    assert backend.device.in_use == 0
 
 
 def test_the_stages_work_on_their_own(on_device, on_host, photo):
