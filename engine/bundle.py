@@ -39,6 +39,8 @@ GRAPHS = (
 )
 #: Those that see pixels; `vae_encoder` and `vae_decoder` are two halves, `denoise_encoder` is another first half.
 VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
+#: Inputs of a piece with a norm: the map's mean, and 1 / √(variance + ε).
+STATISTICS = ("mean", "inverse")
 REBUILD = "build it again: python export/build_engines.py --output {path}"
 
 
@@ -118,7 +120,13 @@ class Plan(_Model):
 
 
 class Norm(_Model):
-    """A group norm: the map, by its name, whose mean and deviation a piece must be given."""
+    """A group norm that a piece begins with: it is given the statistics of the whole map.
+
+    Attributes:
+        map: its name.
+        groups: of channels, each normalized by its own mean and variance.
+        eps: added to the variance.
+    """
 
     map: str
     groups: int
@@ -130,7 +138,7 @@ class Piece(_Model):
 
     Attributes:
         spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one piece
-            gives and another takes. `mean` and `inverse`, f32[B,C,1,1], are the statistics of the normed map.
+            gives and another takes. Behind the maps a piece with a norm takes `STATISTICS`, f32[B,C,1,1] each.
         norm: that the piece begins with, if it does.
         halo: rows above and below its own that it must see of a map, in the map's rows.
         whole: maps that it must see as a whole.
@@ -140,6 +148,11 @@ class Piece(_Model):
     norm: Norm | None
     halo: tuple[int, int]
     whole: tuple[str, ...]
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The names of the maps that it takes."""
+        return tuple(tensor.name for tensor in self.spec.inputs if tensor.name not in STATISTICS)
 
     @property
     def file_name(self) -> str:

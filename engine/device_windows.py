@@ -125,13 +125,13 @@ class VaeTiles:
             tables = {table: buffers[f"{name} {table}"] for table in WindowTables.arrays(tiling)}
             self._tables[name] = WindowTables(tiling, tables)
             self._tables[name].upload(stream)
-        stream.upload(self._tile, np.zeros(1, np.uint32))
 
     def enqueue(self, stream: Stream, runner: BufferRunner, source: Buffer, target: Buffer) -> None:
         """Put a graph's run over all tiles on a stream."""
         names = [tensors[0].name for tensors in (runner.spec.inputs, runner.spec.outputs)]
         before, after = (self._tables[name] for name in names)
         cut, made = (self._parts[name] for name in names)
+        stream.upload(self._tile, np.zeros(1, np.uint32))  # a run that failed has left it anywhere
         stream.launch("clear", math.prod(target.shape), target)
         for _ in range(self._number):
             before.take(stream, self._tile, source, cut)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle import Norm, Piece
+from engine.bundle import STATISTICS, Norm, Piece
 from engine.device import Array
 from engine.graphspec import resolve
 
@@ -54,15 +54,15 @@ class ByRows:
 
 def peak_bytes(pieces: Sequence[Piece], shape: Sequence[int]) -> int:
     """Return what `run_pieces` holds at most for an image of a shape."""
-    most, held = 0, _Held(pieces)
+    most = 0
     shapes = _shapes(pieces, shape)
     sizes = {name: math.prod(shape) * _FLOAT for name, shape in shapes.items()}
     live = {pieces[0].spec.inputs[0].name}
-    for index, piece in enumerate(pieces):
+    for piece, ended in zip(pieces, _ended(pieces), strict=True):
         output = piece.spec.outputs[0].name
-        reused = any(shapes[name] == shapes[output] for name in held.ended(index) if name not in piece.whole)
+        reused = any(shapes[name] == shapes[output] for name in ended if name not in piece.whole)
         most = max(most, sum(sizes[name] for name in live) + (0 if reused else sizes[output]))
-        live = (live | {output}) - set(held.ended(index))
+        live = (live | {output}) - set(ended)
     return most + _BESIDE_BYTES
 
 
@@ -70,7 +70,7 @@ def run_pieces(
     pieces: Sequence[Piece],
     image: Array,
     open_piece: OpenPiece,
-    way: ByRows | None = None,
+    way: ByRows,
     on_band: Callable[[int, int], None] | None = None,
 ) -> Array:
     """Run a graph's pieces, one after the other.
@@ -84,8 +84,6 @@ def run_pieces(
     Returns:
         The graph's output.
     """
-    way = way or ByRows()
-    held = _Held(pieces)
     source = pieces[0].spec.inputs[0].name
     shapes = _shapes(pieces, image.shape)
     normed = {piece.norm.map: piece.norm for piece in pieces if piece.norm is not None}
@@ -93,40 +91,37 @@ def run_pieces(
     statistics: dict[str, _Statistics] = {}
     jobs = [_Bands(piece, shapes, way.band_bytes) for piece in pieces]
     done, total = 0, sum(len(job) for job in jobs)
-    for index, (piece, job) in enumerate(zip(pieces, jobs, strict=True)):
+    for piece, job, ended in zip(pieces, jobs, _ended(pieces), strict=True):
         output = piece.spec.outputs[0]
-        free = [maps[name] for name in held.ended(index) if name != source and name not in piece.whole]
+        free = [maps[name] for name in ended if name != source and name not in piece.whole]
         result = next((each for each in free if _fits(each, shapes[output.name], output.dtype)), None)
         if result is None:
             result = np.empty(shapes[output.name], output.dtype)
         fixed = statistics[piece.norm.map].as_inputs() if piece.norm is not None else {}
-        gathered = statistics[output.name] = _Statistics(normed.get(output.name), shapes[output.name])
+        if output.name in normed:
+            statistics[output.name] = _Statistics(normed[output.name], shapes[output.name])
         with open_piece(piece) as runner:
             writer = _Behind(job.rows_of(result))
             for band in job:
                 given = runner.infer({**job.inputs(maps, band), **fixed})[output.name]
                 values = given[:, :, band.skip : band.skip + band.count]
-                gathered.add(values)
+                if output.name in statistics:
+                    statistics[output.name].add(values)
                 writer.write(band.start, values)
                 done += 1
                 if on_band is not None:
                     on_band(done, total)
             writer.flush()
         maps[output.name] = result
-        for name in held.ended(index):
+        for name in ended:
             del maps[name]
     return maps[pieces[-1].spec.outputs[0].name]
 
 
-class _Held:
-    """When each map was used for the last time."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._last = {name: index for index, piece in enumerate(pieces) for name in _maps_of(piece)}
-
-    def ended(self, index: int) -> list[str]:
-        """Return the maps that no piece behind number `index` takes."""
-        return [name for name, last in self._last.items() if last == index]
+def _ended(pieces: Sequence[Piece]) -> list[list[str]]:
+    """Return for each piece the maps that no later one takes."""
+    last = {name: index for index, piece in enumerate(pieces) for name in piece.maps}
+    return [[name for name, at in last.items() if at == index] for index in range(len(pieces))]
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ class _Bands:
 
     def __init__(self, piece: Piece, shapes: Mapping[str, tuple[int, ...]], band_bytes: int) -> None:
         self._piece = piece
-        names = _maps_of(piece)
+        names = piece.maps
         result = shapes[piece.spec.outputs[0].name]
         self._by_cells = bool(piece.whole)
         if self._by_cells:  # every row is one cell, and meets all cells
@@ -186,7 +181,7 @@ class _Bands:
             name: maps[name]
             if name in self._piece.whole
             else np.ascontiguousarray(self.rows_of(maps[name])[:, :, band.first : band.stop])
-            for name in _maps_of(self._piece)
+            for name in self._piece.maps
         }
 
     def rows_of(self, each: Array) -> Array:
@@ -216,27 +211,23 @@ class _Statistics:
     """Mean and deviation of a map's groups, summed band by band.
 
     Args:
-        norm: that they are for; None if nobody asks.
+        norm: that they are for.
         shape: of the map.
     """
 
-    def __init__(self, norm: Norm | None, shape: Sequence[int]) -> None:
+    def __init__(self, norm: Norm, shape: Sequence[int]) -> None:
         self._norm, self._shape = norm, shape
-        if norm is not None:
-            self._sums, self._squares = np.zeros((2, shape[0], norm.groups))
+        self._sums, self._squares = np.zeros((2, shape[0], norm.groups))
 
     def add(self, values: Array) -> None:
         """Add a band, f[B,C,rows,columns]: its rows in float32, their sums in float64."""
-        if self._norm is None:
-            return
         wide = values.astype(np.float32, copy=False)
         groups = (wide.shape[0], self._norm.groups, -1)
         self._sums += wide.sum(axis=3).reshape(groups).sum(axis=2, dtype=np.float64)
         self._squares += np.einsum("bcrw,bcrw->bcr", wide, wide).reshape(groups).sum(axis=2, dtype=np.float64)
 
     def as_inputs(self) -> dict[str, NDArray[np.float32]]:
-        """Return `mean` and `inverse`, 1 / √(variance + ε), f32[B,C,1,1] each."""
-        assert self._norm is not None
+        """Return the piece's `STATISTICS`, f32[B,C,1,1] each."""
         batch, channels, height, width = self._shape
         of_group = channels // self._norm.groups * height * width
         mean = self._sums / of_group
@@ -246,12 +237,8 @@ class _Statistics:
             name: np.repeat(values, channels // self._norm.groups, axis=1)
             .reshape(batch, channels, 1, 1)
             .astype(np.float32)
-            for name, values in (("mean", mean), ("inverse", inverse))
+            for name, values in zip(STATISTICS, (mean, inverse), strict=True)
         }
-
-
-def _maps_of(piece: Piece) -> list[str]:
-    return [tensor.name for tensor in piece.spec.inputs if tensor.name not in ("mean", "inverse")]
 
 
 def _fits(each: Array, shape: Sequence[int], dtype: str) -> bool:
@@ -262,9 +249,9 @@ def _shapes(pieces: Sequence[Piece], shape: Sequence[int]) -> dict[str, tuple[in
     """Return the shapes of all maps, by their names, for the graph's input of a shape."""
     shapes = {pieces[0].spec.inputs[0].name: tuple(shape)}
     for piece in pieces:
-        first, output = shapes[_maps_of(piece)[0]], piece.spec.outputs[0]
+        first, output = shapes[piece.maps[0]], piece.spec.outputs[0]
         if piece.whole:
             shapes[output.name] = first
         else:
-            shapes[output.name] = resolve(output.shape, piece.spec.sizes_of({_maps_of(piece)[0]: first}))
+            shapes[output.name] = resolve(output.shape, piece.spec.sizes_of({piece.maps[0]: first}))
     return shapes

@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from engine.bundle import Norm, Piece
+from engine.bundle import STATISTICS, Norm, Piece
 from engine.graphspec import PRECISION_DTYPES, Axis, DType, GraphSpec, TensorSpec
 from export.architecture import NORM_GROUPS
 from export.graphs import GraphBuilder
@@ -174,22 +174,17 @@ class _Cutter:
 
     def _attention(self, block: str, x: _Map) -> _Map:
         name = f"{self._prefix}.{block}"
-        before = self._sketch(x)
-        tokens = before.to_tokens(before.norm(x, f"{name}.group_norm"))
-        query, key, value = (
-            self._add(
-                f"{block}.to_{part}",
-                sketch := before.copy(),
-                sketch.to_map(sketch.linear(tokens, f"{name}.to_{part}")),
-                x.channels,
-                halo=(0, 0),
-            )
-            for part in "qkv"
-        )
-        mixed = self._mixed(block, query, key, value)
+
+        def projected(part: str) -> _Map:
+            sketch = self._sketch(x)
+            tokens = sketch.to_tokens(sketch.norm(x, f"{name}.group_norm"))
+            y = sketch.to_map(sketch.linear(tokens, f"{name}.to_{part}"))
+            return self._add(f"{block}.to_{part}", sketch, y, x.channels)
+
+        mixed = self._mixed(block, *map(projected, "qkv"))
         after = self._sketch(mixed, x)
         y = after.to_map(after.linear(after.to_tokens(mixed.name), f"{name}.to_out.0"))
-        return self._add(block, after, after.node("Add", x.name, y), x.channels, halo=(0, 0))
+        return self._add(block, after, after.node("Add", x.name, y), x.channels)
 
     def _mixed(self, block: str, query: _Map, key: _Map, value: _Map) -> _Map:
         """Add the attention of some cells' queries to all cells; cells are rows of one column."""
@@ -254,7 +249,7 @@ class _Cutter:
             each = sketch.normed
             inputs += tuple(
                 TensorSpec(name=statistic, dtype="float32", shape=("B", each.channels, 1, 1))
-                for statistic in ("mean", "inverse")
+                for statistic in STATISTICS
             )
         spec = GraphSpec(
             name=f"{self._spec.name}.{block}", precision=self._spec.precision, inputs=inputs, outputs=(result,)
@@ -296,13 +291,6 @@ class _Sketch:
         self._constants: list[TensorProto] = []
         self._used: dict[str, None] = {}
 
-    def copy(self) -> _Sketch:
-        """Return a sketch that goes on from here by itself."""
-        other = _Sketch(self.maps, self._parameters, self._dtype)
-        other.normed = self.normed
-        other._nodes, other._constants, other._used = [*self._nodes], [*self._constants], {**self._used}
-        return other
-
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"v{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, inputs, [name], **attributes))
@@ -330,8 +318,9 @@ class _Sketch:
             self.node("Unsqueeze", self.cast(self._parameter(f"{name}.{part}"), "float32"), axes)
             for part in ("weight", "bias")
         )
-        centered = self.node("Sub", self.cast(x.name, "float32"), "mean")
-        scaled = self.node("Mul", self.node("Mul", centered, "inverse"), weight)
+        mean, inverse = STATISTICS
+        centered = self.node("Sub", self.cast(x.name, "float32"), mean)
+        scaled = self.node("Mul", self.node("Mul", centered, inverse), weight)
         return self.cast(self.node("Add", scaled, bias), self._dtype)
 
     def silu(self, x: str) -> str:

@@ -57,15 +57,7 @@ class OrtBackend:
 
     @contextmanager
     def open_piece(self, file: Path, piece: Piece) -> Iterator[Runner]:
-        """Open one of a graph's pieces for as long as it runs; see `engine.pieces`.
-
-        Args:
-            file: the pieces' file, the weights beside it.
-            piece: of the graph.
-        Raises:
-            BundleError: the file does not hold it.
-            BackendError: as `open_file`.
-        """
+        """Open one of a graph's pieces for as long as it runs; see `PieceBackend`."""
         try:
             with zipfile.ZipFile(file) as archive:
                 graph = archive.read(piece.file_name)

@@ -393,6 +393,25 @@ def test_a_run_that_was_cancelled_amid_windows_does_not_show_in_the_next(on_devi
     assert np.array_equal(found, expected)
 
 
+def test_a_run_that_failed_amid_tiles_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
+    worked_at(monkeypatch, PLANS["tiles"], on_device, on_host)
+    expected = on_host.restore(photo, steps=2).photo.rgb
+    on_device.restore(photo, steps=2)
+    decoder = on_device._runners.opened["vae_decoder"]
+    enqueue, calls = decoder.enqueue, []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise BackendError("the graph failed")
+        enqueue(*arguments)
+
+    monkeypatch.setattr(decoder, "enqueue", fail_at_the_second)
+    with pytest.raises(BackendError, match="the graph failed"):
+        on_device.restore(photo, steps=2)
+    assert np.array_equal(on_device.restore(photo, steps=2).photo.rgb, expected)
+
+
 def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     """Activations that grow with the cells, as a library tells them; the test bundle's windows have 256 pixels."""
     bundle = open_bundle(bundle_fp32)

@@ -308,6 +308,7 @@ BAD = {
     "an unknown format": (PHOTO, {"format": "exe"}, "options.format"),
     "windows that do not exist": (PHOTO, {"tile": 100}, "windows of this side do not exist"),
     "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE works at the whole photo"),
+    "the VAE by rows": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE works at the whole photo"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
 }
 

@@ -42,7 +42,7 @@ def test_the_pieces_are_a_chain_that_begins_and_ends_as_the_graph(sdxl):
     for graph, pieces in sdxl.items():
         known = {"z" if graph == "vae_decoder" else "pixels"}
         for piece in pieces:
-            maps = {tensor.name for tensor in piece.spec.inputs} - {"mean", "inverse"}
+            maps = set(piece.maps)
             assert maps <= known
             assert (piece.norm is not None) == (len(piece.spec.inputs) == len(maps) + 2)
             assert piece.norm is None or piece.norm.map in maps
