@@ -44,7 +44,7 @@ _ONNX_TYPES: dict[DType, ir.DataType] = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
 }
-_TRACED_WITH = ("torch", "onnx", "onnxscript", "onnx-ir", "diffusers", "transformers")
+_TRACED_WITH = ("torch", "onnx", "onnxscript", "onnx-ir", "diffusers")
 _SOURCES = ("to_onnx.py", "graphs.py", "architecture.py", "nets/*.py")
 
 
