@@ -225,8 +225,9 @@ def main(arguments: Sequence[str]) -> int:
                 report[f"batching_{name}"] = found
                 for clients in options.clients:
                     load = Load(clients)
-                    before = statistics_of(url)
                     requests = max(clients, options.requests)
+                    closed_loop(url, photo, Load(clients), clients, seeds, changes)  # batches of new sizes take memory
+                    before = statistics_of(url)
                     for _ in range(options.turns):
                         started = time.perf_counter()
                         for seed in range(requests):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.errors import BackendError, UsageError
 from triton_repo.environment import Programs
-from triton_repo.watch import folder_of
+from triton_repo.meeting import folder_of
 
 #: Interfaces that read this computer's memory, write files or change models: nobody has the key to them.
 RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")

@@ -1,6 +1,6 @@
 """How a stream follows its sampling: a socket between two of the server's processes, closed to stop it.
 
-`restore_stream` listens under a random name in a folder that only this user can enter. `sample` is told the name,
+`restore_stream` listens under a random name in the server's meeting folder. `sample` is told the name,
 connects, and reports each step. When the stream's client has left, the stream closes the socket, and the loop ends
 at its next step. A request that makes a name up finds nobody there.
 """
@@ -8,17 +8,14 @@ at its next step. A request that makes a name up finds nobody there.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
 import struct
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import UsageError
+from triton_repo.meeting import meeting_folder
 from triton_repo.protocol import StoppedError
 
 #: step, steps, and bytes of the estimate that follows.
@@ -27,27 +24,12 @@ _HEAD = struct.Struct("<III")
 _PATIENCE_S = 10.0
 
 
-def folder_of(server_pid: int) -> Path:
-    """Return the folder of a server's sockets."""
-    return Path(tempfile.gettempdir()) / f"restoration-{os.getuid()}-{server_pid}"
-
-
-def _folder() -> Path:
-    """Return the folder of this server's sockets; its processes share a parent."""
-    folder = folder_of(os.getppid())
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise UsageError("belongs to somebody else", where=folder, fix="remove it")
-    return folder
-
-
 class Watch:
     """The stream's end."""
 
     def __init__(self) -> None:
         self.name = secrets.token_hex(16)
-        self._file = _folder() / self.name
+        self._file = meeting_folder() / self.name
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self._file))
         self._listener.listen(1)
@@ -119,7 +101,7 @@ class Watched:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_PATIENCE_S)
         try:
-            self._socket.connect(str(_folder() / name))
+            self._socket.connect(str(meeting_folder() / name))
         except OSError as error:
             self._socket.close()
             raise StoppedError("the stream that wanted this result is gone") from error

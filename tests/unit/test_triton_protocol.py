@@ -58,7 +58,7 @@ def test_a_name_of_a_stream_is_no_path():
 @pytest.fixture
 def stream(tmp_path, monkeypatch):
     """(the stream's end, the sampling's end), connected."""
-    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
     listening = watch.Watch()
     sampling = watch.Watched(listening.name)
     assert listening.connect(1.0)
@@ -96,7 +96,7 @@ def test_a_stream_that_stops_ends_the_sampling_at_its_next_step(stream):
 
 
 def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
     listening = watch.Watch()
     listening.stop()
     sampling = watch.Watched(listening.name)
@@ -108,7 +108,7 @@ def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, mo
 
 
 def test_nobody_listens_under_a_name_that_was_made_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
     with pytest.raises(StoppedError, match="is gone"):
         watch.Watched("0" * 32)
 

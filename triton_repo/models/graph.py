@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from engine.backends import make_backend
 from engine.errors import ImageError
 from triton_repo.models.common import Metrics, array, failure, response
-from triton_repo.models.device import device_of
+from triton_repo.models.device import backend_of
 from triton_repo.serving import Serving
 
 
@@ -22,7 +21,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = Serving.of(args)
         bundle = serving.open_bundle()
-        self._backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
+        self._backend = backend_of(args, serving)
         self._runner = self._backend.open(bundle, args["model_name"])
         self._spec = self._runner.spec
         self._max_pixels = serving.pixels_allowed(bundle)

@@ -15,7 +15,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from engine.backends import make_backend
 from engine.conditioning import TOKENS, Conditioning
 from engine.errors import ImageError, UsageError
 from engine.graphspec import resolve
@@ -25,7 +24,7 @@ from engine.settings import Settings
 from engine.tiling import Tiling
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
-from triton_repo.models.device import device_of
+from triton_repo.models.device import backend_of
 from triton_repo.protocol import Run, StoppedError
 from triton_repo.serving import Serving
 from triton_repo.watch import Watched
@@ -90,8 +89,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = self._serving = Serving.of(args)
         bundle = serving.open_bundle()
-        backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
-        self._restorer = Restorer(bundle, backend)
+        self._restorer = Restorer(bundle, backend_of(args, serving))
         self._max_pixels = serving.pixels_allowed(bundle)
         self._metrics = Metrics(args["model_name"])
         self._warm_up()

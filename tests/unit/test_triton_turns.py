@@ -1,0 +1,135 @@
+"""Networks of several processes run one at a time, and nobody is overtaken twice."""
+
+import fcntl
+import multiprocessing
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.backends.base import Runner
+from engine.errors import UsageError
+from engine.graphspec import GraphSpec, TensorSpec
+from triton_repo.meeting import folder_of, meeting_folder
+from triton_repo.models.device import backend_of
+from triton_repo.serving import Serving
+from triton_repo.turns import InTurns, Turn
+
+SPAWN = multiprocessing.get_context("spawn")
+PATIENCE_S = 60
+SPEC = GraphSpec(
+    name="unet",
+    precision="fp32",
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("B",)),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=("B",)),),
+)
+
+
+def count_up(folder, counter, times):
+    """Add to a number without any care, so that what is done at the same time is lost."""
+    turn = Turn(folder)
+    for _ in range(times):
+        with turn:
+            value = counter.value
+            time.sleep(0.001)
+            counter.value = value + 1
+
+
+def test_one_process_at_a_time(tmp_path):
+    counter = SPAWN.Value("i", lock=False)
+    processes = [SPAWN.Process(target=count_up, args=(tmp_path, counter, 50)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE_S)
+    assert counter.value == 150
+
+
+def take_turn_after_turn(folder, taken, stop):
+    turn = Turn(folder)
+    while not stop.is_set():
+        with turn:
+            taken.value += 1
+            time.sleep(0.02)
+
+
+def test_who_waits_is_next(tmp_path):
+    taken, stop = SPAWN.Value("i"), SPAWN.Event()
+    greedy = SPAWN.Process(target=take_turn_after_turn, args=(tmp_path, taken, stop))
+    greedy.start()
+    turn = Turn(tmp_path)
+    try:
+        while not taken.value:
+            time.sleep(0.01)
+        for _ in range(10):
+            before = taken.value
+            with turn:
+                assert taken.value - before <= 2  # the one under way, and one that had been waiting
+    finally:
+        stop.set()
+        greedy.join(PATIENCE_S)
+
+
+def hold(folder, held):
+    with Turn(folder):
+        held.set()
+        time.sleep(PATIENCE_S)
+
+
+def test_a_process_that_dies_gives_its_turn_up(tmp_path):
+    held = SPAWN.Event()
+    holder = SPAWN.Process(target=hold, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(PATIENCE_S)
+    holder.kill()
+    with Turn(tmp_path):
+        holder.join(PATIENCE_S)
+    assert holder.exitcode != 0
+
+
+class Looks(Runner):
+    """A runner that looks whether anybody else could have the turn while it runs."""
+
+    def __init__(self, lock_file):
+        super().__init__(SPEC)
+        self._lock_file = lock_file
+
+    def infer_impl(self, inputs):
+        with self._lock_file.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return {"y": inputs["x"] + 1}
+
+    def close(self):
+        self._lock_file = None
+
+
+def test_a_graph_runs_while_its_process_has_the_turn(tmp_path):
+    looks = Looks(tmp_path / "turn")
+    backend = InTurns(SimpleNamespace(open=lambda bundle, graph: looks, close=lambda: None), tmp_path)
+    runner = backend.open(None, "unet")
+    np.testing.assert_array_equal(runner.infer({"x": np.zeros(2, np.float32)})["y"], [1, 1])
+    with (tmp_path / "turn").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    runner.close()
+    backend.close()
+
+
+@pytest.mark.parametrize(("threads", "in_turns"), [(0, True), (1, False), (4, True), (8, True)])
+def test_turns_are_for_those_that_use_every_core(threads, in_turns, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    serving = Serving(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
+    backend = backend_of({"model_instance_kind": "CPU", "model_instance_device_id": "0"}, serving)
+    assert isinstance(backend, InTurns) == in_turns
+    backend.close()
+
+
+def test_processes_meet_where_nobody_else_can_go(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert meeting_folder() == folder_of(os.getppid())
+    assert meeting_folder().stat().st_mode & 0o777 == 0o700
+    meeting_folder().chmod(0o755)
+    with pytest.raises(UsageError, match="belongs to somebody else"):
+        meeting_folder()
