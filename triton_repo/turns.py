@@ -21,7 +21,7 @@ class Turn:
     """What a process holds while it has its turn: two locks on files, which the system takes from a process that dies.
 
     Who waits for the turn holds the place behind it. So a process that has just had its turn, and wants another, cannot
-    overtake it. For one thread of each process.
+    overtake it. A turn within a turn is the same turn. For one thread of each process.
 
     Args:
         folder: of the lock files, the same for all processes.
@@ -31,14 +31,27 @@ class Turn:
         self._next, self._turn = (
             os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in ("next", "turn")
         )
+        self._depth = 0
 
     def __enter__(self) -> None:
+        if not self._depth:
+            self._take()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def let_pass(self) -> None:
+        """Let one that waits go first, within a turn; nothing happens where nobody does."""
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
+        self._take()
+
+    def _take(self) -> None:
         fcntl.flock(self._next, fcntl.LOCK_EX)
         fcntl.flock(self._turn, fcntl.LOCK_EX)
         fcntl.flock(self._next, fcntl.LOCK_UN)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Give the files back."""
@@ -52,19 +65,22 @@ class InTurns:
     Args:
         backend: that runs them.
         folder: see `Turn`.
+
+    Attributes:
+        turn: of this process, for work of several passes.
     """
 
     def __init__(self, backend: Backend, folder: Path) -> None:
-        self._backend, self._turn = backend, Turn(folder)
+        self._backend, self.turn = backend, Turn(folder)
 
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Open a bundle's graph; see `Backend`."""
-        return _RunsInTurns(self._backend.open(bundle, graph), self._turn)
+        return _RunsInTurns(self._backend.open(bundle, graph), self.turn)
 
     def close(self) -> None:
         """Give everything back."""
         self._backend.close()
-        self._turn.close()
+        self.turn.close()
 
 
 class _RunsInTurns(Runner):

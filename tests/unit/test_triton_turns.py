@@ -72,6 +72,48 @@ def test_who_waits_is_next(tmp_path):
         greedy.join(PATIENCE_S)
 
 
+def test_a_turn_within_a_turn_is_the_same(tmp_path):
+    turn = Turn(tmp_path)
+    with turn:
+        with turn:
+            assert not is_free(tmp_path)
+        assert not is_free(tmp_path)
+        turn.let_pass()  # nobody waits
+        assert not is_free(tmp_path)
+    assert is_free(tmp_path)
+
+
+def is_free(folder):
+    with (folder / "turn").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def wait_for_turn(folder, waits, had):
+    turn = Turn(folder)
+    waits.set()
+    with turn:
+        had.set()
+
+
+def test_who_waits_can_go_first_within_a_turn(tmp_path):
+    waits, had = SPAWN.Event(), SPAWN.Event()
+    other = SPAWN.Process(target=wait_for_turn, args=(tmp_path, waits, had))
+    turn = Turn(tmp_path)
+    with turn:
+        other.start()
+        assert waits.wait(PATIENCE_S)
+        assert not had.wait(0.2)
+        while not had.is_set():
+            turn.let_pass()
+            time.sleep(0.01)
+        assert not is_free(tmp_path)
+    other.join(PATIENCE_S)
+
+
 def hold(folder, held):
     with Turn(folder):
         held.set()
@@ -92,26 +134,24 @@ def test_a_process_that_dies_gives_its_turn_up(tmp_path):
 class Looks(Runner):
     """A runner that looks whether anybody else could have the turn while it runs."""
 
-    def __init__(self, lock_file):
+    def __init__(self, folder):
         super().__init__(SPEC)
-        self._lock_file = lock_file
+        self._folder = folder
 
     def infer_impl(self, inputs):
-        with self._lock_file.open() as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not is_free(self._folder)
         return {"y": inputs["x"] + 1}
 
     def close(self):
-        self._lock_file = None
+        self._folder = None
 
 
 def test_a_graph_runs_while_its_process_has_the_turn(tmp_path):
-    looks = Looks(tmp_path / "turn")
+    looks = Looks(tmp_path)
     backend = InTurns(SimpleNamespace(open=lambda bundle, graph: looks, close=lambda: None), tmp_path)
     runner = backend.open(None, "unet")
     np.testing.assert_array_equal(runner.infer({"x": np.zeros(2, np.float32)})["y"], [1, 1])
-    with (tmp_path / "turn").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert is_free(tmp_path)
     runner.close()
     backend.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from triton_repo.models.common import Metrics, array, call, failure, parsed, res
 from triton_repo.models.device import backend_of
 from triton_repo.protocol import Run, StoppedError
 from triton_repo.serving import Serving
+from triton_repo.turns import InTurns
 from triton_repo.watch import Watched
 
 
@@ -89,7 +91,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = self._serving = Serving.of(args)
         bundle = serving.open_bundle()
-        self._restorer = Restorer(bundle, backend_of(args, serving))
+        backend = backend_of(args, serving)
+        self._turn = backend.turn if isinstance(backend, InTurns) else None
+        self._restorer = Restorer(bundle, backend)
         self._max_pixels = serving.pixels_allowed(bundle)
         self._metrics = Metrics(args["model_name"])
         self._warm_up()
@@ -167,20 +171,23 @@ class TritonPythonModel:
                 job.report(progress, row)
             if all(job.error is not None for job in batch):
                 raise _AllStopped
+            if self._turn is not None and any(job.run.preview_every for job in batch):
+                self._turn.let_pass()  # a preview is of use while it is one
 
         texts = [
             Conditioning(*(np.concatenate([getattr(text, part) for text in pair]) for part in ("context", "vector")))
             for pair in zip(*(job.texts for job in batch), strict=True)
         ]
         self._metrics.ran_together(len(batch))
+        center = self._center(batch)  # by another process, so before this one has its turn
         try:
-            with times.outside("sampling, outside the graphs"):
+            with times.outside("sampling, outside the graphs"), self._turn or nullcontext():
                 z = self._restorer.sample(
                     np.concatenate([job.z_lq for job in batch]),
                     texts,
                     batch[0].settings,
                     seeds=[job.settings.seed for job in batch],
-                    center=self._center(batch),
+                    center=center,
                     windows=batch[0].windows,
                     on_step=on_step,
                     estimates=any(job.run.preview_every for job in batch),
