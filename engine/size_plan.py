@@ -114,7 +114,7 @@ class SizePlan:
 
     def __str__(self) -> str:
         sampled = "whole" if self.window_px is None else f"in windows of {self.window_px} pixels"
-        decoded = "whole" if self.vae_px is None else f"in windows of {self.vae_px} pixels, which is approximate"
+        decoded = "whole" if self.vae_px is None else f"in tiles of {self.vae_px} pixels, which is approximate"
         return f"sampled {sampled}, decoded {'by rows' if self.vae_by_rows else decoded}"
 
 
