@@ -4,27 +4,17 @@ import fcntl
 import multiprocessing
 import os
 import time
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from engine.backends.base import Runner
 from engine.errors import UsageError
-from engine.graphspec import GraphSpec, TensorSpec
 from triton_repo.meeting import folder_of, meeting_folder
-from triton_repo.models.device import backend_of
+from triton_repo.models.device import turn_of
 from triton_repo.serving import Serving
-from triton_repo.turns import InTurns, Turn
+from triton_repo.turns import Turn
 
 SPAWN = multiprocessing.get_context("spawn")
 PATIENCE_S = 60
-SPEC = GraphSpec(
-    name="unet",
-    precision="fp32",
-    inputs=(TensorSpec(name="x", dtype="float32", shape=("B",)),),
-    outputs=(TensorSpec(name="y", dtype="float32", shape=("B",)),),
-)
 
 
 def count_up(folder, counter, times):
@@ -72,15 +62,14 @@ def test_who_waits_is_next(tmp_path):
         greedy.join(PATIENCE_S)
 
 
-def test_a_turn_within_a_turn_is_the_same(tmp_path):
+def test_nobody_else_has_a_turn_meanwhile(tmp_path):
     turn = Turn(tmp_path)
     with turn:
-        with turn:
-            assert not is_free(tmp_path)
         assert not is_free(tmp_path)
         turn.let_pass()  # nobody waits
         assert not is_free(tmp_path)
     assert is_free(tmp_path)
+    turn.close()
 
 
 def is_free(folder):
@@ -131,39 +120,16 @@ def test_a_process_that_dies_gives_its_turn_up(tmp_path):
     assert holder.exitcode != 0
 
 
-class Looks(Runner):
-    """A runner that looks whether anybody else could have the turn while it runs."""
-
-    def __init__(self, folder):
-        super().__init__(SPEC)
-        self._folder = folder
-
-    def infer_impl(self, inputs):
-        assert not is_free(self._folder)
-        return {"y": inputs["x"] + 1}
-
-    def close(self):
-        self._folder = None
-
-
-def test_a_graph_runs_while_its_process_has_the_turn(tmp_path):
-    looks = Looks(tmp_path)
-    backend = InTurns(SimpleNamespace(open=lambda bundle, graph: looks, close=lambda: None), tmp_path)
-    runner = backend.open(None, "unet")
-    np.testing.assert_array_equal(runner.infer({"x": np.zeros(2, np.float32)})["y"], [1, 1])
-    assert is_free(tmp_path)
-    runner.close()
-    backend.close()
-
-
-@pytest.mark.parametrize(("threads", "in_turns"), [(0, True), (1, False), (4, True), (8, True)])
-def test_turns_are_for_those_that_use_every_core(threads, in_turns, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "threads", "in_turns"),
+    [("CPU", 0, True), ("CPU", 1, False), ("CPU", 4, True), ("CPU", 8, True), ("GPU", 0, False)],
+)
+def test_turns_are_for_those_that_use_every_core(kind, threads, in_turns, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     serving = Serving(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
-    backend = backend_of({"model_instance_kind": "CPU", "model_instance_device_id": "0"}, serving)
-    assert isinstance(backend, InTurns) == in_turns
-    backend.close()
+    turn = turn_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
+    assert (turn is not None) == in_turns
 
 
 def test_processes_meet_where_nobody_else_can_go(monkeypatch, tmp_path):

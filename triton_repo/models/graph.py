@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from engine.backends import make_backend
 from engine.errors import ImageError
 from triton_repo.models.common import Metrics, array, failure, response
-from triton_repo.models.device import backend_of
+from triton_repo.models.device import device_of, turn_of
 from triton_repo.serving import Serving
 
 
@@ -21,16 +23,18 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = Serving.of(args)
         bundle = serving.open_bundle()
-        self._backend = backend_of(args, serving)
+        self._backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._runner = self._backend.open(bundle, args["model_name"])
         self._spec = self._runner.spec
+        self._turn = turn_of(args, serving)
         self._max_pixels = serving.pixels_allowed(bundle)
         self._cell_pixels = bundle.pixels_per_cell**2
         self._metrics = Metrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
-            return self._run(requests)
+            with self._turn or nullcontext():
+                return self._run(requests)
         except Exception as error:
             told = failure(error, self._metrics)
             return [pb_utils.InferenceResponse(error=told) for _ in requests]

@@ -16,6 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from engine.backends import make_backend
 from engine.conditioning import TOKENS, Conditioning
 from engine.errors import ImageError, UsageError
 from engine.graphspec import resolve
@@ -25,10 +26,9 @@ from engine.settings import Settings
 from engine.tiling import Tiling
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
-from triton_repo.models.device import backend_of
+from triton_repo.models.device import device_of, turn_of
 from triton_repo.protocol import Run, StoppedError
 from triton_repo.serving import Serving
-from triton_repo.turns import InTurns
 from triton_repo.watch import Watched
 
 
@@ -91,9 +91,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = self._serving = Serving.of(args)
         bundle = serving.open_bundle()
-        backend = backend_of(args, serving)
-        self._turn = backend.turn if isinstance(backend, InTurns) else None
+        backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._restorer = Restorer(bundle, backend)
+        self._turn = turn_of(args, serving)
         self._max_pixels = serving.pixels_allowed(bundle)
         self._metrics = Metrics(args["model_name"])
         self._warm_up()
@@ -181,7 +181,7 @@ class TritonPythonModel:
         self._metrics.ran_together(len(batch))
         center = self._center(batch)  # by another process, so before this one has its turn
         try:
-            with times.outside("sampling, outside the graphs"), self._turn or nullcontext():
+            with self._turn or nullcontext(), times.outside("sampling, outside the graphs"):
                 z = self._restorer.sample(
                     np.concatenate([job.z_lq for job in batch]),
                     texts,
