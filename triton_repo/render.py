@@ -231,7 +231,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, 64),
         default=default.instances,
         metavar="N",
-        help="copies of the sampling networks, on each device (default: 1)",
+        help="copies of the sampling networks, on each device; on a CPU, with --threads (default: 1)",
     )
     serving.add_argument("--gpus", type=_gpus, default=default.gpus, metavar="N[,N…]", help="default: the CPU")
     serving.add_argument(

@@ -69,7 +69,6 @@ def test_nobody_else_has_a_turn_meanwhile(tmp_path):
         turn.let_pass()  # nobody waits
         assert not is_free(tmp_path)
     assert is_free(tmp_path)
-    turn.close()
 
 
 def is_free(folder):
@@ -129,7 +128,9 @@ def test_turns_are_for_those_that_use_every_core(kind, threads, in_turns, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     serving = Serving(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
     turn = turn_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
-    assert (turn is not None) == in_turns
+    assert isinstance(turn, Turn) == in_turns
+    with turn:
+        turn.let_pass()
 
 
 def test_processes_meet_where_nobody_else_can_go(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import os
 
 from triton_repo.meeting import meeting_folder
 from triton_repo.serving import Serving
-from triton_repo.turns import Turn
+from triton_repo.turns import NoTurn, Turn
 
 
 def device_of(arguments: dict[str, str]) -> str:
@@ -16,7 +16,11 @@ def device_of(arguments: dict[str, str]) -> str:
     return "cpu"
 
 
-def turn_of(arguments: dict[str, str], serving: Serving) -> Turn | None:
-    """Return what an instance's networks wait for: on a CPU all of whose cores each of them uses, their turn."""
+def turn_of(arguments: dict[str, str], serving: Serving) -> Turn | NoTurn:
+    """Return what an instance's networks run within: on a CPU all of whose cores each of them uses, their turn.
+
+    Raises:
+        UsageError: see `meeting_folder`.
+    """
     leaves_cores_free = 0 < serving.threads < (os.cpu_count() or 1)
-    return None if device_of(arguments) != "cpu" or leaves_cores_free else Turn(meeting_folder())
+    return NoTurn() if device_of(arguments) != "cpu" or leaves_cores_free else Turn(meeting_folder())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
-            with self._turn or nullcontext():
+            with self._turn:
                 return self._run(requests)
         except Exception as error:
             told = failure(error, self._metrics)

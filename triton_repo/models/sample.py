@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +170,7 @@ class TritonPythonModel:
                 job.report(progress, row)
             if all(job.error is not None for job in batch):
                 raise _AllStopped
-            if self._turn is not None and any(job.run.preview_every for job in batch):
+            if any(job.run.preview_every for job in batch):
                 self._turn.let_pass()  # a preview is of use while it is one
 
         texts = [
@@ -181,7 +180,7 @@ class TritonPythonModel:
         self._metrics.ran_together(len(batch))
         center = self._center(batch)  # by another process, so before this one has its turn
         try:
-            with self._turn or nullcontext(), times.outside("sampling, outside the graphs"):
+            with self._turn, times.outside("sampling, outside the graphs"):
                 z = self._restorer.sample(
                     np.concatenate([job.z_lq for job in batch]),
                     texts,
