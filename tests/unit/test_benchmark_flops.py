@@ -1,5 +1,6 @@
 """FLOPs and bytes, against what a person counts and against PLATFORM.md's figures for SDXL."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ from layouts import our_shapes
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.flops import Work, WorkCounter, graph_bytes, graph_flops, module_flops
+from benchmarks.flops import Work, WorkCounter, constant_flops, graph_bytes, graph_flops, module_flops
 from benchmarks.stages import Launch
-from engine.graphspec import GraphSpec, TensorSpec
+from engine.graphspec import GraphSpec, TensorSpec, resolve
 from export.architecture import infer_architecture
 from export.graphs import GraphBuilder, graph_builders
 from export.nets.layers import attention
@@ -72,6 +73,27 @@ def test_a_whole_restoration_is_what_platform_counts(full, cells, tflop):
     if cells == 128:
         rates = {"fp16": 790.0, "fp32": 790.0}
         assert work.floor_ms(rates) == pytest.approx(420, rel=1e-2)  # PLATFORM: 0.42 s
+
+
+@pytest.mark.parametrize(("cells", "percent"), [(64, 3.29), (128, 0.77)])
+def test_what_a_run_could_compute_once_is_little_at_the_real_size(full, cells, percent):
+    guided = {"B": 2, "h": cells, "w": cells, "k": 1}
+    steps = [full["controlnet"], full["unet"]]
+    constant, every = (sum(count(graph, guided) for graph in steps) for count in (constant_flops, graph_flops))
+    assert 100 * constant / every == pytest.approx(percent, abs=5e-3)
+
+
+def test_the_control_features_are_soon_read(full):
+    guided = {"B": 2, "h": 128, "w": 128, "k": 1}
+    features = sum(math.prod(resolve(tensor.shape, guided)) for tensor in full["controlnet"].spec.outputs)
+    assert 2 * 2 * features / 1e6 == pytest.approx(215, abs=0.5)  # in fp16, written and read
+
+
+def test_keys_and_values_of_the_text_by_hand(full):
+    # Two transformers on each level downwards, three upwards, one in the middle; of 2 and of 10 blocks.
+    blocks = {640: (2 + 3) * 2, 1280: (2 + 3 + 1) * 10}
+    by_hand = sum(number * 2 * (2 * 77 * 2048 * channels) for channels, number in blocks.items())
+    assert constant_flops(full["unet"], {"B": 1, "h": 64, "w": 64, "k": 1}) == pytest.approx(by_hand, rel=5e-3)
 
 
 class Tiny(nn.Module):
