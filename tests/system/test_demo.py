@@ -96,11 +96,10 @@ def variants(demo_bundle, tmp_path_factory):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("images", "lora"), [("landscape", "landscape"), ("portrait", "face")])
 def test_each_lora_helps_its_own_family_also_beside_the_other(variants, images, lora, tmp_path):
-    """Holds what is reached; the aim was 0.3 dB, and `export/demo/weights/README.md` says what was tried for it."""
     scores = {}
     for name in ("lightning", lora, "ours"):
         rows = measure(tmp_path, images, variants[name])["rows"]
         own = [row["psnr"] for (_, method), row in rows.items() if method not in ("bicubic", "classic", "stage 1")]
         scores[name] = np.mean(own)
-    assert scores[lora] > scores["lightning"] + 0.1
+    assert scores[lora] > scores["lightning"] + 0.3
     assert scores["ours"] > scores[lora] - 0.1
