@@ -6,14 +6,28 @@ each, heads of 64 channels. Widths, depths, channels of the latent, and the VAE'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
 from export.keymap import ldm_name
 
+#: Of the ONNX graphs, whoever writes them.
+OPSET = 18
 HEAD_CHANNELS = 64
 NORM_GROUPS = 32
+#: GroupNorm eps of residual blocks, output and connectors; of transformers' input and the VAE.
+NORM_EPS = 1e-5
+FINE_NORM_EPS = 1e-6
+#: z = LATENT_SCALE × the autoencoder's mode, so that z has about unit variance.
+LATENT_SCALE = 0.13025
+IMAGE_CHANNELS = 3
+#: The longest period of the sinusoids that embed numbers.
+MAX_PERIOD = 10000.0
 UNET_LEVELS = 3
 RESNETS_PER_LEVEL = 2
 CONTROL_FEATURES = 10
@@ -213,6 +227,19 @@ class _Reader:
             activation=activation,
             projected=projected,
         )
+
+
+def sinusoid_frequencies(channels: int) -> NDArray[np.float32]:
+    """Return the frequencies of a sinusoid of `channels` channels, f32[channels / 2].
+
+    Exponents are computed in float32, as the networks were trained; their exponentials are rounded once, because
+    the last bit of a float32 exp differs between Intel's and AMD's processors.
+
+    Source: SPEC, "Networks"; frequencies exp(-ln 10000 · i / (d/2)).
+    """
+    half = channels // 2
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD) / half)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
 
 
 def missing_tensor(name: str, also: int = 0) -> CheckpointError:

@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from engine.conditioning import MICRO_CONDITIONS, sinusoids
 from export import keymap
+from export.architecture import LATENT_SCALE, Architecture, TextArch, UNetArch, VaeArch, sinusoid_frequencies
 from export.architecture import MICRO_CONDITIONS as NUMBERS
-from export.architecture import Architecture, TextArch, UNetArch, VaeArch
 from export.demo import passthrough
 from export.demo.patches import PatchCode, learn_patch_code, start_decoder, start_encoder, start_quantizers
 from export.demo.pictures import make_picture
 from export.nets.connectors import Connectors, ZeroCrossAttn, ZeroSFT
-from export.nets.layers import Sinusoid
 from export.nets.text import TextTower
 from export.nets.unet import ControlNet, UNet
-from export.nets.vae import LATENT_SCALE, Encoder, VaeModules
+from export.nets.vae import Encoder, VaeModules
 
 LATENT_CHANNELS = 24
 TEXT_WIDTH = 64
@@ -79,7 +78,7 @@ class DemoModel(nn.Module):
         self.connectors = Connectors(arch.unet)
         self.register_buffer(
             "micro",
-            torch.from_numpy(sinusoids(MICRO_CONDITIONS, Sinusoid(SINUSOID_CHANNELS).as_numbers())),
+            torch.from_numpy(sinusoids(MICRO_CONDITIONS, sinusoid_frequencies(SINUSOID_CHANNELS))),
             persistent=False,
         )
         self._initialise()
@@ -253,9 +252,10 @@ def load_checkpoints(model: DemoModel, folder: Path) -> None:
     """Read what `save_checkpoints` wrote, through the reader of real checkpoints."""
     from export.checkpoint import open_sdxl, open_supir
 
-    state = {}
+    state: dict[str, Tensor] = {}
     for checkpoint in (open_sdxl(folder / SDXL_FILE), open_supir(folder / SUPIR_FILE)):
-        state.update({name: tensor.read().to(torch.float32) for name, tensor in checkpoint.tensors.items()})
+        for name, tensor in checkpoint.tensors.items():
+            state[name] = torch.from_numpy(tensor.read().astype(np.float32))
     model.load_state_dict(state)
 
 

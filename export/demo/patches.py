@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.nets.vae import LATENT_SCALE, Decoder, Encoder
+from export.architecture import LATENT_SCALE
+from export.nets.vae import Decoder, Encoder
 
 PATCH_PX = 8
 #: Values of a quarter of a patch, 4 × 4 × 3.

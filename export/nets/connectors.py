@@ -13,11 +13,12 @@ from export.architecture import (
     CROSS_CONNECTORS,
     HEAD_CHANNELS,
     MIDDLE_CONNECTOR,
+    NORM_EPS,
     NORM_GROUPS,
     RESNETS_PER_LEVEL,
     UNetArch,
 )
-from export.nets.layers import NORM_EPS, attention, to_map, to_tokens
+from export.nets.layers import attention, to_map, to_tokens
 
 MODULATION_CHANNELS = 128
 

@@ -7,8 +7,6 @@ makes a dynamic trace fail or take minutes instead of seconds.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -16,39 +14,24 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.architecture import HEAD_CHANNELS, NORM_GROUPS
-
-#: GroupNorm eps of residual blocks, output and connectors; of transformers' input and the VAE.
-NORM_EPS = 1e-5
-FINE_NORM_EPS = 1e-6
-MAX_PERIOD = 10000.0
+from export.architecture import FINE_NORM_EPS, HEAD_CHANNELS, NORM_GROUPS, sinusoid_frequencies
 
 
 class Sinusoid(nn.Module):
-    """Embed a number in cosines, then sines, of falling frequency.
-
-    Source: SPEC, "Networks"; frequencies exp(-ln 10000 · i / (d/2)).
-    """
+    """Embed a number in cosines, then sines, of falling frequency (`sinusoid_frequencies`)."""
 
     frequencies: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        half = channels // 2
         # On the CPU even where parameters are made on the meta device: a constant, not a weight.
-        # Exponents in float32, as the networks were trained; their exponentials rounded once, because
-        # the last bit of torch's float32 exp is another one on Intel's and on AMD's processors.
-        exponent = torch.arange(half, dtype=torch.float32, device="cpu") * (-math.log(MAX_PERIOD) / half)
-        self.register_buffer("frequencies", torch.exp(exponent.double()).float(), persistent=False)
+        frequencies = torch.from_numpy(sinusoid_frequencies(channels))
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, number: Tensor) -> Tensor:
         """Return f32[B, channels] for f32[B]."""
         angle = number[:, None] * self.frequencies
         return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-    def as_numbers(self) -> tuple[float, ...]:
-        """Return the frequencies, exactly, for use outside of torch."""
-        return tuple(float(frequency) for frequency in self.frequencies)
 
 
 class SdpaProcessor:

@@ -11,9 +11,9 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.architecture import CROSS_CONNECTORS, NORM_GROUPS, RESNETS_PER_LEVEL, UNetArch
+from export.architecture import CROSS_CONNECTORS, NORM_EPS, NORM_GROUPS, RESNETS_PER_LEVEL, UNetArch
 from export.nets.connectors import Connectors
-from export.nets.layers import NORM_EPS, Downsample, Sinusoid, SpatialTransformer, Upsample, resnet
+from export.nets.layers import Downsample, Sinusoid, SpatialTransformer, Upsample, resnet
 
 
 class Level(nn.Module):

@@ -10,9 +10,15 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.architecture import NORM_GROUPS, RESNETS_PER_LEVEL, VaeArch
-from export.nets.layers import (
+from export.architecture import (
     FINE_NORM_EPS,
+    IMAGE_CHANNELS,
+    LATENT_SCALE,
+    NORM_GROUPS,
+    RESNETS_PER_LEVEL,
+    VaeArch,
+)
+from export.nets.layers import (
     Downsample,
     SdpaProcessor,
     Upsample,
@@ -21,10 +27,6 @@ from export.nets.layers import (
     to_tokens,
 )
 from export.nets.unet import Level
-
-#: z = LATENT_SCALE × the autoencoder's mode, so that z has about unit variance.
-LATENT_SCALE = 0.13025
-IMAGE_CHANNELS = 3
 
 
 class MiddleBlock(nn.Module):
