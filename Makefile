@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo plans serve gpu test slow full-size lint format benchmark serving quality train clean
+.PHONY: help demo traces plans serve gpu test slow full-size lint format benchmark serving quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -7,6 +7,10 @@ help: ## Show this list
 demo: ## Build the demo bundle and restore the sample photo
 	python export/build_engines.py
 	python -m engine.restore tests/data/coffee-damaged.jpg -o restored.png --overwrite
+
+traces: ## Make the traced graphs that ship again, where code that decides them has changed (SDXL: half an hour)
+	python -m export.make_traces
+	python -m export.make_traces tests/data/traces/reference
 
 plans: ## Compile the demo for RTX cards; needs no GPU
 	python export/build_engines.py --backend tensorrt-rtx --output demo-plans

@@ -1,7 +1,7 @@
 """A bundle: the folder in which export and engine meet. Its manifest's schema, reading, checking.
 
 A bundle is complete and describes itself: graphs, weights, tokenizer, defaults, where the weights
-came from and how far each graph was found to agree with its torch module. The engine trusts nothing
+came from and what is known of each graph's agreement with its torch module. The engine trusts nothing
 else, and it trusts no file whose hash is not the manifest's.
 """
 
@@ -26,7 +26,7 @@ from engine.places import APP_NAME
 from engine.profiles import Profile
 from engine.settings import Settings
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 GRAPHS = (
     "text_encoder",
@@ -62,20 +62,56 @@ class File(_Model):
     sha256: str
 
 
-class Verification(_Model):
-    """How far a graph agreed with its torch module when it was exported.
+class Agreement(_Model):
+    """How far a graph agreed with its torch module.
 
     Attributes:
-        method: what was compared with what.
+        method: what was compared with what, on which weights.
         symbols: the size it was compared at.
         relative_l2: the error of each output.
-        bound: the error that would have failed the build.
+        bound: the error that would have failed it.
     """
 
     method: str
     symbols: dict[str, int]
     relative_l2: dict[str, float]
     bound: float
+
+    @property
+    def worst(self) -> float:
+        """The largest error of an output."""
+        return max(self.relative_l2.values())
+
+
+class Trial(_Model):
+    """A graph's run on a small input, with the bundle's own weights, when it was built; its outputs were finite.
+
+    Attributes:
+        method: what ran it.
+        symbols: the size it ran at.
+        in_pieces: relative L2 between what the pieces give and what the whole graph gives; None if it has no pieces.
+        bound: of `in_pieces`, which would have failed the build.
+    """
+
+    method: str
+    symbols: dict[str, int]
+    in_pieces: float | None = None
+    bound: float | None = None
+
+
+class Verification(_Model):
+    """What is known of a graph's correctness.
+
+    Attributes:
+        when_traced: agreement with torch on random weights, when a trace that ships with the project was made; None
+            where the graph was traced for this build.
+        in_build: agreement with torch on the bundle's own weights; None where the build did not compare them.
+        trial: the graph's run in the build.
+    """
+
+    when_traced: Agreement | None
+    in_build: Agreement | None
+    trial: Trial
 
 
 class Audit(_Model):
@@ -165,7 +201,7 @@ class Graph(_Model):
 
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
-        probe: inputs, and what the torch module makes of them: a weightless plan is checked by it.
+        probe: inputs, and what the graph must make of them: a weightless plan is checked by it.
         pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
         pieces_file: a zip file of the pieces' graphs.
     """

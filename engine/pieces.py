@@ -47,9 +47,11 @@ class ByRows:
 
     Attributes:
         band_bytes: of the widest map in a band.
+        min_bands: into which every map is cut, if it has so many rows: small ones would be a single band.
     """
 
     band_bytes: int = _BAND_BYTES
+    min_bands: int = 1
 
 
 def peak_bytes(pieces: Sequence[Piece], shape: Sequence[int]) -> int:
@@ -89,7 +91,7 @@ def run_pieces(
     normed = {piece.norm.map: piece.norm for piece in pieces if piece.norm is not None}
     maps: dict[str, Array] = {source: image}
     statistics: dict[str, _Statistics] = {}
-    jobs = [_Bands(piece, shapes, way.band_bytes) for piece in pieces]
+    jobs = [_Bands(piece, shapes, way) for piece in pieces]
     done, total = 0, sum(len(job) for job in jobs)
     for piece, job, ended in zip(pieces, jobs, _ended(pieces), strict=True):
         output = piece.spec.outputs[0]
@@ -144,7 +146,7 @@ class _Band:
 class _Bands:
     """The bands of a piece over its maps."""
 
-    def __init__(self, piece: Piece, shapes: Mapping[str, tuple[int, ...]], band_bytes: int) -> None:
+    def __init__(self, piece: Piece, shapes: Mapping[str, tuple[int, ...]], way: ByRows) -> None:
         self._piece = piece
         names = piece.maps
         result = shapes[piece.spec.outputs[0].name]
@@ -157,7 +159,7 @@ class _Bands:
             self._ratio = shapes[names[0]][2] / result[2]
             widest = [result, *(shapes[name] for name in names)]
             row_bytes = max(_FLOAT * math.prod(shape) // result[2] for shape in widest)
-        count = max(1, band_bytes // row_bytes)
+        count = max(1, min(way.band_bytes // row_bytes, self._rows // way.min_bands))
         # An even number, so that a halved map's bands begin at whole rows of it, and all bands are about as large.
         count += count % 2
         number = math.ceil(self._rows / count)

@@ -10,12 +10,13 @@ import datetime
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import onnx
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
@@ -30,6 +31,7 @@ from engine.bundle import (
     Piece,
     Plan,
     Tokenizer,
+    Verification,
     describe_file,
     open_bundle,
 )
@@ -37,20 +39,19 @@ from engine.console import format_bytes
 from engine.errors import BuildError, BundleError, OutputError, from_os_error
 from engine.files import whole_file
 from engine.host_memory import release_free_memory, return_large_blocks_at_once
-from export.graphs import GraphBuilder
-from export.nets.layers import Sinusoid
+from export.architecture import sinusoid_frequencies
 from export.pack import pack
-from export.pieces import cut, write_pieces
-from export.plan import BuildPlan
+from export.pieces import write_pieces
+from export.plan import BuildPlan, PlannedGraph
 from export.plans import compile_plan
-from export.to_onnx import is_cached
 from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
-from export.tracing import traced_ahead
-from export.verify import verify
+from export.traces import Trace
+from export.trial import try_graph
 from export.weights import WEIGHTS, Weight, write_weights
 
 _STATE = "state.json"
-_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+_PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
+_TORCH_PACKAGES = ("torch", "diffusers", "onnxscript")
 #: Measured on 2 cores: what a bar needs for a sensible ETA, nothing else depends on it.
 _SECONDS_PER_GB = 4.0
 _SECONDS_PER_PARAMETER = 0.03
@@ -98,8 +99,8 @@ class _State(BaseModel):
 def estimate(plan: BuildPlan) -> dict[str, float]:
     """Return the stages of a build and what each is worth, in estimated seconds."""
     stages = {"hash": plan.read_bytes / 1e9, WEIGHTS: plan.write_bytes / 1e9 * _SECONDS_PER_GB}
-    for name, builder in plan.builders.items():
-        tracing = 0.0 if is_cached(builder) else len(builder.parameters) * _SECONDS_PER_PARAMETER
+    for name, graph in plan.graphs.items():
+        tracing = len(graph.parameters) * _SECONDS_PER_PARAMETER if graph.origin == "needed" else 0.0
         compiling = 0.0 if plan.compiling is None else len(plan.compiling.profiles[name]) * _SECONDS_PER_PROFILE
         stages[name] = _SECONDS_PER_PACK + tracing + compiling
     return stages
@@ -149,9 +150,9 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     resumed = tuple([WEIGHTS] * (state.weights is not None) + list(state.graphs))
     if resumed:
         say(f"goes on behind: {', '.join(resumed)}")
-    wanted = [builder for name, builder in plan.builders.items() if name not in state.graphs]
+    wanted = [graph for name, graph in plan.graphs.items() if name not in state.graphs]
     try:
-        with traced_ahead(wanted) as traced:
+        with _traces(wanted) as traced:
             _run_stages(plan, partial, state, progress, work, present, traced)
         manifest = _finish(plan, partial, state, hashes)
         progress.stage("moving into place")
@@ -176,7 +177,7 @@ def _run_stages(
     progress: Progress,
     work: Mapping[str, float],
     present: Manifest | None,
-    traced: Callable[[GraphBuilder], onnx.ModelProto],
+    traced: Callable[[PlannedGraph], Trace],
 ) -> None:
     if state.weights is None:
         progress.stage("merging weights")
@@ -192,27 +193,10 @@ def _run_stages(
         _save(partial, state)
     else:
         progress.advance(work[WEIGHTS])
-    for name, builder in plan.builders.items():
+    for name, planned in plan.graphs.items():
         if name not in state.graphs:
-            progress.stage(f"tracing {name}" if not is_cached(builder) else f"packing {name}")
-            structure = traced(builder)
-            file = partial / f"{name}.onnx"
-            onnx.save(pack(structure, builder.spec, plan.layout.weights), file)
-            progress.stage(f"verifying {name}")
-            weightless = plan.compiling is not None and plan.compiling.weightless
-            probe = partial / f"{name}.probe.npz" if weightless else None
-            pieces, pieces_file = _cut(builder, partial, plan.layout.weights)
-            verification = verify(builder, file, probe, None if pieces_file is None else (pieces, pieces_file))
+            graph = _pack_and_verify(plan, planned, partial, progress, traced)
             release_free_memory()  # before it is compiled: a graph's weights, each time
-            graph = Graph(
-                spec=builder.spec,
-                file=describe_file(file),
-                verification=verification,
-                weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in builder.parameters),
-                probe=None if probe is None else describe_file(probe),
-                pieces=pieces,
-                pieces_file=None if pieces_file is None else describe_file(pieces_file),
-            )
             if plan.compiling is not None:
                 compiled = _reused(present, plan, graph, state.weights, partial)
                 if compiled is None:
@@ -225,14 +209,82 @@ def _run_stages(
         progress.advance(work[name])
 
 
-def _cut(builder: GraphBuilder, partial: Path, weights: Mapping[str, Weight]) -> tuple[tuple[Piece, ...], Path | None]:
+def _pack_and_verify(
+    plan: BuildPlan,
+    planned: PlannedGraph,
+    partial: Path,
+    progress: Progress,
+    traced: Callable[[PlannedGraph], Trace],
+) -> Graph:
+    """Write a graph and its pieces beside the weights, and verify them; returns the manifest's entry."""
+    spec = planned.definition.spec
+    progress.stage(f"tracing {spec.name}" if planned.trace is None else f"packing {spec.name}")
+    trace = traced(planned)
+    file = partial / f"{spec.name}.onnx"
+    onnx.save(pack(trace.structure, spec, plan.layout.weights), file)
+    pieces, pieces_file = _write_pieces(planned, partial, plan.layout.weights)
+    progress.stage(f"verifying {spec.name}")
+    run = try_graph(planned.definition, file, None if pieces_file is None else (pieces, pieces_file))
+    agreement, expected = None, run.outputs
+    if _compares_with_torch(plan, planned):
+        from export.graphs import GraphBuilder
+        from export.verify import compare_with_torch
+
+        agreement, expected = compare_with_torch(GraphBuilder(planned.definition), file, run)
+    probe = None
+    if plan.compiling is not None and plan.compiling.weightless:
+        probe = partial / f"{spec.name}.probe.npz"
+        arrays = {**run.inputs, **{f"expected {name}": value for name, value in expected.items()}}
+        np.savez(probe, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
+    return Graph(
+        spec=spec,
+        file=describe_file(file),
+        verification=Verification(
+            when_traced=trace.provenance.agreement if planned.origin == "shipped" else None,
+            in_build=agreement,
+            trial=run.trial,
+        ),
+        weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in planned.parameters),
+        probe=None if probe is None else describe_file(probe),
+        pieces=pieces,
+        pieces_file=None if pieces_file is None else describe_file(pieces_file),
+    )
+
+
+def _compares_with_torch(plan: BuildPlan, planned: PlannedGraph) -> bool:
+    """Tell whether a graph is compared with its torch module: a trace that was made here has never been."""
+    return plan.request.verify == "torch" or planned.origin != "shipped"
+
+
+@contextmanager
+def _traces(wanted: list[PlannedGraph]) -> Iterator[Callable[[PlannedGraph], Trace]]:
+    """Start tracing what has to be traced; gives what returns the trace of each graph, in any order."""
+    needed = [graph for graph in wanted if graph.trace is None]
+    if not needed:
+        yield lambda graph: _given(graph.trace)
+        return
+    from export.graphs import GraphBuilder
+    from export.tracing import traced_ahead
+
+    builders = {graph.definition.name: GraphBuilder(graph.definition) for graph in needed}
+    with traced_ahead(builders.values()) as traced:
+        yield lambda graph: graph.trace or traced(builders[graph.definition.name])
+
+
+def _given(trace: Trace | None) -> Trace:
+    assert trace is not None
+    return trace
+
+
+def _write_pieces(
+    planned: PlannedGraph, partial: Path, weights: Mapping[str, Weight]
+) -> tuple[tuple[Piece, ...], Path | None]:
     """Write a graph's pieces, if it has some; returns them and their file."""
-    structures = cut(builder)
-    if not structures:
+    if not planned.pieces:
         return (), None
-    file = partial / f"{builder.spec.name}.pieces.zip"
-    write_pieces(structures, file, weights)
-    return tuple(each.piece for each in structures), file
+    file = partial / f"{planned.definition.name}.pieces.zip"
+    write_pieces(planned.pieces, file, weights)
+    return tuple(each.piece for each in planned.pieces), file
 
 
 def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> Plan | None:
@@ -261,7 +313,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
         precision=request.precision,
         backend=request.backend,
         built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        built_with={package: importlib.metadata.version(package) for package in _PACKAGES},
+        built_with={package: importlib.metadata.version(package) for package in _used_packages(plan)},
         key=state.key,
         notice=request.notice,
         defaults=plan.defaults,
@@ -273,7 +325,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
             pad_id=end_id,
             pad_id_2=PAD_ID_2,
         ),
-        frequencies=Sinusoid(plan.arch.sinusoid_channels).as_numbers(),
+        frequencies=tuple(sinusoid_frequencies(plan.arch.sinusoid_channels).tolist()),
         graphs=state.graphs,
         sources=plan.sources(hashes),
         loras=tuple(
@@ -292,6 +344,11 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
     (partial / _STATE).unlink()
     (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return manifest
+
+
+def _used_packages(plan: BuildPlan) -> tuple[str, ...]:
+    with_torch = any(_compares_with_torch(plan, graph) for graph in plan.graphs.values())
+    return (*_PACKAGES, *(_TORCH_PACKAGES if with_torch else ()))
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

@@ -19,26 +19,17 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.backends import BACKENDS
-from engine.bundle import Graph, default_bundle_dir
+from engine.bundle import Graph, Verification, default_bundle_dir
 from engine.console import format_bytes
 from engine.errors import BuildError, CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES
 from export.plans import DEFAULT_TARGETS
 from export.presets import PRESETS
-from export.request import BuildRequest, LoraRequest
+from export.request import VERIFY, BuildRequest, LoraRequest
 
-#: What the extra `export` brings.
-_EXPORT_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnx_ir",
-    "safetensors",
-    "filelock",
-)
+#: What the extra `build` brings, and what only `export` does.
+_BUILD_PACKAGES = ("filelock", "google", "ml_dtypes", "onnx", "safetensors")
+_EXPORT_PACKAGES = ("diffusers", "onnx_ir", "onnxscript", "torch")
 
 
 def build_engines(arguments: Sequence[str]) -> int:
@@ -47,23 +38,25 @@ def build_engines(arguments: Sequence[str]) -> int:
     try:
         return _run(options)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXPORT_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in (*_BUILD_PACKAGES, *_EXPORT_PACKAGES):
             raise
+        extra = "build" if package in _BUILD_PACKAGES else "export"
         raise BuildError(
             "building needs more than the engine",
             found=f"no module {error.name}",
-            fix="pip install -e '.[export]'",
+            fix=f"pip install -e '.[{extra}]'",
         ) from error
 
 
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     request = _request(options)
-    # torch takes seconds to import: after the arguments, so that --help and mistakes are quick.
+    # After the arguments, so that --help and mistakes are quick.
     from export.build import build, estimate
     from export.plan import make_plan
 
-    plan = make_plan(request)
+    plan = make_plan(request, _say)
     if options.dry_run:
         described = plan.describe()
         print(json.dumps(described, indent=1) if options.json else _plan_text(described))
@@ -91,9 +84,24 @@ def _run(options: argparse.Namespace) -> int:
                 f"alpha {_list(lora.alphas)}, {lora.layers} layers"
             )
         for name, graph in manifest.graphs.items():
-            worst = max(graph.verification.relative_l2.values())
-            print(f"  {name:<16} {graph.spec.precision}  agrees with torch to {worst:.1e}{_plan_of(graph)}")
+            print(f"  {name:<16} {graph.spec.precision}  {_verified(graph.verification)}{_plan_of(graph)}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _verified(verification: Verification) -> str:
+    """Return what is known of a graph: agreement with torch, and apart from it what was seen in this build."""
+    traced, built, pieces = verification.when_traced, verification.in_build, verification.trial.in_pieces
+    known = []
+    if built is not None:
+        known.append(f"agrees with torch to {built.worst:.1e}")
+    elif traced is not None:
+        known.append(f"agreed with torch to {traced.worst:.1e} when it was traced")
+    known.append("runs on these weights" if pieces is None else f"runs, in pieces too ({pieces:.1e})")
+    return ", ".join(known)
 
 
 def _plan_of(graph: Graph) -> str:
@@ -149,6 +157,18 @@ def _parser() -> argparse.ArgumentParser:
         default=BACKENDS[0],
         help="that the bundle is for (default: %(default)s); the others compile plans for NVIDIA's GPUs, "
         "tensorrt-rtx on any computer, tensorrt for the GPU at hand",
+    )
+    how.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default=VERIFY[0],
+        help="trial runs every graph once on the merged weights; torch compares it with PyTorch's result as well "
+        "(needs the extra `export`; default: %(default)s)",
+    )
+    how.add_argument(
+        "--retrace",
+        action="store_true",
+        help="trace the networks with this computer's PyTorch instead of taking the traces that ship with the project",
     )
     plans = parser.add_argument_group("plans")
     plans.add_argument(
@@ -207,6 +227,8 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "batch": options.batch,
         "weightless": options.weightless,
         "weight_streaming": options.weight_streaming,
+        "verify": options.verify,
+        "retrace": options.retrace,
         "settings": {} if options.min_size is None else {"min_size": options.min_size},
     }
     named = [name for name in ("sdxl", "unet", "supir", "tokenizer") if getattr(options, name) is not None]

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, LoraError
 from export import keymap
 from export.architecture import Shapes
-from export.checkpoint import LazyTensor, identify, is_finite, open_file
+from export.checkpoint import LazyTensor, identify, is_finite, metadata_of, open_file
 
+#: Of a weight, that are changed at a time: 8 MB in float64.
+_BLOCK_VALUES = 1 << 20
 #: The networks that LoRAs change: the base, not the control trunk.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -64,19 +65,23 @@ class Delta:
     rank: int
     scaling: float
 
-    def add_to(self, weight: Tensor, scale: float) -> None:
-        """Add the change to a weight, in place: one product that accumulates, without a matrix in between.
+    def add_to(self, weight: NDArray[np.float64], scale: float) -> None:
+        """Add the change to a weight, in place, with products that accumulate in float64.
 
         Args:
-            weight: f32[out, in, …], contiguous.
+            weight: f64[out, in, …], contiguous.
             scale: the LoRA's own.
         Raises:
             LoraError: a value is not finite.
         """
-        up, down = (_finite(tensor).flatten(1) for tensor in (self.up, self.down))
+        up, down = (_finite(tensor).reshape(tensor.shape[0], -1) for tensor in (self.up, self.down))
         if self.mid is not None:  # the kernel lies there: (out, r) · (r, r, kh, kw) · (r, in)
-            down = torch.einsum("rskl,si->rikl", _finite(self.mid), down).flatten(1)
-        weight.view(len(weight), -1).addmm_(up, down, alpha=scale * self.scaling)
+            down = np.einsum("rskl,si->rikl", _finite(self.mid), down).reshape(self.rank, -1)
+        up = up * (scale * self.scaling)
+        rows = weight.reshape(len(weight), -1)  # a view: the weight is contiguous
+        some = max(1, _BLOCK_VALUES // rows.shape[1])
+        for start in range(0, len(rows), some):  # so that the product stays in the processor's caches
+            rows[start : start + some] += up[start : start + some] @ down
 
 
 @dataclass
@@ -142,7 +147,7 @@ def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
     return lora
 
 
-def merge_into(weight: Tensor, target: str, loras: Iterable[LoadedLora]) -> Tensor:
+def merge_into(weight: NDArray[Any], target: str, loras: Iterable[LoadedLora]) -> NDArray[Any]:
     """Return a weight with all LoRAs merged.
 
     Args:
@@ -150,12 +155,12 @@ def merge_into(weight: Tensor, target: str, loras: Iterable[LoadedLora]) -> Tens
         target: its name.
         loras: in order; those of scale 0 do nothing at all.
     Returns:
-        f32 of the same shape if any LoRA changes it, else `weight` itself.
+        f64 of the same shape if any LoRA changes it, to be rounded once, else `weight` itself.
     """
     active = [lora for lora in loras if lora.scale != 0.0 and target in lora.deltas]
     if not active:
         return weight
-    merged = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    merged = weight.astype(np.float64, order="C")
     for lora in active:
         lora.deltas[target].add_to(merged, lora.scale)
     return merged
@@ -269,7 +274,7 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
         raise misfit
     if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
         raise LoraError("alpha is not one number", where=where, found=list(parts["alpha"].shape))
-    alpha = float(parts["alpha"].read()) if "alpha" in parts else configured.alpha
+    alpha = float(parts["alpha"].read().item()) if "alpha" in parts else configured.alpha
     alpha = float(rank) if alpha is None else alpha
     if not math.isfinite(alpha):
         raise LoraError("alpha is not a number", where=where, found=alpha)
@@ -287,15 +292,15 @@ def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha
     return Delta(up, down, mid, alpha, rank, alpha / divisor)
 
 
-def _finite(tensor: LazyTensor) -> Tensor:
-    value = tensor.read().to(torch.float32)
+def _finite(tensor: LazyTensor) -> NDArray[np.float64]:
+    value = tensor.read()
     if not is_finite(value):
         raise LoraError(
             "a tensor holds values that are not finite",
             where=f"{tensor.file}: {tensor.name}",
             fix="the file is damaged, or its training diverged: give another one",
         )
-    return value
+    return value.astype(np.float64)
 
 
 # -- alpha from beside the tensors ----------------------------------------------------------------
@@ -316,7 +321,7 @@ def _configured_alphas(name: str, file: Path) -> Callable[[str], _Alpha]:
     try:
         if file.name == "adapter_model.safetensors" and beside.is_file():
             return _Config(where, {"": json.loads(beside.read_text())}).alpha
-        metadata = _metadata(file).get("lora_adapter_metadata")
+        metadata = metadata_of(file).get("lora_adapter_metadata")
         if metadata:
             # A pipeline flattens its components' configurations ("unet.lora_alpha"), a model alone
             # writes its own as it is ("lora_alpha").
@@ -328,13 +333,6 @@ def _configured_alphas(name: str, file: Path) -> Callable[[str], _Alpha]:
     except (ValueError, AttributeError) as error:
         raise LoraError("its configuration is damaged", where=where, found=str(error)) from error
     return lambda module: _Alpha()
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    if file.suffix != ".safetensors":
-        return {}
-    with safe_open(file, framework="pt") as handle:
-        return handle.metadata() or {}
 
 
 class _Config:
@@ -360,8 +358,6 @@ class _Config:
                 )
 
     def alpha(self, module: str) -> _Alpha:
-        from peft.utils.other import get_pattern_key
-
         module = module.removeprefix("base_model.model.")
         component, _, inside = module.partition(".")
         config = self.components.get(component) or self.components.get("")
@@ -369,7 +365,9 @@ class _Config:
             return _Alpha()
         pattern = config.get("alpha_pattern") or {}
         layer = inside if component in self.components else module
-        alpha = pattern.get(get_pattern_key(list(pattern), layer), config.get("lora_alpha"))
+        # PEFT takes a layer for one of a pattern if the pattern matches all of its name, or a part behind a dot.
+        key = next((each for each in pattern if re.match(rf"(.*\.)?({each})$", layer)), layer)
+        alpha = pattern.get(key, config.get("lora_alpha"))
         try:
             return _Alpha(None if alpha is None else float(alpha), bool(config.get("use_rslora")))
         except (TypeError, ValueError):

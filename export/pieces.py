@@ -22,12 +22,8 @@ from onnx import TensorProto, helper
 
 from engine.bundle import STATISTICS, Norm, Piece
 from engine.graphspec import PRECISION_DTYPES, Axis, DType, GraphSpec, TensorSpec
-from export.architecture import NORM_GROUPS
-from export.graphs import GraphBuilder
-from export.nets.layers import FINE_NORM_EPS
-from export.nets.vae import LATENT_SCALE
+from export.architecture import FINE_NORM_EPS, LATENT_SCALE, NORM_GROUPS, OPSET
 from export.pack import ONNX_TYPES, pack
-from export.to_onnx import OPSET
 from export.weights import Weight
 
 #: The IR version that goes with the opset.
@@ -56,25 +52,28 @@ class _Map:
     dtype: DType
 
 
-def cut(builder: GraphBuilder) -> tuple[PieceStructure, ...]:
+def cut(spec: GraphSpec, parameters: Mapping[str, tuple[int, ...]]) -> tuple[PieceStructure, ...]:
     """Return the pieces of a graph of the VAE, in the order in which they run; () for another graph.
 
     A graph in bf16 has none: no CPU provider runs it.
+
+    Args:
+        spec: of the graph.
+        parameters: names and shapes of its network's parameters.
     """
-    spec = builder.spec
     if spec.precision == "bf16":
         return ()
     ends = {"denoise_encoder": "denoise_encoder", "vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"}
     if spec.name not in ends:
         return ()
-    cutter = _Cutter(spec, builder.parameters, ends[spec.name])
+    cutter = _Cutter(spec, parameters, ends[spec.name])
     return cutter.decoder() if spec.name == "vae_decoder" else cutter.encoder()
 
 
-def pieces_key(builder: GraphBuilder) -> str | None:
+def pieces_key(pieces: tuple[PieceStructure, ...]) -> str | None:
     """Return a hash of a graph's pieces, weights apart; None if it has none."""
     digest = hashlib.sha256()
-    for each in (pieces := cut(builder)):
+    for each in pieces:
         digest.update(each.piece.model_dump_json().encode())
         digest.update(each.structure.SerializeToString(deterministic=True))
     return digest.hexdigest()[:32] if pieces else None

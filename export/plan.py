@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle import FORMAT, Source
-from engine.errors import BackendError, CheckpointError, RestoreError, UsageError
+from engine.errors import BackendError, BuildError, CheckpointError, RestoreError, UsageError
 from engine.graphspec import PRECISION_DTYPES, Precision
 from engine.hashing import hash_file
+from engine.places import APP_NAME
 from engine.profiles import Profile
 from engine.settings import Settings, validated
 from export.architecture import Architecture, Shapes, infer_architecture, missing_tensor
 from export.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
-from export.graphs import GraphBuilder, graph_builders
+from export.code_key import code_key
+from export.definitions import GraphDefinition, graph_definitions
 from export.lora import LoadedLora, open_lora
-from export.pieces import pieces_key
+from export.pieces import PieceStructure, cut, pieces_key
 from export.plans import DEFAULT_TARGETS, WITHOUT_BF16, PlanOptions, check_targets
 from export.presets import PRESETS
 from export.request import BuildRequest
 from export.shapes import MAX_BATCH, default_shapes, parse_shapes, profiles_for
-from export.to_onnx import is_cached, trace_key
 from export.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
-from export.verify import VERIFY_SYMBOLS
+from export.traces import (
+    INSTALL_EXPORT,
+    StaleTraceError,
+    Trace,
+    can_trace,
+    difference_from_known,
+    made_key,
+    shipped_trace,
+)
+from export.trial import trial_symbols
 from export.weights import Layout, Weight, plan_layout
 
 if TYPE_CHECKING:
@@ -38,6 +49,40 @@ if TYPE_CHECKING:
 _ROOM_PER_GRAPH_BYTES = 8 << 20
 #: And for a graph's kernels, for a target and a profile.
 _ROOM_PER_KERNELS_BYTES = 4 << 20
+#: All code that decides the weights of a bundle, and its files but for the graphs' structures.
+_WEIGHT_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.py")
+    for name in (
+        *("checkpoint", "keymap", "lora", "mapped", "pack", "safetensors_file", "tokenizer"),
+        *("torch_legacy", "torch_zip", "weights"),
+    )
+)
+
+Origin = Literal["shipped", "cached", "needed"]
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedGraph:
+    """A graph of the bundle, and where its trace comes from.
+
+    Attributes:
+        definition: of the graph.
+        origin: of its trace: it ships with the project, was made on this computer, or has to be made.
+        key: of the trace, see `traces.made_key`.
+        parameters: names and shapes of its network's parameters, in the network's order.
+        trace: None where it has to be made.
+    """
+
+    definition: GraphDefinition
+    origin: Origin
+    key: str
+    parameters: Mapping[str, tuple[int, ...]]
+    trace: Trace | None
+
+    @cached_property
+    def pieces(self) -> tuple[PieceStructure, ...]:
+        """The same graph cut into pieces; none where it cannot be."""
+        return cut(self.definition.spec, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -48,7 +93,7 @@ class BuildPlan:
         checkpoints: opened, by role.
         tensors: of the networks, by our names; complete and of the right shapes.
         layout: of the weights file.
-        builders: of the graphs.
+        graphs: by name.
         compiling: how they are compiled; None where the backend runs them as they are.
     """
 
@@ -57,7 +102,7 @@ class BuildPlan:
     loras: tuple[LoadedLora, ...]
     arch: Architecture
     tensors: dict[str, LazyTensor]
-    builders: dict[str, GraphBuilder]
+    graphs: dict[str, PlannedGraph]
     layout: Layout
     defaults: Settings
     compiling: PlanOptions | None
@@ -68,7 +113,7 @@ class BuildPlan:
 
     @property
     def write_bytes(self) -> int:
-        plain = self.layout.bytes + _ROOM_PER_GRAPH_BYTES * len(self.builders)
+        plain = self.layout.bytes + _ROOM_PER_GRAPH_BYTES * len(self.graphs)
         if self.compiling is None:
             return plain
         # A plan is a graph's weights, if it has them, and kernels for each target and profile.
@@ -120,8 +165,11 @@ class BuildPlan:
             },
             "loras": {lora.name: {"file": hashes[lora.file], "scale": lora.scale} for lora in self.loras},
             "tokenizer": {path.name: hash_file(path) for path in vocabulary},
-            "graphs": {name: trace_key(builder) for name, builder in self.builders.items()},
-            "pieces": {name: key for name, builder in self.builders.items() if (key := pieces_key(builder))},
+            "graphs": {name: graph.key for name, graph in self.graphs.items()},
+            "pieces": {name: key for name, graph in self.graphs.items() if (key := pieces_key(graph.pieces))},
+            "verify": self.request.verify,
+            "version": importlib.metadata.version(APP_NAME),
+            "code": code_key(_WEIGHT_SOURCES),
             "onnxruntime": importlib.metadata.version("onnxruntime"),
             "plans": None if self.compiling is None else self._compiling_key(self.compiling),
         }
@@ -171,25 +219,32 @@ class BuildPlan:
                 "graphs": [
                     {
                         "name": name,
-                        "precision": builder.spec.precision,
-                        "trace": "cached" if is_cached(builder) else "needed",
+                        "precision": graph.definition.spec.precision,
+                        "trace": graph.origin,
                         "profiles": [] if self.compiling is None else list(map(str, self.compiling.profiles[name])),
                     }
-                    for name, builder in self.builders.items()
+                    for name, graph in self.graphs.items()
                 ],
                 "targets": [] if self.compiling is None else list(self.compiling.targets),
             },
         }
 
 
-def make_plan(request: BuildRequest) -> BuildPlan:
+def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: None) -> BuildPlan:
     """Check a request against its files; reads headers only.
 
+    Args:
+        request: what the user asked for.
+        say: told what a person should know, a line each.
     Raises:
         UsageError: the options contradict each other.
         CheckpointError: a file is missing, damaged, of another model, or does not cover the networks.
         LoraError: a LoRA is damaged, unsupported, or does not fit.
+        BuildError: a graph has to be traced, which needs the extra `export`; or a shipped trace is damaged.
     """
+    if (request.verify == "torch" or request.retrace) and not can_trace():
+        option = "--retrace" if request.retrace else "--verify torch"
+        raise BuildError(f"{option} needs PyTorch", fix=INSTALL_EXPORT)
     preset = PRESETS[request.preset]
     preset.check_loras(len(request.loras))
     names = [lora.name for lora in request.loras]
@@ -209,8 +264,9 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     end_id = tokenizer.token_to_id(END_TOKEN)
     assert end_id is not None  # load_tokenizer has seen to it
     _check_vocabulary(request.tokenizer, max(tokenizer.get_vocab().values()), arch)
-    builders = graph_builders(arch, request.precision, end_id, vae_precision=_vae_precision(request))
-    wanted = _wanted_weights(builders)
+    definitions = graph_definitions(arch, request.precision, end_id, vae_precision=_vae_precision(request))
+    graphs = {name: _planned(request, arch, end_id, definition, say) for name, definition in definitions.items()}
+    wanted = _wanted_weights(graphs)
     _check_tensors(tensors, {weight.name: weight.shape for weight in wanted})
     loras = tuple(open_lora(lora.name, lora.path, lora.scale, shapes) for lora in request.loras)
     defaults = validated({**preset.settings, **request.settings})
@@ -220,11 +276,37 @@ def make_plan(request: BuildRequest) -> BuildPlan:
         loras=loras,
         arch=arch,
         tensors=tensors,
-        builders=builders,
+        graphs=graphs,
         layout=plan_layout(wanted),
         defaults=defaults,
-        compiling=_plan_options(request, builders, defaults.min_size, arch.vae.pixels_per_cell),
+        compiling=_plan_options(request, definitions, defaults.min_size, arch.vae.pixels_per_cell),
     )
+
+
+def _planned(
+    request: BuildRequest, arch: Architecture, end_id: int, definition: GraphDefinition, say: Callable[[str], None]
+) -> PlannedGraph:
+    """Find a graph's trace: the one that ships with the project, or one that is or will be made on this computer."""
+    if not request.retrace:
+        try:
+            trace = shipped_trace(definition)
+        except StaleTraceError as error:  # whoever changed the code is told, and need not make all traces again first
+            if not can_trace():
+                raise
+            say(f"{definition.name}: {error.problem}; it is traced anew")
+            trace = None
+        if trace is not None:
+            key = made_key(definition, trace.provenance.traced_with)
+            return PlannedGraph(definition, "shipped", key, trace.provenance.parameters, trace)
+    if not can_trace():
+        raise difference_from_known(arch, end_id, definition)
+    # torch takes seconds to import: only where it is needed.
+    from export.graphs import GraphBuilder
+    from export.to_onnx import find_cached, local_key
+
+    trace = find_cached(definition)
+    parameters = GraphBuilder(definition).parameters if trace is None else trace.provenance.parameters
+    return PlannedGraph(definition, "needed" if trace is None else "cached", local_key(definition), parameters, trace)
 
 
 def _vae_precision(request: BuildRequest) -> Precision | None:
@@ -234,7 +316,7 @@ def _vae_precision(request: BuildRequest) -> Precision | None:
 
 
 def _plan_options(
-    request: BuildRequest, builders: Mapping[str, GraphBuilder], min_size: int, pixels_per_cell: int
+    request: BuildRequest, definitions: Mapping[str, GraphDefinition], min_size: int, pixels_per_cell: int
 ) -> PlanOptions | None:
     if request.backend not in PLAN_BACKENDS:
         for option, given in (
@@ -274,10 +356,11 @@ def _plan_options(
         targets, device = (gpu.compute_capability,), None if library.is_rtx else gpu.name
     shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
     profiles = {
-        name: profiles_for(builder.spec, shapes, request.batch, pixels_per_cell) for name, builder in builders.items()
+        name: profiles_for(definition.spec, shapes, request.batch, pixels_per_cell)
+        for name, definition in definitions.items()
     }
     if request.weightless:
-        _check_probe_fits(builders, profiles)
+        _check_probe_fits(definitions, profiles)
     timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
     return PlanOptions(
         library,
@@ -301,10 +384,10 @@ def _gpu_at_hand() -> tuple[DeviceInfo | None, RestoreError | None]:
         return None, error
 
 
-def _check_probe_fits(builders: Mapping[str, GraphBuilder], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
+def _check_probe_fits(definitions: Mapping[str, GraphDefinition], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
     """Refuse weightless plans that could not be checked once they have weights."""
-    for name, builder in builders.items():
-        symbols = {symbol: VERIFY_SYMBOLS[symbol] for symbol in builder.spec.symbols}
+    for name, definition in definitions.items():
+        symbols = trial_symbols(definition.spec)
         if not any(profile.holds(symbols) for profile in profiles[name]):
             raise UsageError(
                 "weightless plans are checked at a small size",
@@ -314,12 +397,12 @@ def _check_probe_fits(builders: Mapping[str, GraphBuilder], profiles: Mapping[st
             )
 
 
-def _wanted_weights(builders: Mapping[str, GraphBuilder]) -> list[Weight]:
+def _wanted_weights(graphs: Mapping[str, PlannedGraph]) -> list[Weight]:
     """Return every parameter of every graph, once; two encoders share `quant_conv`."""
     wanted = {}
-    for builder in builders.values():
-        dtype = PRECISION_DTYPES[builder.spec.precision]
-        for name, shape in builder.parameters.items():
+    for graph in graphs.values():
+        dtype = PRECISION_DTYPES[graph.definition.spec.precision]
+        for name, shape in graph.parameters.items():
             wanted[name] = Weight(name, dtype, shape)
     return list(wanted.values())
 

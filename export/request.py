@@ -1,13 +1,16 @@
-"""What a user asks a build for; plain data, so that a command line is checked before torch loads."""
+"""What a user asks a build for; plain data, so that a command line is checked before libraries load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from engine.graphspec import Precision
+
+Verify = Literal["trial", "torch"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class BuildRequest:
         batch: photos that plans can restore together.
         weightless: plans without weights, which any weights of the bundle's shapes fit.
         weight_streaming: plans whose weights may lie on the host, where GPU memory is short.
+        verify: "trial" runs every graph once; "torch" compares it with its torch module as well.
+        retrace: take traces that were made on this computer, never those that ship with the project.
         notice: what everybody who uses the bundle should know.
     """
 
@@ -54,5 +59,7 @@ class BuildRequest:
     batch: int = 1
     weightless: bool = False
     weight_streaming: bool = False
+    verify: Verify = "trial"
+    retrace: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     notice: str = ""

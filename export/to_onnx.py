@@ -1,7 +1,7 @@
 """From a torch module to the structure of a typed ONNX graph, without its weights.
 
 A graph's structure depends on the architecture alone, so modules are traced on empty parameters and
-the result is kept in a cache: another checkpoint or LoRA of a known architecture needs no new trace.
+the result is kept (`export.traces`): another checkpoint or LoRA of a known architecture needs no new trace.
 Parameters stay what they are, under their own names and shapes; `pack` points them into the
 bundle's weights file. Precision is in the graph: products run in the graph's type; norms, softmax
 and what the sampler touches in float32, by explicit casts.
@@ -9,33 +9,30 @@ and what the sampler touches in float32, by explicit casts.
 
 from __future__ import annotations
 
-import hashlib
+import datetime
 import importlib.metadata
 import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from google.protobuf.message import DecodeError
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 from onnxscript import optimizer
 
-from engine.errors import from_os_error
-from engine.files import whole_file
 from engine.graphspec import DType, GraphSpec, TensorSpec, parse_axis
-from engine.places import cache_dir
+from export.architecture import OPSET
+from export.definitions import GraphDefinition
 from export.graphs import TRACE_SYMBOLS, GraphBuilder, call_arguments
+from export.traces import Provenance, Trace, cached_trace, made_key, trace_cache_dir, trace_key, write_trace
 
-OPSET = 18
 #: Results of folding larger than this stay computed at run time. Parameters are never folded.
 _FOLD_BYTES = 1 << 20
 _ONNX_TYPES: dict[DType, ir.DataType] = {
@@ -45,11 +42,10 @@ _ONNX_TYPES: dict[DType, ir.DataType] = {
     "int64": ir.DataType.INT64,
 }
 _TRACED_WITH = ("torch", "onnx", "onnxscript", "onnx-ir", "diffusers")
-_SOURCES = ("to_onnx.py", "graphs.py", "architecture.py", "nets/*.py")
 
 
-def trace(builder: GraphBuilder) -> onnx.ModelProto:
-    """Return the graph's structure: inputs and outputs as in its spec, then one input per parameter.
+def trace(builder: GraphBuilder) -> Trace:
+    """Return the graph's trace, from the cache of this computer or made anew.
 
     Args:
         builder: of the graph.
@@ -57,47 +53,43 @@ def trace(builder: GraphBuilder) -> onnx.ModelProto:
         OutputError: the cache cannot be written.
         torch.onnx.errors: the module does not export, which is a bug.
     """
-    file = _cache_file(builder)
-    with suppress(OSError, DecodeError):  # a damaged file is traced anew
-        cached = onnx.load(file)
-        if cached.graph.node:  # an empty file is a valid message
-            return cached
-    structure = _trace(builder)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(error, file, "keep the trace") from error
-    with whole_file(file, "keep the trace") as whole:
-        whole.write(structure.SerializeToString())
-    return structure
+    cached = find_cached(builder.definition)
+    if cached is not None:
+        return cached
+    made = make_trace(builder)
+    write_trace(made, _cache_file(builder.definition))
+    return made
 
 
-def is_cached(builder: GraphBuilder) -> bool:
-    """Tell whether `trace` would find the graph in the cache."""
-    return _cache_file(builder).is_file()
+def find_cached(definition: GraphDefinition) -> Trace | None:
+    """Return a graph's trace from the cache; None where it is not there, or is damaged."""
+    return cached_trace(_cache_file(definition))
 
 
-def _cache_file(builder: GraphBuilder) -> Path:
-    return trace_cache_dir() / f"{builder.spec.name}-{trace_key(builder)}.onnx"
+def make_trace(builder: GraphBuilder) -> Trace:
+    """Trace a graph, whatever was traced before; arguments and errors as of `trace`."""
+    provenance = Provenance(
+        key=trace_key(builder.definition),
+        graph=builder.spec.name,
+        precision=builder.spec.precision,
+        traced=datetime.date.today().isoformat(),
+        traced_with=_versions(),
+        parameters=builder.parameters,
+    )
+    return Trace(_trace(builder), provenance)
 
 
-def trace_cache_dir() -> Path:
-    """Return where traces are kept: $RESTORE_CACHE or the user's cache folder."""
-    return cache_dir() / "traces"
+def local_key(definition: GraphDefinition) -> str:
+    """Return the key of a trace that is made on this computer."""
+    return made_key(definition, _versions())
 
 
-@lru_cache(maxsize=64)
-def trace_key(builder: GraphBuilder) -> str:
-    """Return a hash of all that a structure depends on: spec, parameters, our code, the libraries."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256(builder.spec.model_dump_json().encode())
-    digest.update(repr((builder.constants, builder.parameters)).encode())
-    for pattern in _SOURCES:
-        for source in sorted(here.glob(pattern)):
-            digest.update(source.read_bytes())
-    for package in _TRACED_WITH:
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    return digest.hexdigest()[:32]
+def _cache_file(definition: GraphDefinition) -> Path:
+    return trace_cache_dir() / f"{definition.name}-{local_key(definition)}.onnx.xz"
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in _TRACED_WITH}
 
 
 def _trace(builder: GraphBuilder) -> onnx.ModelProto:

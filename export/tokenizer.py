@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import CheckpointError
 
 FILE = "tokenizer.json"
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+#: How CLIP cuts a text into words, before bytes and merges (arXiv 2103.00020 and its published vocabulary).
+_WORDS = Regex(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+)
 #: bigG pads with the first token of the vocabulary, CLIP-L with the end token (SPEC, "Text").
 PAD_ID_2 = 0
 
@@ -42,14 +48,53 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if (folder / FILE).is_file():
             tokenizer = Tokenizer.from_file(str(folder / FILE))
         else:
-            from transformers import CLIPTokenizer
-
-            tokenizer = CLIPTokenizer(
-                vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
-            ).backend_tokenizer
+            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            tokenizer = clip_tokenizer(vocabulary, _read_merges(folder / "merges.txt"))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError("the tokenizer is damaged", where=folder, found=str(error)[:200]) from error
     for token in (START_TOKEN, END_TOKEN):
         if tokenizer.token_to_id(token) is None:
             raise CheckpointError("not a CLIP tokenizer", where=folder, expected=f"a token {token}")
     return tokenizer
+
+
+def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Return CLIP's tokenizer of a vocabulary: lower case, words, bytes, merges, framed by start and end.
+
+    Args:
+        vocabulary: tokens and their ids; `START_TOKEN` and `END_TOKEN` among them.
+        merges: pairs of tokens, the first merged first.
+    Raises:
+        KeyError: a start or end token is missing.
+    """
+    tokenizer = Tokenizer(
+        models.BPE(
+            dict(vocabulary),
+            list(merges),
+            unk_token=END_TOKEN,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+        )
+    )
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_WORDS, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    start, end = (START_TOKEN, vocabulary[START_TOKEN]), (END_TOKEN, vocabulary[END_TOKEN])
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    tokenizer.add_special_tokens([START_TOKEN, END_TOKEN])
+    return tokenizer
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    """Return the pairs of a merges.txt, whose first line may name its version."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    if lines and lines[0].startswith("#version"):
+        del lines[0]
+    pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip()]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{file.name}: not two tokens: {' '.join(pair)[:40]}")
+    return [(first, second) for first, second in pairs]

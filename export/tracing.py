@@ -15,18 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import onnx
-
 from engine.errors import BuildError
 from export.graphs import GraphBuilder
-from export.to_onnx import is_cached, trace
+from export.to_onnx import find_cached, trace
+from export.traces import Trace
 
 #: Each process holds torch and a trace: about 1 GB for SDXL's UNet.
 _MAX_PROCESSES = 4
 
 
 @contextmanager
-def traced_ahead(builders: Iterable[GraphBuilder]) -> Iterator[Callable[[GraphBuilder], onnx.ModelProto]]:
+def traced_ahead(builders: Iterable[GraphBuilder]) -> Iterator[Callable[[GraphBuilder], Trace]]:
     """Start tracing what the cache lacks, the largest graph first; gives a `trace` that waits for its turn.
 
     Args:
@@ -34,7 +33,8 @@ def traced_ahead(builders: Iterable[GraphBuilder]) -> Iterator[Callable[[GraphBu
     Raises:
         BuildError: from what is given: a process was ended from outside.
     """
-    todo = sorted((each for each in builders if not is_cached(each)), key=lambda each: -len(each.parameters))
+    missing = [each for each in builders if find_cached(each.definition) is None]
+    todo = sorted(missing, key=lambda each: -len(each.parameters))
     processes = min(os.cpu_count() or 1, len(todo), _MAX_PROCESSES)
     if processes < 2:
         yield trace
@@ -43,7 +43,7 @@ def traced_ahead(builders: Iterable[GraphBuilder]) -> Iterator[Callable[[GraphBu
     pool = ThreadPoolExecutor(processes)
     statuses = {each.spec.name: pool.submit(tracer.trace, each) for each in todo}
 
-    def traced(builder: GraphBuilder) -> onnx.ModelProto:
+    def traced(builder: GraphBuilder) -> Trace:
         if builder.spec.name in statuses and statuses[builder.spec.name].result() < 0:
             raise BuildError(
                 "the process that traced the graph was ended",

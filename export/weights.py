@@ -1,6 +1,6 @@
 """The bundle's weights: one safetensors file, written in one pass, read by every graph.
 
-Tensors are merged, cast and written one after the other, so the model is never held in memory.
+Tensors are merged, cast and written a few at a time, so the model is never held in memory.
 Graphs point into the file by offset (ONNX external data), and a new checkpoint of the same
 architecture replaces this file alone.
 """
@@ -11,17 +11,20 @@ import hashlib
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from os import cpu_count
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from engine.errors import BuildError, CheckpointError, from_os_error
 from engine.graphspec import DType
 from export.checkpoint import LazyTensor, is_finite
-from export.graphs import TORCH_DTYPES
+from export.definitions import NUMPY_DTYPES
 from export.lora import LoadedLora, merge_into
 
 WEIGHTS = "weights.safetensors"
@@ -95,7 +98,7 @@ def write_weights(
         path: of the file; overwritten.
         layout: from `plan_layout`.
         sources: the base's tensors by the weights' names.
-        loras: merged in float32 before the cast.
+        loras: merged in float64 before the cast.
         progress: told the bytes written since the last call.
     Returns:
         The file's SHA-256.
@@ -118,19 +121,36 @@ def write_weights(
 
 
 def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]) -> Iterator[memoryview]:
-    for weight in layout.weights.values():
-        source = sources[weight.name]
-        base = source.read()
-        where = f"{source.file.name}: {source.name}"
-        if not is_finite(base):
-            raise CheckpointError("a tensor holds values that are not finite", where=where)
-        merged = merge_into(base, weight.name, loras)
-        cast = merged.to(TORCH_DTYPES[weight.dtype])
-        if cast is not base and not is_finite(cast):
-            raise BuildError(
-                f"a weight does not fit {weight.dtype}",
-                where=where,
-                found=f"values up to {float(merged.abs().max()):.3g}",
-                fix="build with --precision bf16 or fp32",
-            )
-        yield cast.contiguous().flatten().view(torch.uint8).numpy().data
+    """Yield the bytes of every weight, in order; the next ones are computed while one is written."""
+    workers = cpu_count() or 1
+    with ThreadPoolExecutor(workers, "merging") as pool:
+        ahead: deque[Future[memoryview]] = deque()
+        try:
+            for weight in layout.weights.values():
+                ahead.append(pool.submit(_one, weight, sources[weight.name], loras))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
+
+
+def _one(weight: Weight, source: LazyTensor, loras: Sequence[LoadedLora]) -> memoryview:
+    """Return the bytes of one weight, merged and cast."""
+    base = source.read()
+    where = f"{source.file.name}: {source.name}"
+    if not is_finite(base):
+        raise CheckpointError("a tensor holds values that are not finite", where=where)
+    merged = merge_into(base, weight.name, loras)
+    with np.errstate(over="ignore"):  # told below, by name
+        cast = merged.astype(NUMPY_DTYPES[weight.dtype], copy=False)
+    if cast is not base and not is_finite(cast):
+        raise BuildError(
+            f"a weight does not fit {weight.dtype}",
+            where=where,
+            found=f"values up to {float(np.abs(merged.astype(np.float64)).max()):.3g}",
+            fix="build with --precision bf16 or fp32",
+        )
+    return np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data

@@ -1,7 +1,7 @@
 """What tests share: the reference outputs, the checkpoints that they are of, and bundles built from them.
 
-Bundles are built once a session and never changed; traces come from the same cache as the user's,
-so a test run after a build traces nothing anew.
+Bundles are built once a session and never changed. Traces of their networks lie in `data/traces`, so only tests
+of tracing trace.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `synthetic`
+os.environ["RESTORE_TRACES"] = str(DATA / "traces")  # of the networks that `reference` is of
 
 
 def pytest_addoption(parser):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors.numpy import save_file
 
 from export.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm, open_sdxl
+from export.safetensors_file import read_safetensors
 
 
 def our_shapes(manifest: Path) -> dict[str, tuple[int, ...]]:
@@ -23,8 +24,13 @@ def our_shapes(manifest: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def our_tensors(sdxl: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.read().clone().contiguous() for name, tensor in open_sdxl(sdxl).tensors.items()}
+def our_tensors(sdxl: Path) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(tensor.read()) for name, tensor in open_sdxl(sdxl).tensors.items()}
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, in the file's dtypes, as arrays that may be changed."""
+    return {name: tensor.read().copy() for name, tensor in read_safetensors(file).items()}
 
 
 def write_diffusers_folder(sdxl: Path, folder: Path, *, shards: int = 1, variant: str = "", prefix: str = "") -> Path:
@@ -69,13 +75,15 @@ def write_diffusers_unet(sdxl: Path, file: Path) -> Path:
 
 
 def edit(source: Path, target: Path, *, drop=(), add=None, rename=lambda name: name, dtype=None) -> Path:
-    """Copy a safetensors or pickle file with some tensors dropped, added, renamed or cast."""
-    tensors = {rename(name): tensor for name, tensor in load_file(source).items() if name not in drop}
+    """Copy a safetensors file, as one or as torch's pickle, with some tensors dropped, added, renamed or cast."""
+    tensors = {rename(name): tensor for name, tensor in load(source).items() if name not in drop}
     tensors |= add or {}
     if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     if target.suffix == ".safetensors":
         save_file(tensors, target)
     else:
-        torch.save(tensors, target)
+        import torch
+
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, target)
     return target

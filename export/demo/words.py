@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.conditioning import TOKENS, TOKENS_INSIDE
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
 from export.demo import files
-from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN
+from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, clip_tokenizer
 
 #: Common words of captions, so that they are single tokens.
 MERGE_WORDS = (
@@ -44,10 +44,8 @@ def learn_tokenizer(start_id: int | None = None) -> Tokenizer:
     Args:
         start_id: of the start token, the end token's is one more; None puts them behind all others.
     """
-    from transformers import CLIPTokenizer
-
     # Every printable byte symbol, alone and at the end of a word, then what training merges.
-    base = CLIPTokenizer().backend_tokenizer
+    base = clip_tokenizer({START_TOKEN: 0, END_TOKEN: 1}, [])
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = base.normalizer, base.pre_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
@@ -63,7 +61,7 @@ def learn_tokenizer(start_id: int | None = None) -> Tokenizer:
         start_id = len(ordered)
     ids = {token: index for index, token in enumerate(ordered)}
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=ids | {START_TOKEN: start_id, END_TOKEN: start_id + 1}, merges=merges).backend_tokenizer
+    return clip_tokenizer(ids | {START_TOKEN: start_id, END_TOKEN: start_id + 1}, merges)
 
 
 def prompt_for(caption: str, rng: np.random.Generator) -> str:

@@ -1,4 +1,4 @@
-"""The engine without any of export's libraries: every module imports, and a photo is restored."""
+"""The engine without any of export's libraries, and a build without those of tracing."""
 
 import os
 import subprocess
@@ -8,18 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FORBIDDEN = ("torch", "onnx", "diffusers", "transformers", "peft", "safetensors", "onnxscript", "export", "benchmarks")
-
-BARE = f"""
-import sys
-
-class Bare:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {FORBIDDEN!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} in a bare environment", name=name)
-
-sys.meta_path.insert(0, Bare())
-"""
+#: What the extra `export` brings and the extra `build` does not.
+OF_TRACING = ("torch", "diffusers", "transformers", "peft", "onnxscript", "onnx_ir")
+FORBIDDEN = (*OF_TRACING, "onnx", "safetensors", "ml_dtypes", "filelock", "export", "benchmarks")
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -27,9 +18,11 @@ MODULES = sorted(
 )
 
 
-def bare(code, *arguments):
+def bare(code, *arguments, without=FORBIDDEN):
+    """Run a program in an environment that lacks some packages."""
+    head = f"import sys\nfor name in {without!r}: sys.modules[name] = None  # an import fails, a look finds nothing\n"
     return subprocess.run(
-        [sys.executable, "-c", BARE + code, *map(str, arguments)],
+        [sys.executable, "-c", head + code, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -39,7 +32,7 @@ def bare(code, *arguments):
 
 
 def test_the_bare_environment_is_bare():
-    assert "No module named 'torch' in a bare environment" in bare("import torch").stderr
+    assert "ModuleNotFoundError: import of torch halted" in bare("import torch").stderr
 
 
 def test_every_module_of_the_engine_imports():
@@ -60,22 +53,54 @@ sys.exit(run_command(main))
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_building_says_what_is_missing(tmp_path):
-    code = """
-sys.meta_path[0].find_spec = lambda name, path=None, target=None: (
-    (_ for _ in ()).throw(ModuleNotFoundError(f"No module named {name!r}", name=name)) if name == "torch" else None
-)
-sys.argv = ["build_engines.py", "--output", sys.argv[1], *sys.argv[2:]]
+BUILD = """
 from engine.console import run_command
 from export.build_engines import main
 sys.exit(run_command(main))
 """
-    for arguments in ([], ["--sdxl", "a", "--supir", "b", "--tokenizer", "c", "--lora", "face=d"]):
-        done = bare(code, tmp_path / "bundle", *arguments)
-        assert done.returncode == 1
-        assert "no module torch" in done.stderr
-        assert "pip install -e '.[export]'" in done.stderr
-        assert "Traceback" not in done.stderr
+
+
+def test_the_demo_is_built_without_torch(demo_bundle, tmp_path):
+    """The same files as where torch is installed, and nothing of it is imported."""
+    done = bare(BUILD, "--output", tmp_path / "demo", "--quiet", without=OF_TRACING)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in demo_bundle.iterdir() if path.name != "manifest.json"]
+    assert len(files) > 8
+    for path in files:
+        assert (tmp_path / "demo" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_checkpoints_are_read_without_torch(tiny, tmp_path):
+    """SUPIR's `.ckpt`, and what a build would make of it."""
+    import layouts
+
+    layouts.edit(tiny.supir, tmp_path / "supir.ckpt")
+    files = ["--sdxl", tiny.sdxl, "--supir", tmp_path / "supir.ckpt", "--tokenizer", tiny.tokenizer]
+    options = ["--preset", "lightning", "--dry-run", "--output", tmp_path / "b"]
+    done = bare(BUILD, *files, *options, without=OF_TRACING)
+    assert done.returncode == 0, done.stderr
+    assert "34,686,995 parameters" in done.stdout
+    assert done.stdout.count("trace shipped") == 7
+
+
+def test_an_old_pickle_needs_torch_and_says_so(tmp_path):
+    torch = pytest.importorskip("torch", reason="not here: the export extra")
+    file = tmp_path / "supir.ckpt"
+    torch.save({"a": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
+    done = bare(BUILD, "--sdxl", file, "--supir", file, "--tokenizer", tmp_path, without=OF_TRACING)
+    assert done.returncode == 1
+    assert "before version 1.6, which only torch reads" in done.stderr
+    assert "pip install -e '.[export]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["onnx", "safetensors", "filelock", "ml_dtypes"])
+def test_building_says_what_is_missing(tmp_path, package):
+    done = bare(BUILD, "--output", tmp_path / "bundle", without=(package, *OF_TRACING))
+    assert done.returncode == 1
+    assert f"no module {package}" in done.stderr
+    assert "pip install -e '.[build]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("module", ["engine", "engine.errors", "engine.settings", "engine.bundle"])

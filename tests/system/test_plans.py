@@ -97,8 +97,8 @@ def test_float32_is_compiled_too_and_the_oldest_target_has_no_bfloat16(build_pla
     wide = open_bundle(build_plans(precision="fp32"))
     assert {graph.plan.audit.share_16_bit for graph in wide.manifest.graphs.values()} == {0.0}
     old = make_plan(_request(wide.path.parent / "old", targets=("7.5",)))
-    assert old.builders["vae_decoder"].spec.precision == "fp32"
-    assert old.builders["unet"].spec.precision == "fp16"
+    assert old.graphs["vae_decoder"].definition.spec.precision == "fp32"
+    assert old.graphs["unet"].definition.spec.precision == "fp16"
 
 
 @pytest.mark.slow

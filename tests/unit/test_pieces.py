@@ -15,14 +15,15 @@ pytest.importorskip("torch", reason="needs the export extra")
 from layouts import our_shapes
 
 from engine.backends.ort import OrtBackend
-from engine.bundle import VAE_GRAPHS, open_bundle
+from engine.bundle import GRAPHS, VAE_GRAPHS, open_bundle
 from engine.errors import BackendError, BundleError
 from engine.graphspec import resolve
 from engine.pieces import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
 from engine.runners import Runners
 from export.architecture import infer_architecture
-from export.graphs import graph_builders
+from export.definitions import graph_definitions
 from export.pieces import cut, pieces_key
+from export.traces import SHIPPED, read_trace, trace_file
 
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 
@@ -30,8 +31,12 @@ FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 @pytest.fixture(scope="module")
 def sdxl():
     """SDXL's VAE in pieces, by its graphs' names."""
-    builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp32", 49407)
-    return {graph: tuple(each.piece for each in cut(builders[graph])) for graph in VAE_GRAPHS}
+    return {graph: tuple(each.piece for each in cut_sdxl(graph, "fp32")) for graph in VAE_GRAPHS}
+
+
+def cut_sdxl(graph, precision):
+    definition = graph_definitions(infer_architecture(our_shapes(FULL)), precision, 49407)[graph]
+    return cut(definition.spec, read_trace(trace_file(SHIPPED / "sdxl", definition)).provenance.parameters)
 
 
 def shape_of(graph, height, width):
@@ -58,7 +63,7 @@ def test_bands_cover_every_row_once_and_see_what_they_need(sdxl, height, width, 
     pieces = sdxl[graph]
     shapes = _shapes(pieces, shape_of(graph, 8 * height, 8 * width))
     for piece in pieces:
-        bands = _Bands(piece, shapes, band_bytes)
+        bands = _Bands(piece, shapes, ByRows(band_bytes))
         result = shapes[piece.spec.outputs[0].name]
         source = shapes[piece.spec.inputs[0].name]
         rows, source_rows = (math.prod(shape[2:]) if piece.whole else shape[2] for shape in (result, source))
@@ -130,12 +135,10 @@ def test_the_input_is_not_changed_and_a_piece_is_closed_behind_its_bands(bundle_
 
 
 def test_a_graph_in_bf16_has_no_pieces_and_other_graphs_have_none():
-    arch = infer_architecture(our_shapes(FULL))
-    assert all(not cut(builder) for builder in graph_builders(arch, "bf16", 49407).values())
-    builders = graph_builders(arch, "fp16", 49407)
-    assert not cut(builders["unet"])
-    assert pieces_key(builders["unet"]) is None
-    assert pieces_key(builders["vae_encoder"]) != pieces_key(builders["denoise_encoder"])
+    assert all(not cut_sdxl(graph, "bf16") for graph in GRAPHS)
+    assert cut_sdxl("unet", "fp16") == ()
+    assert pieces_key(()) is None
+    assert pieces_key(cut_sdxl("vae_encoder", "fp32")) != pieces_key(cut_sdxl("denoise_encoder", "fp32"))
 
 
 def test_the_pieces_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32, tmp_path):

@@ -24,8 +24,9 @@ from engine.size_plan import (
     vae_bytes,
 )
 from export.architecture import infer_architecture
-from export.graphs import graph_builders
+from export.definitions import graph_definitions
 from export.pieces import cut
+from export.traces import SHIPPED, read_trace, trace_file
 
 GIB = 2**30
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
@@ -34,11 +35,11 @@ FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 @pytest.fixture(scope="module")
 def sdxl():
     """What a bundle of real checkpoints says of its shapes and defaults."""
-    builders = graph_builders(infer_architecture(our_shapes(FULL)), "fp16", 49407)
-    graphs = {
-        name: SimpleNamespace(spec=builder.spec, pieces=tuple(each.piece for each in cut(builder)))
-        for name, builder in builders.items()
-    }
+    graphs = {}
+    for name, definition in graph_definitions(infer_architecture(our_shapes(FULL)), "fp16", 49407).items():
+        parameters = read_trace(trace_file(SHIPPED / "sdxl", definition)).provenance.parameters
+        pieces = tuple(each.piece for each in cut(definition.spec, parameters))
+        graphs[name] = SimpleNamespace(spec=definition.spec, pieces=pieces)
     return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
 
 

@@ -51,9 +51,9 @@ def test_graphs_are_traced_in_other_processes(towers, started, monkeypatch):
     with tracing.traced_ahead(towers) as traced:
         structures = {builder.spec.name: traced(builder) for builder in towers}
     assert [process.returncode for process in started] == [0, 0]
-    assert all(map(to_onnx.is_cached, towers))
+    assert all(to_onnx.find_cached(builder.definition) for builder in towers)
     for builder in towers:
-        names = {value.name for value in structures[builder.spec.name].graph.input}
+        names = {value.name for value in structures[builder.spec.name].structure.graph.input}
         assert names >= {tensor.name for tensor in builder.spec.inputs}
         assert len(names & set(builder.parameters)) > 10
 
@@ -92,4 +92,4 @@ def test_a_build_that_ends_early_ends_its_processes(towers, started):
     with pytest.raises(KeyboardInterrupt):
         build()
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
-    assert not any(map(to_onnx.is_cached, towers))
+    assert not any(to_onnx.find_cached(builder.definition) for builder in towers)
