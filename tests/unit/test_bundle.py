@@ -26,8 +26,9 @@ def test_a_whole_bundle_opens_and_describes_itself(bundle_fp32):
     assert {source.role for source in bundle.manifest.sources} == {"sdxl", "supir"}
     assert all(len(source.sha256) == 64 for source in bundle.manifest.sources)
     for graph in bundle.manifest.graphs.values():
-        assert graph.verification.relative_l2
-        assert max(graph.verification.relative_l2.values()) <= graph.verification.bound
+        assert 0 < graph.verification.when_traced.worst <= graph.verification.when_traced.bound
+        assert graph.verification.in_build is None
+        assert (graph.verification.trial.in_pieces is None) == (not graph.pieces)
     assert bundle.digest == open_bundle(bundle_fp32).digest
 
 
@@ -63,7 +64,7 @@ def flip_a_byte(path):
         (lambda path: flip_a_byte(path / "weights.safetensors"), "(?s)a file of the bundle was changed.*SHA-256"),
         (lambda path: flip_a_byte(path / "tokenizer.json"), "a file of the bundle was changed"),
         (lambda path: (path / "unet.onnx").write_bytes(b""), "(?s)a file of the bundle was changed.*0 bytes"),
-        (lambda path: edit_manifest(path, lambda m: m.update(format=99)), "(?s)another version.*format 3.*format 99"),
+        (lambda path: edit_manifest(path, lambda m: m.update(format=99)), "(?s)another version.*format 4.*format 99"),
         (lambda path: edit_manifest(path, lambda m: m.update(format=99, new=1)), "another version"),
         (lambda path: edit_manifest(path, lambda m: m.update(surprise=1)), "(?s)manifest is damaged.*surprise"),
         (lambda path: edit_manifest(path, lambda m: m.pop("weights")), "(?s)manifest is damaged.*weights"),

@@ -53,6 +53,19 @@ def verified(builder, file):
     return compare_with_torch(builder, file, try_graph(builder.definition, file))
 
 
+def with_epsilon(packed, eps, folder):
+    """Write the packed graph with another ε in its norms; returns its file."""
+    builder, file, structure, layout = packed
+    broken = onnx.ModelProto()
+    broken.CopyFrom(pack(structure, builder.spec, layout.weights))
+    for node in broken.graph.node:
+        if node.op_type == "LayerNormalization":
+            next(a for a in node.attribute if a.name == "epsilon").f = eps
+    onnx.save(broken, folder / "text_encoder_2.onnx")
+    shutil.copy(file.parent / "weights.safetensors", folder)  # a link out of the folder is not followed
+    return folder / "text_encoder_2.onnx"
+
+
 def test_every_precision_agrees_with_torch(packed):
     builder, file, _, _ = packed
     agreement, expected = compare_with_torch(builder, file, try_graph(builder.definition, file))
@@ -133,18 +146,10 @@ def test_norms_and_softmax_run_in_float32_and_products_in_the_graphs_type(packed
 
 
 def test_a_wrong_graph_fails_and_is_named(packed, tmp_path):
-    builder, file, structure, layout = packed
-    broken = onnx.ModelProto()
-    broken.CopyFrom(pack(structure, builder.spec, layout.weights))
-    for node in broken.graph.node:
-        if node.op_type == "LayerNormalization":
-            next(a for a in node.attribute if a.name == "epsilon").f = 0.3
-    onnx.save(broken, tmp_path / "text_encoder_2.onnx")
-    shutil.copy(file.parent / "weights.safetensors", tmp_path)  # a link out of the folder is not followed
     with pytest.raises(
         BuildError, match=r"(?s)text_encoder_2\.(hidden|pooled): the exported graph disagrees.*relative L2"
     ):
-        verified(builder, tmp_path / "text_encoder_2.onnx")
+        verified(packed[0], with_epsilon(packed, 0.3, tmp_path))
 
 
 def test_a_parameter_without_its_weight_is_named(packed):
@@ -362,21 +367,53 @@ def test_the_second_tower_is_padded_with_the_first_token():
     assert PAD_ID_2 == 0
 
 
+@pytest.mark.parametrize("packed", ["fp32"], indirect=True)  # only it is exact enough to show it
 @pytest.mark.parametrize("eps", [1e-6, 1e-4])
 def test_a_norm_of_another_epsilon_is_seen(packed, tmp_path, eps):
     """The most likely slip in a network: 1e-5 and 1e-6 taken for each other."""
+    builder = packed[0]
+    with pytest.raises(BuildError, match="disagrees"):
+        verified(builder, with_epsilon(packed, eps, tmp_path))
+
+
+@pytest.mark.parametrize("packed", ["fp32", "fp16", "bf16"], indirect=True)
+def test_a_graph_whose_values_are_not_finite_is_told(packed, tmp_path):
+    builder = packed[0]
+    with pytest.raises(BuildError, match=r"(?s)text_encoder_2\.(hidden|pooled): .*not finite.*--precision"):
+        try_graph(builder.definition, with_epsilon(packed, float("nan"), tmp_path))
+
+
+@pytest.mark.parametrize("packed", ["fp32"], indirect=True)
+@pytest.mark.parametrize("change", ["offset", "dtype", "shape", "name"])
+def test_a_parameter_that_is_not_where_the_graph_looks_is_told(packed, tmp_path, change):
     builder, file, structure, layout = packed
-    if builder.spec.precision != "fp32":
-        pytest.skip("only fp32 is exact enough to show it")
-    broken = onnx.ModelProto()
-    broken.CopyFrom(pack(structure, builder.spec, layout.weights))
-    for node in broken.graph.node:
-        if node.op_type == "LayerNormalization":
-            next(a for a in node.attribute if a.name == "epsilon").f = eps
+    broken = pack(structure, builder.spec, layout.weights)
+    parameter = next(each for each in broken.graph.initializer if len(each.dims) == 2 and each.external_data)
+    if change == "offset":
+        place = next(entry for entry in parameter.external_data if entry.key == "offset")
+        place.value = str(int(place.value) + 64)
+    elif change == "dtype":
+        parameter.data_type = TensorProto.INT32
+    elif change == "shape":
+        parameter.dims[:] = [parameter.dims[1], parameter.dims[0]] if len(set(parameter.dims)) > 1 else [1, 64]
+    else:
+        parameter.name += "x"
     onnx.save(broken, tmp_path / "text_encoder_2.onnx")
     shutil.copy(file.parent / "weights.safetensors", tmp_path)
-    with pytest.raises(BuildError, match="disagrees"):
-        verified(builder, tmp_path / "text_encoder_2.onnx")
+    with pytest.raises(BuildError, match=f"text_encoder_2: {parameter.name}: a parameter of the graph is not in"):
+        try_graph(builder.definition, tmp_path / "text_encoder_2.onnx")
+
+
+def test_pieces_that_are_not_the_whole_are_told(plan, bundle_fp32):
+    """A norm's ε in a piece, and the order of two pieces' weights, would show."""
+    graph = plan.graphs["vae_encoder"]
+    pieces = [each.piece for each in graph.pieces]
+    file, zipped = bundle_fp32 / "vae_encoder.onnx", bundle_fp32 / "vae_encoder.pieces.zip"
+    assert try_graph(graph.definition, file, (pieces, zipped)).trial.in_pieces < 2e-5
+    at = next(index for index, piece in enumerate(pieces) if piece.norm is not None)
+    pieces[at] = pieces[at].model_copy(update={"norm": pieces[at].norm.model_copy(update={"eps": 1e-2})})
+    with pytest.raises(BuildError, match="vae_encoder: the graph in pieces disagrees with the whole"):
+        try_graph(graph.definition, file, (pieces, zipped))
 
 
 def test_lazy_parts_have_the_shapes_that_they_read():
