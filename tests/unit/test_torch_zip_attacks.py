@@ -212,6 +212,7 @@ ABUSES = {
     "a storage that is too short": (state(storage(count=5)), "storage 0 has 16 bytes, not 5 × 4"),
     "a storage that is too long": (state(storage(count=3)), "storage 0 has 16 bytes, not 3 × 4"),
     "a storage of a terabyte": (state(storage(count=2**40)), "storage 0 has 16 bytes"),
+    "a storage of two types": (state(storage() + storage("torch\nIntStorage") + b"\x86"), "storage 0 has two types"),
     "a storage of less than nothing": (state(storage(count=-4)), "storage 0 has 16 bytes"),
     "an empty stack": (b"\x80\x02.", "uses what it never made"),
     "too few for a tuple": (b"\x80\x02N\x86.", "uses what it never made"),
@@ -271,7 +272,7 @@ TENSORS = {
     "no type": (tensor(held=storage("torch.storage\nUntypedStorage", count=16)), "another storage than its kind has"),
     "a type that is none": (
         tensor(version=3, held=storage("torch.storage\nUntypedStorage", count=16), more=text("float32")),
-        "or without a type",
+        "a tensor without a type",
     ),
     "bytes that make no element": (
         tensor(
