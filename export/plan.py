@@ -53,8 +53,8 @@ _ROOM_PER_KERNELS_BYTES = 4 << 20
 _WEIGHT_SOURCES = tuple(
     Path(__file__).with_name(f"{name}.py")
     for name in (
-        *("checkpoint", "keymap", "lora", "mapped", "pack", "safetensors_file", "tokenizer"),
-        *("torch_legacy", "torch_zip", "weights"),
+        *("checkpoint", "keymap", "lora", "mapped", "pack", "safetensors_file"),
+        *("state_pickle", "tokenizer", "torch_legacy", "torch_zip", "weights", "zip_members"),
     )
 )
 

@@ -106,8 +106,10 @@ def _read_pickle(mapping: mmap.mmap) -> object:
         )
     pickled = members[f"{roots[0]}data.pkl"]
 
+    types: dict[str, _StorageType] = {}
+
     def find_storage(persistent_id: object) -> _Storage:
-        return _find_storage(members, f"{roots[0]}data/", persistent_id)
+        return _find_storage(members, f"{roots[0]}data/", types, persistent_id)
 
     # One byte more than is accepted is enough to be refused.
     data = mapping[pickled.start : pickled.start + min(pickled.size, MOST_BYTES + 1)]
@@ -147,23 +149,31 @@ def _kind(value: object) -> str:
 # -- what the pickle may name ---------------------------------------------------------------------
 
 
-def _find_storage(members: Mapping[str, Member], folder: str, persistent_id: object) -> _Storage:
+def _find_storage(
+    members: Mapping[str, Member], folder: str, known: dict[str, _StorageType], persistent_id: object
+) -> _Storage:
+    """Return the storage of a persistent id, whose type joins the `known` ones by key."""
     if type(persistent_id) is not tuple or len(persistent_id) != 5:
         refuse("a reference to what is no storage")
     word, kind, key, place, length = persistent_id
-    types = (type(word), type(kind), type(key), type(place), type(length))
-    if types != (str, _StorageType, str, str, int) or word != "storage":
+    classes = (type(word), type(kind), type(key), type(place), type(length))
+    if classes != (str, _StorageType, str, str, int) or word != "storage":
         refuse("a reference to what is no storage")
     member = members.get(folder + key)
     if member is None:
         damaged(f"no storage {key}")
     if member.size != length * kind.dtype.itemsize:
         damaged(f"storage {key} has {member.size} bytes, not {length} × {kind.dtype.itemsize}")
+    # torch writes no such file, and would read all of it as the first type.
+    if known.setdefault(key, kind) != kind:
+        damaged(f"storage {key} has two types")
     return _Storage(kind, member)
 
 
-def _tensor_of(arguments: tuple[Any, ...], dtype: np.dtype[Any] | None) -> _Tensor:
-    """Return the tensor of `_rebuild_tensor_v2` (without a dtype) or `_rebuild_tensor_v3`."""
+def _rebuild_tensor(arguments: tuple[Any, ...], dtype: np.dtype[Any] | None = None) -> _Tensor:
+    """Do as `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None)`."""
+    if len(arguments) not in (6, 7):
+        damaged("a tensor of too few or too many arguments")
     storage, offset, shape, strides = arguments[:4]
     if type(storage) is not _Storage or storage.type.untyped != (dtype is not None):
         damaged("a tensor of another storage than its kind has")
@@ -171,29 +181,16 @@ def _tensor_of(arguments: tuple[Any, ...], dtype: np.dtype[Any] | None) -> _Tens
         damaged("a tensor whose shape and strides do not fit together")
     if any(type(number) is not int for number in (offset, *shape, *strides)):
         damaged("a tensor whose shape is no numbers")
+    if any(arguments[6:]):
+        raise CheckpointError("a tensor is a negated or conjugated view", fix="save plain tensors")
     return _Tensor(storage, storage.type.dtype if dtype is None else dtype, offset, shape, strides)
 
 
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> _Tensor:
-    """Do as `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None)`."""
-    if len(arguments) not in (6, 7):
-        damaged("a tensor of too few or too many arguments")
-    _refuse_metadata(arguments[6:])
-    return _tensor_of(arguments, None)
-
-
 def _rebuild_tensor_of_dtype(arguments: tuple[Any, ...]) -> _Tensor:
-    """Do as `_rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None)`."""
-    if len(arguments) not in (7, 8) or not isinstance(arguments[6], np.dtype):
-        damaged("a tensor of too few or too many arguments, or without a type")
-    _refuse_metadata(arguments[7:])
-    return _tensor_of(arguments, arguments[6])
-
-
-def _refuse_metadata(metadata: tuple[Any, ...]) -> None:
-    """Refuse views that are negated or conjugated when they are read."""
-    if metadata and metadata[0]:
-        raise CheckpointError("a tensor is a negated or conjugated view", fix="save plain tensors")
+    """Do as `_rebuild_tensor_v3`, which has a dtype before the metadata, and untyped storages."""
+    if len(arguments) < 7 or not isinstance(arguments[6], np.dtype):
+        damaged("a tensor without a type")
+    return _rebuild_tensor(arguments[:6] + arguments[7:], arguments[6])
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...]) -> _Tensor:
