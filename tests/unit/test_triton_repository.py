@@ -117,6 +117,20 @@ def test_the_ensemble_connects_tensors_of_one_type_and_shape(served):
         assert made[tensor.name] == (tensor.data_type, list(tensor.dims))
 
 
+def test_exactly_one_member_of_the_ensemble_follows_each(served):
+    """Two that follow at once end Triton 2.51 when their client has left; see `triton_repo.repository`."""
+    _, _, repository = served
+    ensemble = read(repository)["restore"]
+    there = {tensor.name for tensor in ensemble.input}
+    waiting = list(ensemble.ensemble_scheduling.step)
+    while waiting:
+        ready = [step for step in waiting if set(step.input_map.values()) <= there]
+        (follows,) = ready
+        waiting.remove(follows)
+        there |= set(follows.output_map.values())
+    assert there >= {tensor.name for tensor in ensemble.output}
+
+
 def test_work_is_limited_and_warm(served):
     _, _, repository = served
     configs = read(repository)

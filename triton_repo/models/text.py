@@ -45,7 +45,8 @@ class TritonPythonModel:
                 del self._known[next(iter(self._known))]
             self._known[texts] = self._encode(texts)
         self._metrics.took("text", time.monotonic() - started)
-        return response(**self._known[texts])
+        # The latent goes through unchanged: who needs it afterwards follows in the ensemble, not beside this member.
+        return response(**self._known[texts], z_after_text=array(request, "z_lq"))
 
     def _encode(self, texts: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
         found = self._prompts.encode(texts, self._run)
