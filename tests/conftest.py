@@ -17,7 +17,9 @@ import pytest
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `synthetic`
+sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts`, `skips` and `synthetic`
+
+from skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401, with CI set, few skips are allowed
 
 
 def pytest_addoption(parser):
@@ -27,8 +29,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for marker, option, reason in (
-        ("slow", "--slow", "takes minutes: run with --slow"),
-        ("full_size", "--full-size", "takes an hour and 40 GB of disk: make full-size"),
+        ("slow", "--slow", "slow: takes minutes, run with --slow"),
+        ("full_size", "--full-size", "full size: takes an hour and 40 GB of disk, make full-size"),
     ):
         if not config.getoption(option):
             for item in items:
@@ -133,7 +135,7 @@ def gpu():
     try:
         device = CudaDevice(0)
     except BackendError as error:
-        pytest.skip(f"needs an NVIDIA GPU ({error.found})")
+        pytest.skip(f"gpu: needs one of NVIDIA's ({error.found})")
     yield device
     device.close()
 
