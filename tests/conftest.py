@@ -1,7 +1,7 @@
 """What tests share: the reference outputs, the checkpoints that they are of, and bundles built from them.
 
-Bundles are built once a session and never changed. Traces of their networks lie in `data/traces`, so only tests
-of tracing trace.
+Bundles are built once a session and never changed, also where pytest-xdist has several workers. Traces of their
+networks lie in `data/traces`, so only tests of tracing trace.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+# PyTorch's threads meet after every operator, and spin until all are there. For networks as small as the tests' a
+# second thread gains nothing, and where others want its core the meetings cost twenty times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts` and `synthetic`
+sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts`, `skips` and `synthetic`
 os.environ["RESTORE_TRACES"] = str(DATA / "traces")  # of the networks that `reference` is of
+
+from skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401, with CI set, few skips are allowed
 
 
 def pytest_addoption(parser):
@@ -28,8 +36,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for marker, option, reason in (
-        ("slow", "--slow", "takes minutes: run with --slow"),
-        ("full_size", "--full-size", "takes an hour and 40 GB of disk: make full-size"),
+        ("slow", "--slow", "slow: takes minutes, run with --slow"),
+        ("full_size", "--full-size", "full size: takes an hour and 40 GB of disk, make full-size"),
     ):
         if not config.getoption(option):
             for item in items:
@@ -51,6 +59,25 @@ def cases():
 @pytest.fixture(scope="session")
 def photo_path():
     return DATA / "coffee.jpg"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Call `make(folder)` in one worker of the session alone, the others wait for it; returns the folder."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        from filelock import FileLock
+
+        folder = shared / "made-once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():  # it has its name when it is whole
+                make(folder)
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -85,24 +112,25 @@ def build_bundle(tiny):
 
 
 @pytest.fixture(scope="session")
-def bundle_fp32(build_bundle, tmp_path_factory):
-    return build_bundle(tmp_path_factory.mktemp("bundles") / "fp32")
+def bundle_fp32(build_bundle, once):
+    return once("fp32", build_bundle)
 
 
 @pytest.fixture(scope="session")
-def bundle_fp16(build_bundle, tmp_path_factory):
-    return build_bundle(tmp_path_factory.mktemp("bundles") / "fp16", precision="fp16")
+def bundle_fp16(build_bundle, once):
+    return once("fp16", partial(build_bundle, precision="fp16"))
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory):
+def demo_bundle(once):
     """The demo as it is built by default: trained weights, both LoRAs."""
     pytest.importorskip("torch", reason="needs the export extra")
     from export.build_engines import main
 
-    folder = tmp_path_factory.mktemp("bundles") / "demo"
-    assert main(["--output", str(folder), "--quiet"]) == 0
-    return folder
+    def build(folder: Path) -> None:
+        assert main(["--output", str(folder), "--quiet"]) == 0
+
+    return once("demo", build)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +162,7 @@ def gpu():
     try:
         device = CudaDevice(0)
     except BackendError as error:
-        pytest.skip(f"needs an NVIDIA GPU ({error.found})")
+        pytest.skip(f"gpu: needs one of NVIDIA's ({error.found})")
     yield device
     device.close()
 

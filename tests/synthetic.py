@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -51,13 +52,14 @@ def tiny_files() -> TinyFiles:
         loras={name: folder / f"{name}.safetensors" for name in LORAS},
         tokenizer=folder / "tokenizer",
     )
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / "tiny"
-            made.mkdir()
-            _write_all(made)
-            made.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # another run, or another worker of this one, may be at it
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                made = Path(temporary) / "tiny"
+                made.mkdir()
+                _write_all(made)
+                made.rename(folder)
     return files
 
 

@@ -40,7 +40,7 @@ def work(tmp_path_factory):
     folder.mkdir(parents=True, exist_ok=True)
     have = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if have < DISK_GB * GB or psutil.virtual_memory().total < MEMORY_GB * GB:
-        pytest.skip(f"needs {DISK_GB} GB of disk and {MEMORY_GB} GB of memory")
+        pytest.skip(f"full size: needs {DISK_GB} GB of disk and {MEMORY_GB} GB of memory")
     return folder
 
 

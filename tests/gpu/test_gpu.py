@@ -149,14 +149,14 @@ def _skip_without(backend, gpu):
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip("needs onnxruntime-gpu")
+            pytest.skip("gpu: needs onnxruntime-gpu")
         return
     try:
         library = open_library(backend)
     except BackendError as error:
-        pytest.skip(error.problem)
+        pytest.skip(f"gpu: {error.problem}")
     if library.is_rtx and gpu.compute_capability not in known_targets(library):
-        pytest.skip(f"{library.label} compiles for no GPU of compute capability {gpu.compute_capability}")
+        pytest.skip(f"gpu: {library.label} compiles for no GPU of compute capability {gpu.compute_capability}")
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def _first_plan_backend(gpu):
             continue
         if not library.is_rtx or gpu.compute_capability in known_targets(library):
             return backend
-    pytest.skip("no TensorRT here compiles for this GPU")
+    pytest.skip("gpu: no TensorRT here compiles for this GPU")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -365,7 +365,7 @@ def test_the_audit_asks_the_plan_itself(on_gpu, record_property):
     """Where TensorRT's inspector answers; RTX, which compiles kernels later, need not."""
     manifest = on_gpu.bundle.manifest
     if manifest.backend not in PLAN_BACKENDS:
-        pytest.skip("no plans")
+        pytest.skip("gpu: ONNX Runtime has no plans")
     shares = {name: round(graph.plan.audit.inspected_share, 4) for name, graph in manifest.graphs.items()}
     record_property("inspected_share", shares)
     if manifest.backend == "tensorrt":

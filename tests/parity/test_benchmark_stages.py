@@ -91,15 +91,16 @@ class HostMemory:
 
 
 @needs_compiler
-def test_torch_in_the_engine_s_loop_gives_the_engine_s_picture(bundle_fp32, tmp_path, photo_path):
+def test_torch_in_the_engine_s_loop_gives_the_engine_s_picture(bundle_fp32, tmp_path):
     """On a GPU this is the baseline; there only the memory is another."""
     bundle, memory = open_bundle(bundle_fp32), HostMemory()
     device = HostDevice(tmp_path)
     settings = {"steps": 4, "min_size": 64, "restore_pull": 2.0}
+    photo = np.random.default_rng(0).random((64, 128, 3), dtype=np.float32)
     with Restorer(bundle, OrtBackend(1)) as engine:
-        expected = engine.restore(photo_path, **settings).photo.rgb
+        expected = engine.restore(photo, **settings).photo.rgb
     with Restorer(bundle, TorchDeviceBackend(bundle, device, memory)) as baseline:
-        result = baseline.restore(photo_path, **settings)
+        result = baseline.restore(photo, **settings)
     assert np.abs(result.photo.rgb - expected).max() < 1e-3
     assert {"steps", "denoise encoder", "vae decoder"} <= set(result.timings.device_ms)
     assert set(memory.streams) == {"main", "side"}

@@ -142,12 +142,15 @@ def test_impossible_seeds_of_a_batch_are_refused(restorer, photos, seed):
         restorer.restore_batch(photos[:1], seeds=[seed])
 
 
-def test_a_photo_may_be_a_file_an_image_or_an_array(restorer, photo_path):
+def test_a_photo_may_be_a_file_an_image_or_an_array(restorer, photo_path, tmp_path):
     from PIL import Image
 
+    file = tmp_path / "small.png"
     with Image.open(photo_path) as image:
-        array = np.asarray(image)
-    results = [restorer.restore(photo, steps=1).photo for photo in (photo_path, Image.open(photo_path), array)]
+        small = image.resize((96, 64))
+    small.save(file)
+    photos = (file, Image.open(file), np.asarray(small))
+    results = [restorer.restore(photo, steps=1).photo for photo in photos]
     for result in results[1:]:
         assert np.array_equal(result.rgb, results[0].rgb)
 

@@ -20,7 +20,7 @@ def test_without_a_gpu_it_says_so_before_anything_is_built(tmp_path):
     except BackendError:
         pass
     else:
-        pytest.skip("there is a GPU here")
+        pytest.skip("gpu: there is one here")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_session.py"), "--json", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

@@ -149,7 +149,7 @@ def test_flops_are_what_the_sizes_say(planned, library):
 
 def test_the_bundle_runs_nowhere_without_a_gpu_and_says_what_would(planned, photo_path, run_restore, tmp_path):
     if _has_gpu():
-        pytest.skip("there is a GPU here")
+        pytest.skip("gpu: there is one here")
     done = run_restore(photo_path, "-o", tmp_path / "out.png", "--bundle", planned.path)
     assert done.returncode == 1
     assert "running on a GPU needs an NVIDIA GPU with its driver" in done.stderr
@@ -419,7 +419,7 @@ def test_plans_with_weights_are_compiled_again_for_other_weights(planned):
 
 def test_weightless_plans_need_the_gpu_that_they_are_for(tmp_path):
     if _has_gpu():
-        pytest.skip("there is a GPU here")
+        pytest.skip("gpu: there is one here")
     with pytest.raises(BackendError, match="running on a GPU needs an NVIDIA GPU with its driver"):
         make_plan(_request(tmp_path / "b", weightless=True))
     with pytest.raises(UsageError, match="are compiled for the GPU at hand"):
