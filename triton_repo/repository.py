@@ -230,7 +230,11 @@ _STEPS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
         {"pixels": "lq", "texts": "texts", "settings": "checked", "run": "run", "format": "format"},
     ),
     ("denoise_encoder", {"pixels": "lq"}, {"z": "z_lq"}),
-    ("text", {"texts": "texts", "z_lq": "z_lq"}, {"context": "context", "vector": "vector", "z_after_text": "z_after_text"}),
+    (
+        "text",
+        {"texts": "texts", "z_lq": "z_lq"},
+        {"context": "context", "vector": "vector", "z_after_text": "z_after_text"},
+    ),
     ("vae_decoder", {"z": "z_after_text"}, {"pixels": "stage1"}),
     (
         "sample",

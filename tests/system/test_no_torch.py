@@ -87,7 +87,8 @@ def test_an_old_pickle_needs_torch_and_says_so(tmp_path):
     torch = pytest.importorskip("torch", reason="not here: the export extra")
     file = tmp_path / "supir.ckpt"
     torch.save({"a": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
-    done = bare(BUILD, "--sdxl", file, "--supir", file, "--tokenizer", tmp_path, without=OF_TRACING)
+    options = ["--sdxl", file, "--supir", file, "--tokenizer", tmp_path, "--preset", "lightning"]
+    done = bare(BUILD, *options, without=OF_TRACING)
     assert done.returncode == 1
     assert "before version 1.6, which only torch reads" in done.stderr
     assert "pip install -e '.[export]'" in done.stderr

@@ -57,7 +57,18 @@ def test_a_worker_is_killed_and_every_photo_is_finished_once(cluster, bundle_fp3
     photos, out = make_photos(tmp_path / "photos"), tmp_path / "out"
     (photos / "bad.png").write_text("no image")
     command = [sys.executable, "-m", "engine.restore", "photos", "-o", "out", "--bundle", str(bundle_fp32), "--json"]
-    command += ["--steps", str(STEPS), "--min-size", "64", "--threads", "1", "--ray", cluster, "--report", "report.html"]
+    command += [
+        "--steps",
+        str(STEPS),
+        "--min-size",
+        "64",
+        "--threads",
+        "1",
+        "--ray",
+        cluster,
+        "--report",
+        "report.html",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
         while len(list(out.glob("*.png"))) < COUNT // 2:

@@ -103,7 +103,7 @@ def test_tracing_again_gives_the_same_nodes_and_parameters(folder, monkeypatch, 
     for definition in definitions(folder):
         shipped, made = shipped_trace(definition), make_trace(GraphBuilder(definition))
         if made.provenance.traced_with != shipped.provenance.traced_with:
-            pytest.skip(f"other libraries than that made the traces, {shipped.provenance.traced_with}")
+            pytest.skip(f"slow: needs the libraries that made the traces, {shipped.provenance.traced_with}")
         assert made.provenance.parameters == shipped.provenance.parameters
         old, new = shipped.structure.graph, made.structure.graph
         assert [node.op_type for node in new.node] == [node.op_type for node in old.node]
