@@ -220,9 +220,9 @@ class _Maker:
 
 #: The ensemble: member, its inputs and its outputs by the ensemble's names.
 #:
-#: Exactly one member follows each, never two at once. Where two follow and the first is not let in, because the request
-#: was cancelled or a queue is full, Triton 2.51 answers the request twice, which ends the server with SIGSEGV, or never.
-#: So `text` hands the latent on to the decoder, which needs nothing of it but its place in the order.
+#: Exactly one member follows each, never two at once. Where two follow and the first is not let in, because the
+#: request was cancelled or a queue is full, Triton 2.51 answers the request twice, which ends the server with SIGSEGV,
+#: or never. So `text` hands the latent on to the decoder, which needs nothing of it but its place in the order.
 _STEPS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
     (
         "preprocess",

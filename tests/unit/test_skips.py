@@ -27,7 +27,9 @@ SKIPS = {
         "import pytest\n@pytest.fixture\ndef browser():\n    pytest.importorskip('no_such', reason='needs a browser')\n"
         "def test_it(browser):\n    pass"
     ),
-    "as a whole file": "import pytest\npytest.importorskip('no_such', reason='needs a browser')\ndef test_it():\n    pass",
+    "as a whole file": (
+        "import pytest\npytest.importorskip('no_such', reason='needs a browser')\ndef test_it():\n    pass"
+    ),
 }
 
 
