@@ -11,12 +11,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 from conftest import DATA, ROOT
 from pictures import PHOTO, small_png
 
-pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+from tritonclient.utils import InferenceServerException
 
 from engine.bundle import describe_file, open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
@@ -105,6 +108,45 @@ def test_who_is_refused_and_asks_again_is_served(server):
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(restore, range(8)))) == 8
+
+
+def leave(server, count, patience_s, **options):
+    """Let plain clients give up one after the other, each after a while of its own; returns how many did."""
+    random = Random(1)
+    left = 0
+    with triton.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as plain:
+        for seed in range(count):
+            given = [triton.InferInput(name, [1], "BYTES") for name in ("image", "options")]
+            asked = json.dumps({**options, "seed": seed}).encode()
+            for tensor, value in zip(given, (small_png(seed), asked), strict=True):
+                tensor.set_data_from_numpy(np.array([value], dtype=np.object_))
+            try:
+                plain.infer("restore", given, client_timeout=random.uniform(*patience_s))
+            except InferenceServerException as error:
+                if error.status() not in ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE"):  # a full queue
+                    raise
+                left += "DEADLINE" in error.status()
+            assert server.process.poll() is None, f"the server is gone after {seed + 1} clients"
+    return left
+
+
+def test_clients_that_leave_cost_nobody_else_anything(server):
+    pids = set(processes(server))
+    assert leave(server, 40, (0.01, 0.4), steps=20) >= 20
+    with client_of(server, retries=100) as client:
+        assert client.restore(small_png(), steps=1).image
+    assert set(processes(server)) == pids
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_hundred_clients_of_the_demo_may_leave(serve_bundle, demo_bundle):
+    """At 512 pixels and 3 steps, after 0.3 to 2.5 s: with two models of the ensemble at once the server ended here."""
+    with serve_bundle(demo_bundle) as running, client_of(running, retries=100) as client:
+        pids = set(processes(running))
+        assert leave(running, 100, (0.3, 2.5), min_size=512, steps=3) >= 50
+        assert client.restore(small_png(), steps=1).image
+        assert set(processes(running)) == pids
 
 
 def test_a_member_that_is_killed_is_told_and_noticed(server):
