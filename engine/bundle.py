@@ -25,6 +25,7 @@ from engine.hashing import hash_file
 from engine.places import APP_NAME
 from engine.profiles import Profile
 from engine.settings import Settings
+from engine.verification import Verification
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -60,58 +61,6 @@ class File(_Model):
     name: Annotated[str, AfterValidator(_plain_name)]
     bytes: int
     sha256: str
-
-
-class Agreement(_Model):
-    """How far a graph agreed with its torch module.
-
-    Attributes:
-        method: what was compared with what, on which weights.
-        symbols: the size it was compared at.
-        relative_l2: the error of each output.
-        bound: the error that would have failed it.
-    """
-
-    method: str
-    symbols: dict[str, int]
-    relative_l2: dict[str, float]
-    bound: float
-
-    @property
-    def worst(self) -> float:
-        """The largest error of an output."""
-        return max(self.relative_l2.values())
-
-
-class Trial(_Model):
-    """A graph's run on a small input, with the bundle's own weights, when it was built; its outputs were finite.
-
-    Attributes:
-        method: what ran it.
-        symbols: the size it ran at.
-        in_pieces: relative L2 between what the pieces give and what the whole graph gives; None if it has no pieces.
-        bound: of `in_pieces`, which would have failed the build.
-    """
-
-    method: str
-    symbols: dict[str, int]
-    in_pieces: float | None = None
-    bound: float | None = None
-
-
-class Verification(_Model):
-    """What is known of a graph's correctness.
-
-    Attributes:
-        when_traced: agreement with torch on random weights, when a trace that ships with the project was made; None
-            where the graph was traced for this build.
-        in_build: agreement with torch on the bundle's own weights; None where the build did not compare them.
-        trial: the graph's run in the build.
-    """
-
-    when_traced: Agreement | None
-    in_build: Agreement | None
-    trial: Trial
 
 
 class Audit(_Model):

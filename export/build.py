@@ -11,14 +11,13 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
 
 from engine.bundle import (
@@ -31,15 +30,15 @@ from engine.bundle import (
     Piece,
     Plan,
     Tokenizer,
-    Verification,
     describe_file,
-    open_bundle,
 )
 from engine.console import format_bytes
-from engine.errors import BuildError, BundleError, OutputError, from_os_error
+from engine.errors import from_os_error
 from engine.files import whole_file
 from engine.host_memory import release_free_memory, return_large_blocks_at_once
+from engine.verification import Verification
 from export.architecture import sinusoid_frequencies
+from export.build_folder import check_room, locked, present_manifest, swap
 from export.pack import pack
 from export.pieces import write_pieces
 from export.plan import BuildPlan, PlannedGraph
@@ -123,7 +122,7 @@ def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> Bu
     return_large_blocks_at_once()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+        with locked(output):
             return _build(plan, progress, say)
     except OSError as error:
         raise from_os_error(error, output, "build the bundle") from error
@@ -136,7 +135,7 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     hashes = plan.hash_sources()
     key = plan.key(hashes)
     progress.advance(work["hash"])
-    present = _present(output)
+    present = present_manifest(output)
     changes = tuple(differences(present.key, key)) if present else ()
     if present and not changes:
         return BuildResult("unchanged", present, (), ())
@@ -144,7 +143,7 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
         say(f"changed: {change}")
 
     partial = output.parent / f".{output.name}.building"
-    have = _check_room(plan, partial)
+    have = check_room(plan, partial)
     say(f"writes {format_bytes(plan.write_bytes)} to a disk with {format_bytes(have)} free")
     state = _resume(partial, key)
     resumed = tuple([WEIGHTS] * (state.weights is not None) + list(state.graphs))
@@ -156,7 +155,7 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
             _run_stages(plan, partial, state, progress, work, present, traced)
         manifest = _finish(plan, partial, state, hashes)
         progress.stage("moving into place")
-        _swap(partial, output)
+        swap(partial, output)
     except KeyboardInterrupt:
         size = sum(file.stat().st_size for file in partial.glob("*"))
         say(f"stopped; the same command goes on from here, or remove {partial} ({format_bytes(size)})")
@@ -368,58 +367,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-# -- the folder -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(output: Path) -> Any:
-    file = output.parent / f".{output.name}.lock"
-    lock = FileLock(file, timeout=0)
-    try:
-        with lock:
-            try:
-                yield
-            finally:
-                # While it is held: whoever opens it now fails on it, whoever comes later makes a new one.
-                with suppress(OSError):  # Windows keeps an open file
-                    file.unlink()
-    except Timeout:
-        raise BuildError(
-            "another build of this bundle is under way", where=output, fix="wait for it, or choose another --output"
-        ) from None
-
-
-def _present(output: Path) -> Manifest | None:
-    """Return the manifest of the bundle in place, None if there is none or it is not whole.
-
-    Raises:
-        OutputError: something that is no bundle is in its place.
-    """
-    if not output.exists():
-        return None
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise OutputError(
-            "something that is no bundle lies there", where=output, fix="choose another --output, or move it away"
-        )
-    try:
-        return open_bundle(output).manifest
-    except BundleError:
-        return None
-
-
-def _check_room(plan: BuildPlan, partial: Path) -> int:
-    """Return the bytes that there are for a build, those that a stopped one has taken included."""
-    have = shutil.disk_usage(partial.parent).free
-    have += sum(file.stat().st_size for file in partial.glob("*")) if partial.is_dir() else 0
-    if have < plan.write_bytes:
-        raise OutputError(
-            "not enough room on the disk",
-            where=plan.request.output,
-            expected=format_bytes(plan.write_bytes),
-            found=f"{format_bytes(have)} free",
-            fix="free some space, or choose another disk with --output",
-        )
-    return have
+# -- what a stopped build has finished ---------------------------------------------------------------
 
 
 def _resume(partial: Path, key: dict[str, Any]) -> _State:
@@ -453,17 +401,3 @@ def _drop_unfinished(partial: Path, state: _State) -> None:
 def _save(partial: Path, state: _State) -> None:
     with whole_file(partial / _STATE, "keep the state of the build") as file:
         file.write(state.model_dump_json().encode())
-
-
-def _swap(partial: Path, output: Path) -> None:
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    try:
-        partial.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,10 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.backends import BACKENDS
-from engine.bundle import Graph, Verification, default_bundle_dir
+from engine.bundle import Graph, default_bundle_dir
 from engine.console import format_bytes
 from engine.errors import BuildError, CheckpointError, UsageError
 from engine.graphspec import PRECISION_DTYPES
+from engine.verification import Verification
 from export.plans import DEFAULT_TARGETS
 from export.presets import PRESETS
 from export.request import VERIFY, BuildRequest, LoraRequest

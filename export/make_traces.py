@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from engine.bundle import Agreement
 from engine.console import run_command
 from engine.errors import UsageError
 from engine.graphspec import PRECISION_DTYPES
 from engine.host_memory import release_free_memory, return_large_blocks_at_once
+from engine.verification import Agreement
 from export.checkpoint import LazyTensor
 from export.definitions import GraphDefinition
 from export.graphs import GraphBuilder

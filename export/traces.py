@@ -28,11 +28,12 @@ from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine import graphspec
-from engine.bundle import GRAPHS, VAE_GRAPHS, Agreement
+from engine.bundle import GRAPHS, VAE_GRAPHS
 from engine.errors import BuildError, from_os_error
 from engine.files import whole_file
 from engine.graphspec import Precision
 from engine.places import cache_dir
+from engine.verification import Agreement
 from export.architecture import Architecture
 from export.code_key import code_key
 from export.definitions import GraphDefinition, graph_definitions

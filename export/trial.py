@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from engine.backends.ort import OrtBackend
-from engine.bundle import Piece, Trial
+from engine.bundle import Piece
 from engine.errors import BuildError
 from engine.graphspec import GraphSpec, Precision, TensorSpec
 from engine.pieces import ByRows, run_pieces
+from engine.verification import Trial
 from export.definitions import GraphDefinition, example_inputs
 from export.mapped import StoredTensor
 from export.safetensors_file import read_safetensors

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from engine.bundle import Agreement
 from engine.errors import BuildError
+from engine.verification import Agreement
 from export.graphs import GraphBuilder, as_tensor, call_arguments
 from export.trial import BOUNDS, METHODS, TrialRun, relative_l2, trial_symbols
 from export.weights import WEIGHTS

@@ -21,9 +21,10 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from engine import Restorer
-from engine.bundle import MANIFEST, Trial, open_bundle
+from engine.bundle import MANIFEST, open_bundle
 from engine.console import run_command
 from engine.errors import BuildError, OutputError
+from engine.verification import Trial
 from export import build as build_module
 from export.build import build, differences
 from export.build_engines import main
@@ -288,12 +289,12 @@ def test_a_disk_that_fills_up_leaves_nothing(request_of, tmp_path):
     try:
         (disk / "filler").write_bytes(bytes(60 << 20))
         plan = make_plan(request_of(output=disk / "bundle"))
-        real, build_module._check_room = build_module._check_room, lambda plan, partial: 0
+        real, build_module.check_room = build_module.check_room, lambda plan, partial: 0
         try:
             with pytest.raises(OutputError, match="the disk is full"):
                 build(plan, Silent(), lambda line: None)
         finally:
-            build_module._check_room = real
+            build_module.check_room = real
         assert [path.name for path in disk.iterdir()] == ["filler"]
     finally:
         subprocess.run(["umount", disk], check=True)
