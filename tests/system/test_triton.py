@@ -140,14 +140,14 @@ def test_photos_share_batches_and_each_is_what_it_is_alone(server, client, direc
     async def together():
         async with AsyncClient(f"127.0.0.1:{server.ports.grpc}", timeout_s=240) as opened:
             return await asyncio.gather(
-                *(opened.restore(small_png(), steps=2, **SMALL, **request) for request in requests)
+                *(opened.restore(small_png(), steps=6, **SMALL, **request) for request in requests)
             )
 
     results = asyncio.run(together())
     batches = counted(server, "restoration_batch_requests_count", model="sample") - before
     assert 1 <= batches < len(requests)
     for request, result in zip(requests, results, strict=True):
-        alone = direct.restore(decode_photo(small_png()), steps=2, **SMALL, **request).photo.rgb
+        alone = direct.restore(decode_photo(small_png()), steps=6, **SMALL, **request).photo.rgb
         assert np.array_equal(pixels(result.image), np.rint(alone.clip(0, 1) * np.float32(255)).astype(np.uint8))
     assert len({result.image for result in results}) == len(requests)
 

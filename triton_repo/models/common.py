@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -53,14 +54,18 @@ class Metrics:
             name="restoration_steps_total", description="Sampling steps, each for its batch", kind=family.COUNTER
         )
         self._found: dict[tuple[str, str], Any] = {}
+        # Streams count from threads of their own, and two threads at one metric end Triton 2.51's server.
+        self._lock = threading.Lock()
 
     def failed(self, reason: str) -> None:
         """Count a request that ended with an error."""
-        self._metric("failures", self._failures_of, {"reason": reason}).increment(1)
+        with self._lock:
+            self._metric("failures", self._failures_of, {"reason": reason}).increment(1)
 
     def took(self, stage: str, seconds: float) -> None:
         """Count the time that a stage has taken."""
-        self._metric("stages", self._stages_of, {"stage": stage}, buckets=_STAGE_SECONDS).observe(seconds)
+        with self._lock:
+            self._metric("stages", self._stages_of, {"stage": stage}, buckets=_STAGE_SECONDS).observe(seconds)
 
     def timed(self, times: Timings) -> None:
         """Count all stages of some timings."""
@@ -69,11 +74,13 @@ class Metrics:
 
     def ran_together(self, requests: int) -> None:
         """Count a batch."""
-        self._metric("batches", self._batches_of, {}, buckets=(1, 2, 4, 8, 16, 32)).observe(requests)
+        with self._lock:
+            self._metric("batches", self._batches_of, {}, buckets=(1, 2, 4, 8, 16, 32)).observe(requests)
 
     def stepped(self) -> None:
         """Count a sampling step."""
-        self._metric("steps", self._steps_of, {}).increment(1)
+        with self._lock:
+            self._metric("steps", self._steps_of, {}).increment(1)
 
     def _metric(self, kind: str, family: Any, labels: Mapping[str, str], buckets: Sequence[float] | None = None) -> Any:
         key = (kind, "|".join(labels.values()))
