@@ -142,7 +142,8 @@ def _found(tensor: StoredTensor) -> tuple[str, tuple[int, ...], int]:
 
 def _run(spec: GraphSpec, file: Path, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     if spec.precision != "bf16":
-        return OrtBackend().open_file(file, spec).infer(inputs)
+        # One run is not worth a copy of all weights in float32.
+        return OrtBackend(as_written=spec.precision == "fp16").open_file(file, spec).infer(inputs)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         widened = widen(file, Path(folder))
         wide = {name: value.astype(np.float32) if _is_bf16(value) else value for name, value in inputs.items()}

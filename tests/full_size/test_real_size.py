@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from conftest import DATA, ROOT
 from layouts import edit, write_diffusers_folder, write_diffusers_unet
 from synthetic import write_checkpoints, write_lora
 
-torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("torch", reason="needs the export extra")
 
 from benchmarks.machine import describe_machine
 from export.checkpoint import open_sdxl, open_supir, open_unet
@@ -114,7 +115,7 @@ def build_command(files, output, *options):
     )
 
 
-def test_two_loras_of_rank_64_merge_within_a_minute(files, note):
+def test_two_loras_of_rank_64_merge_within_20_seconds(files, note):
     tensors = open_sdxl(files / "sdxl.safetensors").tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     loras = [open_lora(name, files / f"{name}.safetensors", 1.0, shapes) for name in ("landscape", "face")]
@@ -126,19 +127,19 @@ def test_two_loras_of_rank_64_merge_within_a_minute(files, note):
     seconds = time.monotonic() - started
     note("merging", seconds=round(seconds, 1), layers=changed, rank=RANK)
     assert changed == len(loras[0].deltas) > 500
-    assert seconds < 60
+    assert seconds < 20
 
 
 def same(found, expected):
     assert set(found) == set(expected)
-    return all(torch.equal(found[name].read(), expected[name].read().to(found[name].read().dtype)) for name in found)
+    return all(np.array_equal(found[name].read(), expected[name].read()) for name in found)
 
 
 @pytest.mark.parametrize("layout", ["ckpt, fp32", "ckpt, fp16, bare", "UNet alone", "sharded folder"])
 def test_every_layout_gives_the_same_tensors(files, note, tmp_path, layout):
     sdxl, supir = files / "sdxl.safetensors", files / "supir.safetensors"
     if layout == "ckpt, fp32":
-        found, expected = open_supir(edit(supir, tmp_path / "supir.ckpt", dtype=torch.float32)), open_supir(supir)
+        found, expected = open_supir(edit(supir, tmp_path / "supir.ckpt", dtype=np.float32)), open_supir(supir)
     elif layout == "ckpt, fp16, bare":
         bare = edit(supir, tmp_path / "bare.ckpt", rename=lambda name: name.removeprefix("model."))
         found, expected = open_supir(bare), open_supir(supir)
@@ -174,4 +175,5 @@ def test_a_photo_is_restored_on_a_cpu_within_20_gb(files, note, work):
     note("restore 512 x 512, 2 steps, CPU", **figures, report=stages)
     assert result.stat().st_size > 0
     assert figures["with_mapped_gib"] * GIB < 20 * GB
-    assert building["own_gib"] < 12
+    assert building["own_gib"] < 6
+    assert building["seconds"] < 4 * 60
