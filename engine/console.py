@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from engine.errors import RestoreError, from_os_error
 
@@ -23,8 +27,13 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         main: takes the arguments and returns the status.
         arguments: None means the command line's.
     """
+    with _interrupts() as interrupted:
+        return _run(main, sys.argv[1:] if arguments is None else arguments, interrupted)
+
+
+def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interrupted: threading.Event) -> int:
     try:
-        status = main(sys.argv[1:] if arguments is None else arguments)
+        status = main(arguments)
         sys.stdout.flush()  # here, where a full disk can still be told
         return status
     except RestoreError as error:
@@ -46,9 +55,34 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         _drop_output()
         return RestoreError.exit_code
     except Exception:
+        # NumPy, while it loads, makes an ImportError of a KeyboardInterrupt.
+        if interrupted.is_set():
+            print("\ninterrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         traceback.print_exc()
         print("\nThis is a bug. Please report the lines above and the command.", file=sys.stderr)
         return EXIT_BUG
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets before it raises KeyboardInterrupt as usual."""
+    interrupted = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+    # Only the main thread may set handlers; a handler that a caller has set stays.
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+        yield interrupted
+        return
+
+    def note_and_raise(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note_and_raise)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _drop_output() -> None:

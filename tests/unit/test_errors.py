@@ -1,4 +1,5 @@
 import errno
+import signal
 
 import pytest
 
@@ -58,6 +59,20 @@ def test_exit_status_and_traceback(raised, status, capsys):
     assert ("Traceback" in output.err) is (status == EXIT_BUG)
     if isinstance(raised, RestoreError):
         assert output.err == f"error: {raised}\n"
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(capsys):
+    def main(arguments):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("Importing the numpy C-extensions failed") from error
+
+    usual = signal.getsignal(signal.SIGINT)
+    assert run_command(main, []) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert signal.getsignal(signal.SIGINT) is usual
+    assert run_command(command(ImportError("no such library")), []) == EXIT_BUG  # without Ctrl-C
 
 
 @pytest.mark.parametrize(
