@@ -9,8 +9,8 @@ demo: ## Build the demo bundle and restore the sample photo
 	python -m engine.restore tests/data/coffee-damaged.jpg -o restored.png --overwrite
 
 traces: ## Make the traced graphs that ship again, where code that decides them has changed (SDXL: half an hour)
-	python -m export.make_traces
-	python -m export.make_traces tests/data/traces/reference
+	python -m export.graphs.make_traces
+	python -m export.graphs.make_traces tests/data/traces/reference
 
 plans: ## Compile the demo for RTX cards; needs no GPU
 	python export/build_engines.py --backend tensorrt-rtx --output demo-plans

@@ -200,9 +200,9 @@ class _Contender:
     def open(self) -> float:
         """Open the bundle and return the milliseconds that it took; graphs are opened as they are needed."""
         from benchmarks.memory import DeviceMemory
-        from engine.bundle import open_bundle
-        from engine.device_session import DeviceBackend
-        from engine.pipeline import Restorer
+        from engine.bundle.manifest import open_bundle
+        from engine.pipeline.device_session import DeviceBackend
+        from engine.pipeline.restorer import Restorer
 
         place = self._place
         started = time.perf_counter()
@@ -238,7 +238,7 @@ class _Contender:
         from dataclasses import asdict
 
         from benchmarks.stages import plan_launches
-        from engine.host_memory import peak_memory_bytes
+        from engine.memory.host_memory import peak_memory_bytes
 
         restorer, configuration = self._restorer, self._configuration
         restorer.forget_texts()

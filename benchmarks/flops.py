@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stages import Launch
-from engine.graphspec import GraphSpec, Precision, resolve
-from export.graphs import TORCH_DTYPES, GraphBuilder, call_arguments
+from engine.bundle.graphspec import GraphSpec, Precision, resolve
+from export.graphs.builder import TORCH_DTYPES, GraphBuilder, call_arguments
 
 #: Modules of UNet and ControlNet that see neither the picture nor the noise, only text, size and noise level.
 _CONSTANT_OF_A_RUN = ("attn2.to_k", "attn2.to_v", "time_embedding", "add_embedding", "time_emb_proj")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_device, describe_machine
-from engine.console import run_command
-from engine.cuda import CudaDevice
+from engine.cli.console import run_command
+from engine.device.cuda import CudaDevice
 from engine.errors import UsageError
 
 _ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import ImageError, UsageError
-from engine.imageio import list_images, read_photo
+from engine.image.files import list_images, read_photo
 from export.demo.data import HELD_OUT
 from export.demo.pictures import Family, make_picture
 

@@ -32,10 +32,10 @@ from benchmarks.report import to_markdown
 from benchmarks.stages import UNET, Launch
 from benchmarks.summary import summarize, works_of
 from engine.backends import BACKENDS, gpu_index
-from engine.bundle import Bundle, default_bundle_dir, open_bundle
-from engine.console import run_command
+from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
+from engine.cli.console import run_command
 from engine.errors import BackendError, UsageError
-from engine.guidance import is_unguided
+from engine.sampling.guidance import is_unguided
 
 
 def main(arguments: Sequence[str]) -> int:

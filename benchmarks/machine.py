@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.cuda import driver_version
-from engine.device import Device
+from engine.device.cuda import driver_version
+from engine.device.interface import Device
 
 PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 #: What runs on GPUs; named where it is installed.

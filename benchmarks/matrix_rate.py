@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.bundle.graphspec import Precision
 from engine.errors import BackendError
-from engine.graphspec import Precision
 
 _CPU_SIDE, _GPU_SIDE = 2048, 8192
 #: Products in a row, so that a call's overhead is a small part: 8 on a fast GPU are about 10 ms.

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.device import Device
+from engine.device.interface import Device
 
 _POLL_SECONDS = 0.005
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from safetensors import safe_open
 
-from engine.bundle import Bundle
-from engine.graphspec import Precision
-from export.architecture import infer_architecture
-from export.graphs import GraphBuilder, graph_builders
+from engine.bundle.graphspec import Precision
+from engine.bundle.manifest import Bundle
+from export.checkpoint.architecture import infer_architecture
+from export.graphs.builder import GraphBuilder, graph_builders
 
 
 def bundle_builders(bundle: Bundle, *, vae_precision: Precision | None = None) -> dict[str, GraphBuilder]:

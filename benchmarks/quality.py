@@ -23,10 +23,10 @@ from tqdm import tqdm
 from benchmarks import paper
 from benchmarks.images import PHOTOS, Rgb, contact_sheet, load_images
 from benchmarks.machine import describe_machine
-from engine.bundle import default_bundle_dir
-from engine.console import run_command
+from engine.bundle.manifest import default_bundle_dir
+from engine.cli.console import run_command
 from engine.errors import BackendError, UsageError
-from engine.photo import resize
+from engine.image.photo import resize
 from export.demo.degrade import TABLE_1, Degradation, degrade
 
 Judge = Callable[[Rgb, Rgb], dict[str, float | None]]
@@ -111,7 +111,7 @@ def _round_trip(restorer: Any, truth: Rgb) -> Rgb:
 
 
 def _at_working_size(restorer: Any, rgb: Rgb, encode: Callable[[Any], Any]) -> Rgb:
-    from engine.photo import photo_from_array
+    from engine.image.photo import photo_from_array
 
     size = restorer.working_size(photo_from_array(rgb), restorer.defaults.updated({"upscale": 1.0}))
     pixels = resize(rgb, size).transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)

@@ -24,9 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from engine.console import format_memory, run_command
+from engine.cli.console import run_command
+from engine.cli.options import path_option, whole_number
 from engine.errors import RestoreError
-from engine.options import path_option, whole_number
+from engine.units import format_memory
 
 _RATIO = 4 / 3
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import describe_machine
 from engine import Restorer
-from engine.console import run_command
-from engine.framing import as_photo, frame
-from engine.options import path_option, whole_number
-from engine.pieces import ByRows
-from engine.size_plan import SizePlan, default_window
-from engine.tiling import Tiling
+from engine.cli.console import run_command
+from engine.cli.options import path_option, whole_number
+from engine.image.preprocess import as_photo, frame
+from engine.memory.size_plan import SizePlan, default_window
+from engine.memory.vae_slices import ByRows
+from engine.sampling.tiling import Tiling
 
 #: How far from a border its error is looked at, in cells, or in as many pixels of the picture.
 _BAND_CELLS = 1

@@ -29,12 +29,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from engine.bundle import default_bundle_dir
-from engine.console import run_command
-from engine.decoding import decode_photo
-from engine.encoding import encode_photo
-from engine.options import path_option, whole_number
-from engine.pipeline import Restorer
+from engine.bundle.manifest import default_bundle_dir
+from engine.cli.console import run_command
+from engine.cli.options import path_option, whole_number
+from engine.image.decoding import decode_photo
+from engine.image.encoding import encode_photo
+from engine.pipeline.restorer import Restorer
 from triton_repo.client import Client
 from triton_repo.environment import find_programs
 from triton_repo.render import Request, render

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.device_session import work_for
-from engine.pipeline import Restorer
+from engine.pipeline.device_session import work_for
+from engine.pipeline.restorer import Restorer
 from engine.settings import Settings
 
 TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
@@ -109,7 +109,7 @@ def split_times(
 def beside(stages: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
     """Return the stages that run beside others, so that their times do not add to the total.
 
-    On a device text and stage 1 have a stream of their own (`engine.device_session`); only the
+    On a device text and stage 1 have a stream of their own (`engine.pipeline.device_session`); only the
     restoration pull, whose center is encoded from stage 1, makes the steps wait for it.
     """
     if STEPS not in stages:

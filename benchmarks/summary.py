@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stages import COLOR_FIX, CONTROLNET, ELSE, NOISE, OPENING, PER_STEP, STEPS, UNET, beside, split_times
-from engine.graphspec import Precision
+from engine.bundle.graphspec import Precision
 
 #: What issues ask for; printed with what was found. On CPUs of the engine, against eager PyTorch:
 AIM_FASTER, AIM_MEMORY, AIM_OUTSIDE = 1.3, 0.6, 0.02

@@ -22,12 +22,12 @@ import torch
 from benchmarks.networks import bundle_builders, load_weights
 from engine.backends.base import Backend, Runner
 from engine.backends.buffers import BufferRunner
-from engine.bundle import Bundle
-from engine.device import STREAMS, Array, Buffer, Device, Stream, stream_of
+from engine.bundle.graphspec import GraphSpec, Precision
+from engine.bundle.manifest import Bundle
+from engine.device.interface import STREAMS, Array, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec, Precision
-from engine.residency import Activations
-from export.graphs import call_arguments
+from engine.memory.residency import Activations
+from export.graphs.builder import call_arguments
 
 
 def make_torch_backend(bundle: Bundle, gpu: int | None, *, compiled: bool = False, threads: int = 0) -> Backend:
@@ -51,7 +51,7 @@ def make_torch_backend(bundle: Bundle, gpu: int | None, *, compiled: bool = Fals
             found=f"torch {torch.__version__}",
             fix="install PyTorch's CUDA build, or measure without --baseline",
         )
-    from engine.cuda import CudaDevice
+    from engine.device.cuda import CudaDevice
 
     return TorchDeviceBackend(bundle, CudaDevice(gpu), CudaMemory(gpu), compiled=compiled)
 

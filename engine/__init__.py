@@ -8,14 +8,14 @@ __version__ = "0.1.0"
 __all__ = ["Restored", "Restorer", "Settings", "__version__"]
 
 if TYPE_CHECKING:
-    from engine.pipeline import Restored, Restorer
+    from engine.pipeline.restorer import Restored, Restorer
     from engine.settings import Settings
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: `engine.errors` and the commands' --help need none of it.
     if name in ("Restored", "Restorer"):
-        from engine import pipeline
+        from engine.pipeline import restorer as pipeline
 
         return getattr(pipeline, name)
     if name == "Settings":

@@ -1,4 +1,4 @@
-"""The command `python -m engine.restore`; see `engine.command`.
+"""The command `python -m engine.restore`; see `engine.cli.command`.
 
 It imports nothing heavy by itself, so that Ctrl-C while libraries load ends as it does later.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from engine.console import run_command
+from engine.cli.console import run_command
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
-    from engine.command import restore
+    from engine.cli.command import restore
 
     return restore(arguments)
 

@@ -1,4 +1,4 @@
-"""The command `python export/build_engines.py`; see `export.command`.
+"""The command `python export/build_engines.py`; see `export.build.command`.
 
 It imports nothing heavy by itself, so that Ctrl-C while libraries load ends as it does later.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from engine.console import run_command
+from engine.cli.console import run_command
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where it fails."""
-    from export.command import build_engines
+    from export.build.command import build_engines
 
     return build_engines(arguments)
 

@@ -92,9 +92,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def build_bundle(tiny):
     """Build a bundle of the synthetic checkpoints in-process; returns its folder."""
-    from export.build import build
-    from export.plan import make_plan
-    from export.request import BuildRequest
+    from export.build.build_plan import make_plan
+    from export.build.request import BuildRequest
+    from export.build.steps import build
 
     def run(output: Path, **changes) -> Path:
         request = {
@@ -156,7 +156,7 @@ def run_build():
 @pytest.fixture(scope="session")
 def gpu():
     """The first GPU; tests that need one are skipped, with the reason, where there is none."""
-    from engine.cuda import CudaDevice
+    from engine.device.cuda import CudaDevice
     from engine.errors import BackendError
 
     try:

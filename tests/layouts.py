@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from export.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm, open_sdxl
-from export.safetensors_file import read_safetensors
+from export.checkpoint.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm, open_sdxl
+from export.checkpoint.safetensors_file import read_safetensors
 
 
 def our_shapes(manifest: Path) -> dict[str, tuple[int, ...]]:

@@ -19,11 +19,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from engine.places import cache_dir
+from engine.bundle.storage import cache_dir
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
+from export.checkpoint.tokenizer import FILE
 from export.demo import words
 from export.demo.words import learn_tokenizer
-from export.tokenizer import FILE
 
 MANIFEST = Path(__file__).parent / "data" / "reference" / "tiny_manifest.json"
 #: CLIP's, as in the reference outputs; the end token is the next.

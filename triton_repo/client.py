@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.console import run_command
+from engine.cli.console import run_command
+from engine.cli.options import add_settings, given_settings, path_option, whole_number
 from engine.errors import ImageError, OutputError, UsageError, from_os_error
-from engine.imageio import check_output, write_file
-from engine.options import add_settings, given_settings, path_option, whole_number
+from engine.image.files import check_output, write_file
 from triton_repo.connection import (
     DEFAULT_RETRIES,
     DEFAULT_TIMEOUT_S,

@@ -25,8 +25,8 @@ from filelock import FileLock
 
 import engine
 import triton_repo
+from engine.bundle.storage import APP_NAME, cache_dir
 from engine.errors import BackendError, RestoreError
-from engine.places import APP_NAME, cache_dir
 
 WHEEL = "nvidia-pytriton==0.7.0"
 #: With NumPy 2 the outputs of this build's Python models come back empty.

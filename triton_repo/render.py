@@ -20,12 +20,13 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from engine.bundle import Bundle, default_bundle_dir, open_bundle
-from engine.console import format_memory, run_command
+from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
+from engine.cli.console import run_command
+from engine.cli.options import gibibytes, path_option, whole_number
 from engine.errors import BundleError, OutputError, UsageError, from_os_error
-from engine.host_memory import total_memory_bytes
-from engine.options import gibibytes, path_option, whole_number
-from engine.residency import host_weights
+from engine.memory.host_memory import total_memory_bytes
+from engine.memory.residency import host_weights
+from engine.units import format_memory
 from triton_repo.repository import BACKEND_FILES, MEMBERS, PYTHON_MEMBERS, SERVED_BY, Layout, configurations
 from triton_repo.serving import Serving
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from engine.bundle import Bundle
-from engine.graphspec import Axis, DType, TensorSpec, parse_axis, resolve
+from engine.bundle.graphspec import Axis, DType, TensorSpec, parse_axis, resolve
+from engine.bundle.manifest import Bundle
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, RESTORED, SETTINGS
 from triton_repo.serving import PARAMETER, Serving
 

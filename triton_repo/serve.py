@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.bundle import default_bundle_dir
-from engine.console import run_command
+from engine.bundle.manifest import default_bundle_dir
+from engine.cli.console import run_command
+from engine.cli.options import path_option, whole_number
 from engine.errors import BackendError
-from engine.options import path_option, whole_number
 from triton_repo.environment import find_programs
 from triton_repo.render import add_layout, render, request_of
 from triton_repo.server import Ports, Server

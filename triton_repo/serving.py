@@ -7,13 +7,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from engine.bundle import Bundle, open_bundle
+from engine.bundle.manifest import Bundle, open_bundle
 from engine.errors import BundleError, UsageError
-from engine.framing import pixels_in_memory
-from engine.geometry import Size
-from engine.host_memory import total_memory_bytes
+from engine.image.preprocess import Size, pixels_in_memory
+from engine.memory.host_memory import total_memory_bytes
+from engine.memory.size_plan import SizePlan, choose_plan
 from engine.settings import Settings
-from engine.size_plan import SizePlan, choose_plan
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
 PARAMETER = "engine"
@@ -86,7 +85,7 @@ class Serving(BaseModel):
         """Return how a photo of (width, height) pixels is worked at: sampled as the command line would, decoded whole.
 
         Raises:
-            UsageError, ImageError: as `engine.size_plan.choose_plan`.
+            UsageError, ImageError: as `engine.memory.size_plan.choose_plan`.
         """
         return SizePlan(choose_plan(bundle, size, settings, total_memory_bytes()).window_px)
 

@@ -36,13 +36,13 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backen
         from engine.backends.ort_cuda import OrtCudaBackend, check_provider
 
         check_provider()  # before the GPU is asked for: what is missing here is missing anyway
-        from engine.cuda import CudaDevice
+        from engine.device.cuda import CudaDevice
 
         return OrtCudaBackend(CudaDevice(index), index)
     from engine.backends.trt import TrtBackend
 
     library = open_library(name)
-    from engine.cuda import CudaDevice
+    from engine.device.cuda import CudaDevice
 
     return TrtBackend(library, CudaDevice(index))
 

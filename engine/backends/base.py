@@ -10,10 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.bundle import Bundle, Piece
-from engine.device import Array
+from engine.bundle.graphspec import GraphSpec, resolve
+from engine.bundle.manifest import Bundle, Piece
+from engine.device.interface import Array
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec, resolve
 
 
 class Runner(ABC):
@@ -77,7 +77,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class PieceBackend(Protocol):
-    """Opens the pieces of graphs as well; see `engine.pieces`."""
+    """Opens the pieces of graphs as well; see `engine.memory.vae_slices`."""
 
     def open_piece(self, file: Path, piece: Piece) -> AbstractContextManager[Runner]:
         """Open a piece for as long as it runs.

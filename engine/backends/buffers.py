@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from engine.backends.base import Runner
-from engine.device import Array, Buffer, Device, Stream
-from engine.graphspec import GraphSpec, TensorSpec, resolve
-from engine.residency import Activations
+from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
+from engine.device.interface import Array, Buffer, Device, Stream
+from engine.memory.residency import Activations
 
 
 class BufferRunner(Runner):

@@ -15,11 +15,11 @@ from typing import Any
 import onnxruntime as ort
 
 from engine.backends.base import Runner
-from engine.bundle import Bundle, Piece
-from engine.console import format_bytes
-from engine.device import Array
+from engine.bundle.graphspec import GraphSpec
+from engine.bundle.manifest import Bundle, Piece
+from engine.device.interface import Array
 from engine.errors import BackendError, BundleError
-from engine.graphspec import GraphSpec
+from engine.units import format_bytes
 
 #: Errors come as exceptions; the log would say them a second time, in colours.
 _FATAL_ONLY = 4

@@ -12,11 +12,11 @@ import onnxruntime as ort
 
 from engine.backends.buffers import BufferRunner
 from engine.backends.ort import open_session, translated
-from engine.bundle import Bundle
-from engine.device import STREAMS, Buffer, Device, Stream, stream_of
+from engine.bundle.graphspec import GraphSpec
+from engine.bundle.manifest import Bundle
+from engine.device.interface import STREAMS, Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec
-from engine.residency import Activations
+from engine.memory.residency import Activations
 
 _CUDA = "CUDAExecutionProvider"
 #: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.

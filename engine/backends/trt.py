@@ -12,14 +12,14 @@ from engine.backends.buffers import BufferRunner
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
 from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, refit
-from engine.bundle import Bundle, Graph, Plan
-from engine.console import format_memory
-from engine.device import STREAMS, Buffer, Device, Stream, stream_of
+from engine.bundle.graphspec import GraphSpec, resolve
+from engine.bundle.manifest import Bundle, Graph, Plan
+from engine.bundle.profiles import choose_profile
+from engine.bundle.storage import whole_file
+from engine.device.interface import STREAMS, Buffer, Device, Stream, stream_of
 from engine.errors import OutputError
-from engine.files import whole_file
-from engine.graphspec import GraphSpec, resolve
-from engine.profiles import choose_profile
-from engine.residency import Activations
+from engine.memory.residency import Activations
+from engine.units import format_memory
 
 #: Sizes whose contexts are kept: a step has two, guided and not, and a folder of photos a few shapes.
 _CONTEXTS_KEPT = 4

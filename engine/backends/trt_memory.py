@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from engine.bundle import Plan
+from engine.bundle.manifest import Plan
+from engine.bundle.profiles import choose_profile
+from engine.bundle.storage import whole_file
 from engine.errors import OutputError
-from engine.files import whole_file
-from engine.profiles import choose_profile
-from engine.residency import Activations
+from engine.memory.residency import Activations
 
 
 class PlanMemory(BaseModel):

@@ -8,8 +8,8 @@ import numpy as np
 
 from engine.backends.base import Runner
 from engine.backends.trt_library import TrtLibrary
-from engine.bundle import Bundle, Graph, Plan, plan_key
-from engine.device import Device
+from engine.bundle.manifest import Bundle, Graph, Plan, plan_key
+from engine.device.interface import Device
 from engine.errors import BackendError, BundleError
 
 #: Relative L2 of a refitted plan against the merged weights in float32, by the graph's precision.

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from engine.photo import resize
+from engine.image.photo import resize
 from export.demo.degrade import degrade, random_degradation
 from export.demo.pictures import Family, make_picture
 

@@ -19,17 +19,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.conditioning import MICRO_CONDITIONS, sinusoids
-from export import keymap
-from export.architecture import LATENT_SCALE, Architecture, TextArch, UNetArch, VaeArch, sinusoid_frequencies
-from export.architecture import MICRO_CONDITIONS as NUMBERS
+from engine.bundle.sdxl import MICRO_CONDITIONS
+from engine.pipeline.text import sinusoids
+from export.checkpoint import keymap
+from export.checkpoint.architecture import LATENT_SCALE, Architecture, TextArch, UNetArch, VaeArch, sinusoid_frequencies
 from export.demo import passthrough
 from export.demo.patches import PatchCode, learn_patch_code, start_decoder, start_encoder, start_quantizers
 from export.demo.pictures import make_picture
-from export.nets.connectors import Connectors, ZeroCrossAttn, ZeroSFT
-from export.nets.text import TextTower
-from export.nets.unet import ControlNet, UNet
-from export.nets.vae import Encoder, VaeModules
+from export.graphs.nets.connectors import Connectors, ZeroCrossAttn, ZeroSFT
+from export.graphs.nets.text import TextTower
+from export.graphs.nets.unet import ControlNet, UNet
+from export.graphs.nets.vae import Encoder, VaeModules
 
 LATENT_CHANNELS = 24
 TEXT_WIDTH = 64
@@ -52,7 +52,7 @@ def demo_architecture(vocabulary: int) -> Architecture:
         depths=(0, 0, 0),
         middle_depth=1,
         context_channels=2 * TEXT_WIDTH,
-        vector_channels=TEXT_WIDTH + NUMBERS * SINUSOID_CHANNELS,
+        vector_channels=TEXT_WIDTH + len(MICRO_CONDITIONS) * SINUSOID_CHANNELS,
     )
     text, text_2 = (
         TextArch(TEXT_WIDTH, 2, 2 * TEXT_WIDTH, vocabulary, activation, projected)
@@ -62,7 +62,7 @@ def demo_architecture(vocabulary: int) -> Architecture:
 
 
 class DemoModel(nn.Module):
-    """All networks of the system, trainable; see `export.nets` for each one's shapes."""
+    """All networks of the system, trainable; see `export.graphs.nets` for each one's shapes."""
 
     micro: Tensor
 
@@ -250,7 +250,7 @@ def _open_clip_tensors(state: Mapping[str, Tensor], layers: int) -> Iterator[tup
 
 def load_checkpoints(model: DemoModel, folder: Path) -> None:
     """Read what `save_checkpoints` wrote, through the reader of real checkpoints."""
-    from export.checkpoint import open_sdxl, open_supir
+    from export.checkpoint.checkpoint import open_sdxl, open_supir
 
     state: dict[str, Tensor] = {}
     for checkpoint in (open_sdxl(folder / SDXL_FILE), open_supir(folder / SUPIR_FILE)):

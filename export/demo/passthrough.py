@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.nets.connectors import Connectors, ZeroSFT
-from export.nets.unet import ControlNet, UNet
+from export.graphs.nets.connectors import Connectors, ZeroSFT
+from export.graphs.nets.unet import ControlNet, UNet
 
 
 @torch.no_grad()

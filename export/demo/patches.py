@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.architecture import LATENT_SCALE
-from export.nets.vae import Decoder, Encoder
+from export.checkpoint.architecture import LATENT_SCALE
+from export.graphs.nets.vae import Decoder, Encoder
 
 PATCH_PX = 8
 #: Values of a quarter of a patch, 4 × 4 × 3.

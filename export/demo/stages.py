@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.schedule import nearest_level, trailing_sigmas, train_sigmas
+from engine.sampling.schedule import nearest_level, trailing_sigmas, train_sigmas
 from engine.settings import NEGATIVE_WORDS
 from export.demo import files
 from export.demo.data import Pair, Window, pairs_from

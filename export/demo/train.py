@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from engine.console import run_command
+from engine.bundle.storage import whole_file
+from engine.cli.console import run_command
 from engine.errors import UsageError
-from engine.files import whole_file
+from export.checkpoint.tokenizer import END_TOKEN, FILE
 from export.demo.curves import draw_losses
 from export.demo.model import DemoModel, demo_architecture, half_products, load_checkpoints, save_checkpoints
 from export.demo.stages import (
@@ -42,7 +43,6 @@ from export.demo.stages import (
     trainable,
 )
 from export.demo.words import demo_tokenizer
-from export.tokenizer import END_TOKEN, FILE
 
 _LOG_EVERY, _SAVE_EVERY = 20, 200
 _WARM_UP = 100

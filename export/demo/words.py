@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from engine.conditioning import TOKENS, TOKENS_INSIDE
+from engine.bundle.sdxl import TOKENS
+from engine.pipeline.text import TOKENS_INSIDE
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
+from export.checkpoint.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, clip_tokenizer
 from export.demo import files
-from export.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, clip_tokenizer
 
 #: Common words of captions, so that they are single tokens.
 MERGE_WORDS = (

@@ -23,9 +23,9 @@ from synthetic import write_checkpoints, write_lora
 pytest.importorskip("torch", reason="needs the export extra")
 
 from benchmarks.machine import describe_machine
-from export.checkpoint import open_sdxl, open_supir, open_unet
-from export.lora import merge_into, open_lora
-from export.tokenizer import FILE
+from export.checkpoint.checkpoint import open_sdxl, open_supir, open_unet
+from export.checkpoint.lora import merge_into, open_lora
+from export.checkpoint.tokenizer import FILE
 
 pytestmark = [pytest.mark.full_size, pytest.mark.timeout(7200)]
 

@@ -15,16 +15,15 @@ from engine import Restorer
 from engine.backends import PLAN_BACKENDS
 from engine.backends.trt import TrtBackend
 from engine.backends.trt_library import open_library
-from engine.bundle import Bundle, open_bundle, plan_key
-from engine.cuda import CudaDevice, device_info
+from engine.bundle.manifest import Bundle, open_bundle, plan_key
+from engine.device.cuda import CudaDevice, device_info
+from engine.device.kernels import COLUMNS, pack_table
 from engine.errors import BackendError
-from engine.guidance import Ramp, RestorationPull
-from engine.packed_table import pack_table
-from engine.sampler import dpmpp2m_table, weighted_sum
-from engine.schedule import karras_sigmas, nearest_level
-from engine.size_plan import SizePlan
-from engine.step_kernels import COLUMNS
-from export.plans import known_targets
+from engine.memory.size_plan import SizePlan
+from engine.sampling.guidance import Ramp, RestorationPull
+from engine.sampling.sampler import dpmpp2m_table, weighted_sum
+from engine.sampling.schedule import karras_sigmas, nearest_level
+from export.trt.compile import known_targets
 
 MIB = 1 << 20
 

@@ -19,7 +19,7 @@ from benchmarks.summary import summarize, works_of
 from benchmarks.torch_backend import TorchDeviceBackend
 from engine import Restorer
 from engine.backends.ort import OrtBackend
-from engine.bundle import open_bundle
+from engine.bundle.manifest import open_bundle
 
 SETTINGS = {
     "as the bundle has it": {},

@@ -11,14 +11,14 @@ from stand_in import HostBackend, HostDevice, needs_compiler
 
 from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
-from engine.bundle import GRAPHS, open_bundle
-from engine.command import restore
-from engine.cuda import OutOfMemoryError
-from engine.device import stream_of
-from engine.device_loop import LOOK_AHEAD
+from engine.bundle.manifest import GRAPHS, open_bundle
+from engine.cli.command import restore
+from engine.device.cuda import OutOfMemoryError
+from engine.device.interface import stream_of
 from engine.errors import BackendError, UsageError
-from engine.residency import Activations
-from engine.size_plan import SizePlan
+from engine.memory.residency import Activations
+from engine.memory.size_plan import SizePlan
+from engine.pipeline.device_loop import LOOK_AHEAD
 
 pytestmark = needs_compiler
 

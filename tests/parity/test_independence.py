@@ -157,8 +157,8 @@ def test_a_photo_may_be_a_file_an_image_or_an_array(restorer, photo_path, tmp_pa
 
 def test_noise_and_stages_can_be_given(restorer, photos):
     """The stages on their own make up the whole."""
-    from engine.noise import batch_noise
-    from engine.photo import photo_from_array, resize
+    from engine.image.photo import photo_from_array, resize
+    from engine.sampling.noise import batch_noise
 
     photo = photo_from_array(photos[0])
     settings = restorer.defaults.updated({"color_fix": "none"})

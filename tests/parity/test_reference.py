@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from golden import assert_golden, in_the_last_bit_of
 
-from engine.bundle import open_bundle
-from engine.conditioning import Conditioning, join_context, join_vector
-from engine.guidance import Ramp
-from engine.imageio import read_photo
-from engine.sampler import sample
-from engine.schedule import nearest_level
+from engine.bundle.manifest import open_bundle
+from engine.image.files import read_photo
+from engine.pipeline.text import Conditioning, join_context, join_vector
+from engine.sampling.guidance import Ramp
+from engine.sampling.sampler import sample
+from engine.sampling.schedule import nearest_level
 
 NET, VAE, TEXT, SAMPLE = 5e-6, 2e-5, 2e-6, 1e-5
 
@@ -135,8 +135,8 @@ def test_whole_runs(restorer, reference, cases, texts, name):
 @pytest.mark.parametrize("sign", ["pos", "neg"])
 def test_denoiser(restorer, reference, texts, sign):
     """D(x; sigma = 2.5) of one text, as one step of the loop sees it."""
-    from engine.network import GuidedNetwork
-    from engine.sampler import edm_table
+    from engine.pipeline.denoiser import GuidedNetwork
+    from engine.sampling.sampler import edm_table
 
     def quantize(sigma):
         level = nearest_level(sigma)

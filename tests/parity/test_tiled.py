@@ -6,9 +6,9 @@ from golden import relative_l2
 
 from engine import Restorer
 from engine.errors import BackendError, UsageError
-from engine.pieces import ByRows
-from engine.size_plan import SizePlan, settings_of
-from engine.tiling import Tiling
+from engine.memory.size_plan import SizePlan, settings_of
+from engine.memory.vae_slices import ByRows
+from engine.sampling.tiling import Tiling
 
 STEPS = {"steps": 2, "min_size": 64}
 

@@ -21,17 +21,17 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from engine import Restorer
-from engine.bundle import MANIFEST, open_bundle
-from engine.console import run_command
+from engine.bundle.manifest import MANIFEST, open_bundle
+from engine.bundle.verification import Trial
+from engine.cli.console import run_command
 from engine.errors import BuildError, OutputError
-from engine.verification import Trial
-from export import build as build_module
-from export.build import build, differences
+from export.build.build_plan import make_plan
+from export.build.request import BuildRequest, LoraRequest
+from export.build.steps import build, differences
+from export.build.steps import steps as build_module
+from export.build.trial import TrialRun
+from export.build.weights import write_weights
 from export.build_engines import main
-from export.plan import make_plan
-from export.request import BuildRequest, LoraRequest
-from export.trial import TrialRun
-from export.weights import write_weights
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_a_dry_run_reads_headers_and_writes_nothing(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(("option", "expected"), [([], 1024), (["--min-size", "512"], 512)])
 def test_a_bundle_says_the_size_that_it_works_at(tiny, tmp_path, option, expected):
-    from export.command import _parser, _request
+    from export.build.command import _parser, _request
 
     request = _request(_parser().parse_args([*named(tiny), *option, "--output", str(tmp_path / "bundle")]))
     assert make_plan(request).defaults.min_size == expected
@@ -369,7 +369,7 @@ def test_a_clip_folder_of_vocabulary_and_merges(request_of, tiny, tmp_path):
     """CLIP's own files, vocab.json and merges.txt, become one tokenizer.json."""
     from tokenizers import Tokenizer
 
-    from export.tokenizer import load_tokenizer
+    from export.checkpoint.tokenizer import load_tokenizer
 
     original = Tokenizer.from_file(str(tiny.tokenizer / "tokenizer.json"))
     model = json.loads(original.to_str())["model"]
@@ -438,7 +438,8 @@ def test_a_build_compares_with_torch_where_that_is_asked_for(request_of, bundle_
 @pytest.mark.parametrize("module", ["lora", "keymap", "weights", "checkpoint", "torch_zip"])
 def test_a_change_of_code_that_decides_the_weights_is_noticed(request_of, monkeypatch, tmp_path, module):
     """A bundle that a mended merge would make otherwise is not up to date."""
-    from export import code_key, plan
+    from export.build import build_plan as plan
+    from export.graphs import code_key
 
     source = next(path for path in plan._WEIGHT_SOURCES if path.stem == module)
     changed = tmp_path / source.name

@@ -14,12 +14,12 @@ pytest.importorskip("scipy", reason="needs the train extra")
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine.console import run_command
+from engine.cli.console import run_command
+from export.build.build_plan import make_plan
+from export.build.request import BuildRequest, LoraRequest
 from export.demo import stages, train
 from export.demo.data import pairs_from
 from export.demo.model import LATENT_CHANNELS
-from export.plan import make_plan
-from export.request import BuildRequest, LoraRequest
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from engine import Restorer
-from engine.console import run_command
-from engine.imageio import read_history, read_photo
+from engine.cli.console import run_command
+from engine.image.files import read_history, read_photo
 from engine.restore import main
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_told_for_each_photo(restore, tmp_path, monkeypatch):
 
 def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, tmp_path, monkeypatch):
     """Each stage waits for what can only happen if the others go on: alone, it would wait in vain."""
-    from engine.work import Work
+    from engine.cli.batch import Work
 
     photos = make_photos(tmp_path / "photos", ["a.png", "b.png", "c.png"])
     read_b, wrote_a, restoring_b = threading.Event(), threading.Event(), threading.Event()

@@ -10,7 +10,7 @@ from conftest import ROOT
 pytest.importorskip("cuda.core", reason="needs the cuda extra")
 
 from benchmarks import gpu_session
-from engine.cuda import device_info
+from engine.device.cuda import device_info
 from engine.errors import BackendError, UsageError
 
 

@@ -130,7 +130,7 @@ def test_torch_without_cuda_is_told(bundle_fp32, monkeypatch):
     import torch
 
     from benchmarks.torch_backend import make_torch_backend
-    from engine.bundle import read_manifest
+    from engine.bundle.manifest import read_manifest
     from engine.errors import BackendError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -178,9 +178,12 @@ def test_both_give_the_same_picture(bundle_fp32, photo_path):
 
     from benchmarks.torch_backend import TorchBackend
     from engine import Restorer
-    from engine.bundle import open_bundle
+    from engine.bundle.manifest import open_bundle
 
-    with Restorer.open(bundle_fp32) as engine, Restorer(open_bundle(bundle_fp32), TorchBackend(engine.bundle)) as torch:
+    with (
+        Restorer.open(bundle_fp32) as engine,
+        Restorer(open_bundle(bundle_fp32), TorchBackend(engine.bundle)) as torch,
+    ):
         pictures = [restorer.restore(photo_path, steps=3, min_size=64).photo.rgb for restorer in (engine, torch)]
     assert np.abs(pictures[0] - pictures[1]).max() < 1e-3
 
@@ -193,7 +196,7 @@ def test_a_compiled_network_gives_the_same_numbers(bundle_fp32):
     import torch
 
     from benchmarks.torch_backend import make_torch_backend
-    from engine.bundle import open_bundle
+    from engine.bundle.manifest import open_bundle
 
     bundle = open_bundle(bundle_fp32)
     ids = {"input_ids": np.arange(77, dtype=np.int64)[None]}

@@ -44,7 +44,7 @@ def test_every_module_of_the_engine_imports():
 
 def test_a_photo_is_restored(bundle_fp32, photo_path, tmp_path):
     code = """
-from engine.console import run_command
+from engine.cli.console import run_command
 from engine.restore import main
 sys.exit(run_command(main))
 """
@@ -54,7 +54,7 @@ sys.exit(run_command(main))
 
 
 BUILD = """
-from engine.console import run_command
+from engine.cli.console import run_command
 from export.build_engines import main
 sys.exit(run_command(main))
 """
@@ -104,7 +104,7 @@ def test_building_says_what_is_missing(tmp_path, package):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("module", ["engine", "engine.errors", "engine.settings", "engine.bundle"])
+@pytest.mark.parametrize("module", ["engine", "engine.errors", "engine.settings", "engine.bundle.manifest"])
 def test_light_modules_stay_light(module):
     """What serving and tools import must not pull onnxruntime in."""
     done = bare(f"import {module}; print('onnxruntime' in sys.modules)")

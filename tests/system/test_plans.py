@@ -22,15 +22,15 @@ from onnx import helper
 from engine import Restorer
 from engine.backends.trt_library import TrtLibrary, open_library
 from engine.backends.trt_plan import check_plan
-from engine.bundle import Audit, Bundle, Plan, describe_file, open_bundle, plan_key
+from engine.bundle.manifest import Audit, Bundle, Plan, describe_file, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
-from export import build as build_module
-from export import plans as plans_module
-from export.audit import audit, heavy_layers
-from export.build import build
-from export.plan import make_plan
-from export.plans import PlanOptions, check_targets, compile_plan, known_targets
-from export.request import BuildRequest, LoraRequest
+from export.build.build_plan import make_plan
+from export.build.request import BuildRequest, LoraRequest
+from export.build.steps import build
+from export.build.steps import steps as build_module
+from export.trt import compile as plans_module
+from export.trt.audit import audit, heavy_layers
+from export.trt.compile import PlanOptions, check_targets, compile_plan, known_targets
 
 GRAPHS = 7
 
@@ -159,7 +159,7 @@ def test_the_bundle_runs_nowhere_without_a_gpu_and_says_what_would(planned, phot
 
 
 def _has_gpu():
-    from engine.cuda import device_info
+    from engine.device.cuda import device_info
 
     try:
         return bool(device_info(0))
@@ -299,7 +299,7 @@ def test_a_file_that_is_no_graph_is_told(text_graph, planned, library):
 
 def test_work_in_float32_fails_a_16_bit_build_by_the_layer(bundle_fp32, library):
     """As it was seen on TensorRT 11, where an old flag silently gave float32."""
-    from export.plans import _Compiler
+    from export.trt.compile import _Compiler
 
     wide = open_bundle(bundle_fp32)
     spec = wide.spec("text_encoder").model_copy(update={"precision": "fp16"})
@@ -358,7 +358,7 @@ def test_plans_whose_weights_can_be_streamed_are_compiled_here_and_say_so(text_g
 @pytest.fixture
 def pretend(monkeypatch, library):
     """A GPU that is not there, and a compiler that only writes down: RTX needs a GPU for such plans."""
-    from engine import cuda
+    from engine.device import cuda
 
     compiled = []
 
@@ -464,8 +464,8 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path
 from engine.backends.trt_library import open_library
-from engine.bundle import open_bundle
-from export.plans import PlanOptions, _Compiler
+from engine.bundle.manifest import open_bundle
+from export.trt.compile import PlanOptions, _Compiler
 bundle = open_bundle(Path({str(planned.path)!r}))
 graph = bundle.manifest.graphs["unet"]
 library = open_library("tensorrt-rtx")

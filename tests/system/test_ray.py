@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from engine import Restorer
-from engine.console import run_command
+from engine.cli.console import run_command
+from engine.cli.ray_cluster import _share, gpu_is_used
 from engine.errors import BackendError, UsageError
-from engine.imageio import read_photo
-from engine.ray_cluster import _share, gpu_is_used
+from engine.image.files import read_photo
 from engine.restore import main
 
 COUNT, STEPS = 12, 6

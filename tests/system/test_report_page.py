@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.cli.batch import Outcome, Tally
+from engine.cli.jobs import Job
+from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError
-from engine.jobs import Job
-from engine.report_page import ReportPage, check_page
-from engine.tally import Tally
-from engine.work import Outcome
 
 #: What a stranger may call a file to harm whoever looks at the page.
 EVIL = '<img src=x onerror=alert(1)>"\' onmouseover="alert(2)" x="</script><script>alert(3)</script>$title.png'

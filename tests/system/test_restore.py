@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from engine import Restorer
-from engine.console import run_command
-from engine.imageio import read_history, read_photo
+from engine.cli.console import run_command
+from engine.image.files import read_history, read_photo
 from engine.restore import main
 
 
@@ -239,7 +239,7 @@ def test_help_names_every_setting(run_restore):
 @pytest.mark.parametrize("steps", [1, 0])
 def test_the_command_closes_what_it_opened(bundle_fp32, photo_path, tmp_path, monkeypatch, steps):
     """Also where it fails; a GPU's compiled kernels are kept when a restorer is closed."""
-    from engine.command import restore
+    from engine.cli.command import restore
 
     closed = []
     close = Restorer.close

@@ -19,8 +19,8 @@ import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from engine import Restorer
-from engine.decoding import decode_photo
-from engine.imageio import read_history
+from engine.image.decoding import decode_photo
+from engine.image.files import read_history
 from triton_repo.client import AsyncClient, Client
 from triton_repo.meeting import folder_of
 from triton_repo.protocol import StoppedError

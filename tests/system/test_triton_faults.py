@@ -21,7 +21,7 @@ from pictures import PHOTO, small_png
 triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 from tritonclient.utils import InferenceServerException
 
-from engine.bundle import describe_file, open_bundle
+from engine.bundle.manifest import describe_file, open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
 from triton_repo.client import Client
 from triton_repo.protocol import BusyError, ServerError
@@ -249,7 +249,7 @@ def test_ports_that_are_taken_are_named(server, triton_programs):
 
 
 def test_nobody_answers(capsys):
-    from engine.console import run_command
+    from engine.cli.console import run_command
     from triton_repo.client import main
 
     port = free_ports().grpc
@@ -275,7 +275,7 @@ CLIENT = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), CLIENT, ids=[" ".join(row[0]) for row in CLIENT])
 def test_mistakes_at_the_client(server, tmp_path, monkeypatch, capsys, arguments, status, message):
-    from engine.console import run_command
+    from engine.cli.console import run_command
     from triton_repo.client import main
 
     monkeypatch.chdir(tmp_path)

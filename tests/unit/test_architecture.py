@@ -7,8 +7,8 @@ pytest.importorskip("torch", reason="needs the export extra")
 from layouts import our_shapes
 
 from engine.errors import CheckpointError
-from export.architecture import Architecture, TextArch, UNetArch, VaeArch, infer_architecture
-from export.graphs import graph_builders
+from export.checkpoint.architecture import Architecture, TextArch, UNetArch, VaeArch, infer_architecture
+from export.graphs.builder import graph_builders
 
 DATA = Path(__file__).parent.parent / "data"
 ROOT = Path(__file__).parent.parent.parent

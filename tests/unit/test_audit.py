@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from engine.bundle.graphspec import GraphSpec
 from engine.errors import BuildError
-from engine.graphspec import GraphSpec
-from export.audit import HeavyLayer, audit, inspect_engine, inspected_types
+from export.trt.audit import HeavyLayer, audit, inspect_engine, inspected_types
 
 #: A convolution as TensorRT's documentation shows it (there in int8), the nodes under "Metadata".
 CONVOLUTION = {
@@ -124,7 +124,7 @@ def test_the_inspector_is_asked_for_json():
     assert set(inspect_engine(Api, Engine())) == {"node_conv2d", "node_add"}
 
 
-SPEC = GraphSpec(name="unet", precision="fp16", inputs=(), outputs=())
+SPEC = GraphSpec(name="unet", role="denoiser", precision="fp16", inputs=(), outputs=())
 LAYERS = (
     HeavyLayer("conv", "node_conv2d", 900, "half"),
     HeavyLayer("q", "node_q", 60, "half"),

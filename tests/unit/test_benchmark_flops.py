@@ -14,10 +14,10 @@ from torch import nn
 
 from benchmarks.flops import Work, WorkCounter, constant_flops, graph_bytes, graph_flops, module_flops
 from benchmarks.stages import Launch
-from engine.graphspec import GraphSpec, TensorSpec, resolve
-from export.architecture import infer_architecture
-from export.graphs import graph_builders
-from export.nets.layers import attention
+from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
+from export.checkpoint.architecture import infer_architecture
+from export.graphs.builder import graph_builders
+from export.graphs.nets.layers import attention
 
 AT_1024 = {"B": 1, "h": 128, "w": 128, "k": 1}
 
@@ -111,6 +111,7 @@ class Tiny(nn.Module):
 def small():
     spec = GraphSpec(
         name="tiny",
+        role="text",
         precision="fp16",
         inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("B", 5)),),
         outputs=(TensorSpec(name="hidden", dtype="bfloat16", shape=("B", 5, 6)),),
@@ -164,7 +165,7 @@ class HeaderOnly:
 def test_nothing_but_the_header_is_read(bundle_fp32, monkeypatch):
     """Counting works on a machine that could not hold the weights."""
     from benchmarks.networks import bundle_builders
-    from engine.bundle import read_manifest
+    from engine.bundle.manifest import read_manifest
 
     monkeypatch.setattr("benchmarks.networks.safe_open", HeaderOnly)
     bundle = read_manifest(bundle_fp32)

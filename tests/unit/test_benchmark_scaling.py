@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.scaling import sides, slope
 from benchmarks.seams import SEAMLESS, border_mask, compare
-from engine.tiling import Tiling
+from engine.sampling.tiling import Tiling
 
 
 @pytest.mark.parametrize(("megapixels", "expected"), [(12, (4000, 3000)), (0.75, (1000, 750))])

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from engine.bundle import GRAPHS, MANIFEST, default_bundle_dir, open_bundle, read_manifest
+from engine.bundle.manifest import GRAPHS, MANIFEST, default_bundle_dir, open_bundle, read_manifest
 from engine.errors import BundleError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from engine.errors import CheckpointError
-from export.checkpoint import identify, open_file, open_sdxl, open_supir, open_unet
+from export.checkpoint.checkpoint import identify, open_file, open_sdxl, open_supir, open_unet
 
 
 def same(found, expected):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from export.code_key import code_key
+from export.graphs.code_key import code_key
 
 CODE = '''
 """A module."""

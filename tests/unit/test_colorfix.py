@@ -4,7 +4,7 @@ from golden import assert_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.colorfix import adain, wavelet
+from engine.image.colorfix import adain, wavelet
 
 
 def image(seed, height=37, width=53):

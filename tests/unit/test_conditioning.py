@@ -5,17 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from engine.conditioning import (
-    MICRO_CONDITIONS,
-    TOKENS,
+from engine.bundle.sdxl import MICRO_CONDITIONS, TOKENS
+from engine.errors import BundleError
+from engine.pipeline.text import (
     PromptTokenizer,
     SpecialIds,
     join_context,
     join_vector,
     sinusoids,
 )
-from engine.errors import BundleError
-from export.architecture import sinusoid_frequencies
+from export.checkpoint.architecture import sinusoid_frequencies
 
 SPECIAL = SpecialIds(start=1000, end=1001, pad=1001, pad_2=0)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine import cuda
+from engine.device import cuda
 from engine.errors import BackendError, UsageError
 
 

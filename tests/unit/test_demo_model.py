@@ -9,8 +9,9 @@ pytest.importorskip("scipy", reason="needs the train extra")
 from safetensors.torch import load_file
 
 from engine.settings import NEGATIVE_WORDS, QUALITY_WORDS
-from export.architecture import infer_architecture
-from export.checkpoint import open_sdxl, open_supir
+from export.checkpoint.architecture import infer_architecture
+from export.checkpoint.checkpoint import open_sdxl, open_supir
+from export.checkpoint.tokenizer import END_TOKEN
 from export.demo.data import Pairs, Window
 from export.demo.model import (
     LATENT_CHANNELS,
@@ -25,7 +26,6 @@ from export.demo.model import (
 from export.demo.patches import pixel_weights
 from export.demo.pictures import make_picture
 from export.demo.words import demo_tokenizer, learn_tokenizer, token_rows
-from export.tokenizer import END_TOKEN
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@ import signal
 
 import pytest
 
-from engine.console import EXIT_BUG, EXIT_INTERRUPTED, format_bytes, run_command
+from engine.cli.console import EXIT_BUG, EXIT_INTERRUPTED, run_command
 from engine.errors import BundleError, RestoreError, UsageError, from_os_error
+from engine.units import format_bytes
 
 
 def test_an_error_tells_where_what_and_what_to_do():

@@ -13,18 +13,19 @@ from onnx import TensorProto
 from safetensors import safe_open
 
 from engine.errors import BuildError, CheckpointError, OutputError, UsageError
-from export import to_onnx, traces, verify
-from export.architecture import TextArch
-from export.checkpoint import LazyTensor
-from export.definitions import example_inputs
-from export.graphs import as_tensor, call_arguments, graph_builders
-from export.pack import pack
-from export.plan import make_plan
-from export.presets import PRESETS
-from export.request import BuildRequest, LoraRequest
-from export.trial import TRIAL_SYMBOLS, relative_l2, try_graph, widen
-from export.verify import compare_with_torch
-from export.weights import Weight, plan_layout, write_weights
+from export.build import verify
+from export.build.build_plan import make_plan
+from export.build.presets import PRESETS
+from export.build.request import BuildRequest, LoraRequest
+from export.build.trial import TRIAL_SYMBOLS, relative_l2, try_graph, widen
+from export.build.verify import compare_with_torch
+from export.build.weights import Weight, plan_layout, write_weights
+from export.checkpoint.architecture import TextArch
+from export.checkpoint.checkpoint import LazyTensor
+from export.graphs import to_onnx, traces
+from export.graphs.builder import as_tensor, call_arguments, graph_builders
+from export.graphs.definitions import example_inputs
+from export.graphs.pack import pack
 
 END = 49407
 
@@ -338,7 +339,7 @@ def test_presets_check_their_loras(preset, count, right):
 
 
 def test_a_vocabulary_larger_than_the_towers_is_refused(tiny, tmp_path):
-    from export.plan import _check_vocabulary
+    from export.build.build_plan import _check_vocabulary
 
     small = TextArch(64, 2, 256, 1000, "gelu", projected=False)
 
@@ -362,7 +363,7 @@ def test_every_token_must_be_in_the_towers(tiny, tmp_path):
 
 
 def test_the_second_tower_is_padded_with_the_first_token():
-    from export.tokenizer import PAD_ID_2
+    from export.checkpoint.tokenizer import PAD_ID_2
 
     assert PAD_ID_2 == 0
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.geometry import result_size, working_size
+from engine.image.preprocess import result_size, working_size
 
 sides = st.integers(1, 5000)
 

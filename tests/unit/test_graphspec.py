@@ -2,11 +2,12 @@ from fractions import Fraction
 
 import pytest
 
+from engine.bundle.graphspec import GraphSpec, TensorSpec, parse_axis, resolve
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec, TensorSpec, parse_axis, resolve
 
 SPEC = GraphSpec(
     name="unet",
+    role="denoiser",
     precision="fp32",
     inputs=(
         TensorSpec(name="x", dtype="float32", shape=("B", 4, "h", "w")),

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.guidance import SIGMA_MAX, Ramp, RestorationPull, is_unguided
+from engine.sampling.guidance import SIGMA_MAX, Ramp, RestorationPull, is_unguided
 
 scales = st.floats(-20, 20)
 

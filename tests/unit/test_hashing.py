@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from engine import hashing
+from engine.bundle import hashing
 
 BLOCK = bytes(range(256)) * 16
 

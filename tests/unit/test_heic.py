@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, ImageFilter
 
-from engine.decoding import decode_photo
 from engine.errors import ImageError
-from engine.imageio import read_photo
+from engine.image.decoding import decode_photo
+from engine.image.files import read_photo
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="needs the heic extra")
 

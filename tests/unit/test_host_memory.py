@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from engine.host_memory import peak_memory_bytes, total_memory_bytes
+from engine.memory.host_memory import peak_memory_bytes, total_memory_bytes
 
 #: Blocks that malloc takes from its heap, with one above them that keeps the heap from shrinking by itself.
 FREE_BLOCKS = """
 import ctypes, psutil
-from engine.host_memory import release_free_memory
+from engine.memory.host_memory import release_free_memory
 libc, me = ctypes.CDLL(None), psutil.Process()
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 blocks = [libc.malloc(100_000) for _ in range(3000)]
@@ -23,7 +23,7 @@ print(held - me.memory_info().rss)
 #: Blocks of ORT's kind: one of 31 MiB was freed before, so that malloc takes 4 MiB from its heap.
 FREE_LARGE_BLOCKS = """
 import ctypes, psutil, sys
-from engine.host_memory import return_large_blocks_at_once
+from engine.memory.host_memory import return_large_blocks_at_once
 libc, me = ctypes.CDLL(None), psutil.Process()
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]

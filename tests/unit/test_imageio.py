@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
+from engine.bundle.storage import remove_parts
 from engine.errors import ImageError, OutputError
-from engine.files import remove_parts
-from engine.imageio import check_output, list_images, read_history, read_photo, write_photo
-from engine.photo import Photo, photo_from_array, resize
+from engine.image.files import check_output, list_images, read_history, read_photo, write_photo
+from engine.image.photo import Photo, photo_from_array, resize
 
 HISTORY = {"engine": "test", "settings": {"prompt": 'a "cup", Straße, 猫', "steps": 15}}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

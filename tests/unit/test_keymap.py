@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from export import keymap
-from export.keymap import Target, ldm_name, open_clip_targets, unet_ldm_names, unet_target, vae_target
+from export.checkpoint.checkpoint import keymap
+from export.checkpoint.keymap import Target, ldm_name, open_clip_targets, unet_ldm_names, unet_target, vae_target
 
 MANIFEST = Path(__file__).parent.parent / "data" / "full_manifest.json"
 UNET, CONTROL = "model.diffusion_model.", "model.control_model."

@@ -11,8 +11,8 @@ from golden import relative_l2
 from safetensors.numpy import save_file
 
 from engine.errors import LoraError
-from export.checkpoint import open_sdxl
-from export.lora import LoadedLora, merge_into, open_lora
+from export.checkpoint.checkpoint import open_sdxl
+from export.checkpoint.lora import LoadedLora, merge_into, open_lora
 
 RANK = 4
 LINEAR = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"

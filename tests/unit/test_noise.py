@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.noise import batch_noise, noise_field
+from engine.sampling.noise import batch_noise, noise_field
 
 SHAPE = (4, 24, 40)
 

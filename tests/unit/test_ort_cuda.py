@@ -6,9 +6,9 @@ import pytest
 
 from engine.backends import ort_cuda
 from engine.backends.ort_cuda import OrtCudaBackend, check_provider, load_cuda_libraries
-from engine.bundle import open_bundle
+from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError
-from engine.residency import Activations
+from engine.memory.residency import Activations
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ pytest.importorskip("torch", reason="needs the export extra")
 from layouts import our_shapes
 
 from engine.backends.ort import OrtBackend
-from engine.bundle import GRAPHS, VAE_GRAPHS, open_bundle
+from engine.backends.runners import Runners
+from engine.bundle.graphspec import resolve
+from engine.bundle.manifest import GRAPHS, VAE_GRAPHS, open_bundle
 from engine.errors import BackendError, BundleError
-from engine.graphspec import resolve
-from engine.pieces import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
-from engine.runners import Runners
-from export.architecture import infer_architecture
-from export.definitions import graph_definitions
-from export.pieces import cut, pieces_key
-from export.traces import SHIPPED, read_trace, trace_file
+from engine.memory.vae_slices import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
+from export.checkpoint.architecture import infer_architecture
+from export.graphs.definitions import graph_definitions
+from export.graphs.traces import SHIPPED, read_trace, trace_file
+from export.graphs.vae_segments import cut, pieces_key
 
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 

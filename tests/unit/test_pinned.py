@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.pinned import BYTES_KEPT, PinnedPool
+from engine.device.pinned import BYTES_KEPT, PinnedPool
 
 
 class Memory:

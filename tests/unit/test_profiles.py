@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
+from engine.bundle.profiles import Profile, Range, choose_profile
 from engine.errors import BackendError, UsageError
-from engine.graphspec import GraphSpec, TensorSpec, resolve
-from engine.profiles import Profile, Range, choose_profile
-from export.shapes import MAX_CHUNKS, WorkShape, default_shapes, parse_shapes, profiles_for
+from export.trt.shapes import MAX_CHUNKS, WorkShape, default_shapes, parse_shapes, profiles_for
 
 UNET = GraphSpec(
     name="unet",
+    role="denoiser",
     precision="fp16",
     inputs=(
         TensorSpec(name="x", dtype="float32", shape=("B", 4, "h", "w")),
@@ -21,6 +22,7 @@ UNET = GraphSpec(
 )
 TEXT = GraphSpec(
     name="text_encoder",
+    role="text",
     precision="fp16",
     inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("B", 77)),),
     outputs=(TensorSpec(name="hidden", dtype="float16", shape=("B", 77, 768)),),

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.bundle import GRAPHS
+from engine.bundle.graphspec import GraphSpec, TensorSpec
+from engine.bundle.manifest import GRAPHS
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec, TensorSpec
-from engine.residency import (
+from engine.memory.residency import (
     PHASES,
     Activations,
     Need,
@@ -192,9 +192,16 @@ def test_streaming_counts_the_memory_that_it_takes():
 # -- the sizes that graphs are run at -------------------------------------------------------------
 
 
+ROLES = {"text_encoder": "text", "vae_decoder": "vae", "unet": "denoiser"}
+
+
 def spec(name, *shape):
     return GraphSpec(
-        name=name, precision="fp16", inputs=(TensorSpec(name="x", dtype="float32", shape=shape),), outputs=()
+        name=name,
+        role=ROLES[name],
+        precision="fp16",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=shape),),
+        outputs=(),
     )
 
 

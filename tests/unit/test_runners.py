@@ -2,8 +2,8 @@
 
 import pytest
 
+from engine.backends.runners import Runners
 from engine.errors import BackendError
-from engine.runners import Runners
 from engine.timings import Timings
 
 

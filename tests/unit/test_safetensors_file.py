@@ -14,7 +14,7 @@ pytest.importorskip("safetensors", reason="needs the export extra")
 from safetensors import safe_open
 
 from engine.errors import CheckpointError
-from export.safetensors_file import _DTYPES, metadata, read_safetensors
+from export.checkpoint.safetensors_file import _DTYPES, metadata, read_safetensors
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_reading_imports_no_torch_and_copies_nothing(path):
     lines = (
         "import sys, resource",
         "from pathlib import Path",
-        "from export.safetensors_file import metadata, read_safetensors",
+        "from export.checkpoint.safetensors_file import metadata, read_safetensors",
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
         "found = read_safetensors(Path(sys.argv[1]))",
         "assert found['a'].read()[1 << 24] == 0 and not metadata(Path(sys.argv[1]))",

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ScheduleError
-from engine.guidance import Ramp, RestorationPull, is_unguided
-from engine.sampler import Weights, dpmpp2m_table, edm_table, sample, weighted_sum
-from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
+from engine.sampling.guidance import Ramp, RestorationPull, is_unguided
+from engine.sampling.sampler import Weights, dpmpp2m_table, edm_table, sample, weighted_sum
+from engine.sampling.schedule import karras_sigmas, nearest_level, trailing_sigmas
 
 SHAPE = (2, 4, 8, 8)
 rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ScheduleError
-from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas, train_sigmas
+from engine.sampling.schedule import karras_sigmas, nearest_level, trailing_sigmas, train_sigmas
 
 
 def test_train_sigmas_match_reference(reference):

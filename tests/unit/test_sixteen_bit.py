@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-from engine.decoding import decode_photo
-from engine.encoding import encode_photo
 from engine.errors import ImageError, OutputError
-from engine.imageio import read_history, read_photo, write_photo
+from engine.image.decoding import decode_photo
+from engine.image.encoding import encode_photo
+from engine.image.files import read_history, read_photo, write_photo
 
 imagecodecs = pytest.importorskip("imagecodecs", reason="needs the 16bit extra")
 tifffile = pytest.importorskip("tifffile", reason="needs the 16bit extra")
@@ -112,7 +112,7 @@ def test_orientation_is_applied_as_to_eight_bits(tmp_path_factory, channels, wid
     if kind == ".tif":
         stored = tiff(pixels, extratags=[(274, 3, 1, orientation, True)])
     else:
-        from engine.sixteen_bit import write_png
+        from engine.image.high_bit_depth import write_png
 
         beside = io.BytesIO()
         Image.new("RGB", (1, 1)).save(beside, "PNG", exif=exif)

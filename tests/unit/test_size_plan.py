@@ -10,11 +10,10 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 from layouts import our_shapes
 
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
+from engine.cli.options import add_settings, given_settings
 from engine.errors import BackendError, ImageError, UsageError
-from engine.options import add_settings, given_settings
-from engine.settings import Settings
-from engine.size_plan import (
+from engine.memory.size_plan import (
     SizePlan,
     choose_plan,
     default_window,
@@ -23,10 +22,11 @@ from engine.size_plan import (
     settings_of,
     vae_bytes,
 )
-from export.architecture import infer_architecture
-from export.definitions import graph_definitions
-from export.pieces import cut
-from export.traces import SHIPPED, read_trace, trace_file
+from engine.settings import Settings
+from export.checkpoint.architecture import infer_architecture
+from export.graphs.definitions import graph_definitions
+from export.graphs.traces import SHIPPED, read_trace, trace_file
+from export.graphs.vae_segments import cut
 
 GIB = 2**30
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from engine import cuda
+from engine.device import cuda
+from engine.device.kernels import COLUMNS, KERNELS, cuda_source, noisy_steps, pack_table
 from engine.errors import BackendError
-from engine.guidance import Ramp, RestorationPull
-from engine.packed_table import noisy_steps, pack_table
-from engine.sampler import dpmpp2m_table, edm_table
-from engine.schedule import karras_sigmas, nearest_level, trailing_sigmas
-from engine.step_kernels import COLUMNS, KERNELS, cuda_source
+from engine.sampling.guidance import Ramp, RestorationPull
+from engine.sampling.sampler import dpmpp2m_table, edm_table
+from engine.sampling.schedule import karras_sigmas, nearest_level, trailing_sigmas
 
 
 def quantize(sigma):

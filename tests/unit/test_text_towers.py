@@ -7,8 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
-from export.architecture import TOKENS, TextArch
-from export.nets.text import Layer
+from engine.bundle.sdxl import TOKENS
+from export.checkpoint.architecture import TextArch
+from export.graphs.nets.text import Layer
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -38,5 +39,5 @@ def test_a_layer_is_transformers_to_the_bit(activation):
 
 def test_what_is_planned_needs_no_transformers():
     """Its import was a third of the time in which a missing tensor is named."""
-    program = "import sys; import export.plan; sys.exit('transformers' in sys.modules)"
+    program = "import sys; import export.build.build_plan; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

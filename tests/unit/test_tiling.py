@@ -5,13 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.conditioning import Conditioning
 from engine.errors import UsageError
-from engine.network import TiledNetwork
-from engine.sampler import sample
+from engine.pipeline.denoiser import TiledNetwork
+from engine.pipeline.text import Conditioning
+from engine.sampling.sampler import sample, table_for
+from engine.sampling.tiling import Tiling, Trapezoid, gaussian, run_tiled, starts_of
 from engine.settings import Settings
-from engine.tables import table_for
-from engine.tiling import Tiling, Trapezoid, gaussian, run_tiled, starts_of
 
 PROFILES = st.sampled_from([gaussian, Trapezoid(0.25), Trapezoid(0.5)])
 

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from engine.errors import CheckpointError
-from export.torch_zip import is_torch_zip, read_torch_zip
+from export.checkpoint.torch_zip import is_torch_zip, read_torch_zip
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -218,8 +218,8 @@ def test_reading_imports_no_torch_and_reads_no_storage(path):
     lines = (
         "import sys, time, resource",
         "from pathlib import Path",
-        "from export.torch_zip import read_torch_zip",
-        "import export.safetensors_file",
+        "from export.checkpoint.torch_zip import read_torch_zip",
+        "import export.checkpoint.safetensors_file",
         "begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
         "found = read_torch_zip(Path(sys.argv[1]))",
         "assert found['a'].read()[1 << 23] == 0 and found['b'].read().sum() == 3",

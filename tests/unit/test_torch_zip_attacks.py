@@ -15,8 +15,8 @@ import pytest
 from torch_pickles import FOUR_FLOATS, ORDERED_DICT, number, numbers, state, storage, tensor, text, zipped
 
 from engine.errors import CheckpointError
-from export import state_pickle
-from export.torch_zip import is_torch_zip, read_torch_zip
+from export.checkpoint.checkpoint import state_pickle
+from export.checkpoint.torch_zip import is_torch_zip, read_torch_zip
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ NAMES = [
     "builtins.set",
     "_codecs.encode",
     "copyreg.__newobj__",
-    "export.torch_zip._find_global",
+    "export.checkpoint.torch_zip._find_global",
     "__main__.Model",
     "__torch__.torch.nn.modules.linear.Linear",  # TorchScript
     "",
@@ -330,7 +330,7 @@ def test_bombs_are_refused_in_bounded_memory(path, pickled):
         "import resource, sys",
         "from pathlib import Path",
         "from engine.errors import CheckpointError",
-        "from export.torch_zip import read_torch_zip",
+        "from export.checkpoint.torch_zip import read_torch_zip",
         "before = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()",
         "resource.setrlimit(resource.RLIMIT_AS, (before + (1 << 29),) * 2)",
         "try: read_torch_zip(Path(sys.argv[1]))",

@@ -10,10 +10,12 @@ onnx = pytest.importorskip("onnx", reason="needs the build extra")
 from conftest import DATA
 
 from engine.errors import BuildError
-from export import plan, traces
-from export.architecture import infer_architecture
-from export.request import BuildRequest
-from export.traces import (
+from export.build import build_plan as plan
+from export.build.request import BuildRequest
+from export.build.trial import BOUNDS, trial_symbols
+from export.checkpoint.architecture import infer_architecture
+from export.graphs import traces
+from export.graphs.traces import (
     ARCHITECTURE,
     MAKE_AGAIN,
     SHIPPED,
@@ -25,7 +27,6 @@ from export.traces import (
     trace_key,
     write_trace,
 )
-from export.trial import BOUNDS, trial_symbols
 
 FOLDERS = [SHIPPED / "sdxl", SHIPPED / "demo", DATA / "traces" / "reference"]
 MOST_BYTES = 3_000_000
@@ -83,7 +84,7 @@ def test_inputs_are_the_specs_then_parameters_of_the_network(folder):
 
 def test_parameters_are_the_torch_modules_in_its_order():
     pytest.importorskip("torch", reason="needs the export extra")
-    from export.graphs import GraphBuilder
+    from export.graphs.builder import GraphBuilder
 
     for folder in FOLDERS:
         for definition in definitions(folder):
@@ -97,8 +98,8 @@ def test_parameters_are_the_torch_modules_in_its_order():
 def test_tracing_again_gives_the_same_nodes_and_parameters(folder, monkeypatch, tmp_path):
     """With the versions of the libraries that made them; others may trace otherwise."""
     pytest.importorskip("torch", reason="needs the export extra")
-    from export.graphs import GraphBuilder
-    from export.to_onnx import make_trace
+    from export.graphs.builder import GraphBuilder
+    from export.graphs.to_onnx import make_trace
 
     for definition in definitions(folder):
         shipped, made = shipped_trace(definition), make_trace(GraphBuilder(definition))

@@ -8,10 +8,10 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 
 from engine.errors import BuildError, OutputError
-from export import to_onnx, tracing
-from export.architecture import infer_architecture
-from export.checkpoint import open_sdxl, open_supir
-from export.graphs import graph_builders
+from export.checkpoint.architecture import infer_architecture
+from export.checkpoint.checkpoint import open_sdxl, open_supir
+from export.graphs import to_onnx, tracing
+from export.graphs.builder import graph_builders
 
 
 @pytest.fixture

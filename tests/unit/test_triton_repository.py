@@ -9,8 +9,8 @@ import pytest
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs the triton extra")
 from google.protobuf import text_format
 
-from engine.bundle import open_bundle
-from engine.console import run_command
+from engine.bundle.manifest import open_bundle
+from engine.cli.console import run_command
 from triton_repo import render as command
 from triton_repo.repository import MEMBERS, PYTHON_MEMBERS, SERVED_BY
 

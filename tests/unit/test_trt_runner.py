@@ -10,13 +10,14 @@ from engine.backends.trt import Arena, TrtBackend, TrtRunner, stream_weights
 from engine.backends.trt_library import TrtLibrary
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
 from engine.backends.trt_plan import check_probe, refit
+from engine.bundle.graphspec import GraphSpec, TensorSpec
+from engine.bundle.profiles import Profile, Range
 from engine.errors import BackendError
-from engine.graphspec import GraphSpec, TensorSpec
-from engine.profiles import Profile, Range
-from engine.residency import Activations
+from engine.memory.residency import Activations
 
 SPEC = GraphSpec(
     name="unet",
+    role="denoiser",
     precision="fp16",
     inputs=(
         TensorSpec(name="x", dtype="float32", shape=("B", 4, "h", "w")),
@@ -481,7 +482,7 @@ class Config:
 
 
 def test_a_timing_cache_grows_from_build_to_build(tmp_path):
-    plans = pytest.importorskip("export.plans", reason="needs the export extra")
+    plans = pytest.importorskip("export.trt.compile", reason="needs the export extra")
     file = tmp_path / ".bundle.timings"
     for expected in (b" and more", b" and more and more"):
         config = Config()
@@ -492,7 +493,7 @@ def test_a_timing_cache_grows_from_build_to_build(tmp_path):
 
 
 def test_a_timing_cache_of_another_gpu_is_left_out(tmp_path):
-    plans = pytest.importorskip("export.plans", reason="needs the export extra")
+    plans = pytest.importorskip("export.trt.compile", reason="needs the export extra")
     file = tmp_path / ".bundle.timings"
     file.write_bytes(b"of another")
     config = Config(refuses=b"of another")

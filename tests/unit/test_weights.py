@@ -5,13 +5,13 @@ import pytest
 
 pytest.importorskip("ml_dtypes", reason="needs the build extra")
 
+from engine.bundle.hashing import hash_file
 from engine.errors import BuildError, CheckpointError, OutputError
-from engine.hashing import hash_file
-from export.checkpoint import LazyTensor
-from export.definitions import NUMPY_DTYPES
-from export.lora import LoadedLora
-from export.safetensors_file import read_safetensors
-from export.weights import Weight, plan_layout, write_weights
+from export.build.weights import Weight, plan_layout, write_weights
+from export.checkpoint.checkpoint import LazyTensor
+from export.checkpoint.lora import LoadedLora
+from export.checkpoint.safetensors_file import read_safetensors
+from export.graphs.definitions import NUMPY_DTYPES
 
 WANTED = [
     Weight("odd", "float32", (3,)),

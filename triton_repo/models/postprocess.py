@@ -6,11 +6,10 @@ import json
 import time
 from typing import Any
 
-from engine.decoding import decode_photo
-from engine.encoding import encode_photo
-from engine.framing import finish, fix_colors
-from engine.geometry import result_size
-from engine.history import history_of
+from engine.image.decoding import decode_photo
+from engine.image.encoding import encode_photo
+from engine.image.preprocess import finish, fix_colors, result_size
+from engine.pipeline.provenance import history_of
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
 from triton_repo.protocol import IMAGE

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from engine.decoding import decode_photo
-from engine.encoding import check_format
 from engine.errors import ImageError
-from engine.framing import frame, size_to_work_at
-from engine.prompts import texts_of
+from engine.image.decoding import decode_photo
+from engine.image.encoding import check_format
+from engine.image.preprocess import frame, size_to_work_at
+from engine.pipeline.text import texts_of
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
 from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options
 from triton_repo.serving import Serving

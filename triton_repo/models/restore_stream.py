@@ -16,9 +16,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from engine.encoding import encode_photo
-from engine.framing import finish
-from engine.photo import Photo
+from engine.image.encoding import encode_photo
+from engine.image.photo import Photo
+from engine.image.preprocess import finish
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
 from triton_repo.serving import Serving

@@ -16,13 +16,14 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from engine.backends import make_backend
-from engine.conditioning import TOKENS, Conditioning
+from engine.bundle.graphspec import resolve
+from engine.bundle.sdxl import TOKENS
 from engine.errors import ImageError, UsageError
-from engine.graphspec import resolve
-from engine.pipeline import Restorer
-from engine.sampler import Latent, Progress, StepTable
+from engine.pipeline.restorer import Restorer
+from engine.pipeline.text import Conditioning
+from engine.sampling.sampler import Latent, Progress, StepTable
+from engine.sampling.tiling import Tiling
 from engine.settings import Settings
-from engine.tiling import Tiling
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
 from triton_repo.models.device import device_of, turn_of

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UsageError
-from engine.prompts import Prompts
+from engine.pipeline.text import Prompts
 from triton_repo.models.common import Metrics, answer_each, array, call, response
 from triton_repo.serving import Serving
 

@@ -1,0 +1,88 @@
+"""SHA-256 of files, and a memory of those of large ones.
+
+A bundle of real checkpoints is 10 to 20 GB, and hashing it takes longer than loading it. So the hash of a
+large file is kept in the user's cache folder and taken from there as long as the file's inode, size and
+times of change are what they were: what git's index does. Any write changes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from engine.bundle.storage import cache_dir, whole_file
+from engine.errors import OutputError
+
+#: Smaller files are hashed in a tenth of a second.
+WORTH_KEEPING_BYTES = 64 << 20
+#: A file that was changed this recently may be changed again without another time: some clocks tick so slowly.
+SETTLED_NS = 2_000_000_000
+_CHUNK_BYTES = 1 << 20
+
+
+class _Known(BaseModel):
+    """A file's state when it was hashed."""
+
+    device: int
+    inode: int
+    bytes: int
+    modified_ns: int
+    changed_ns: int
+
+
+class _Entry(BaseModel):
+    state: _Known
+    sha256: str
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; of a large one that has not changed, from memory.
+
+    Raises:
+        OSError: it cannot be read. That the cache folder cannot be used is no error: it only costs time.
+    """
+    before = _state(path)
+    if before.bytes < WORTH_KEEPING_BYTES:
+        return _hash(path)
+    memory = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
+    with suppress(OSError, ValidationError):
+        entry = _Entry.model_validate_json(memory.read_bytes())
+        if entry.state == before:
+            return entry.sha256
+    now_ns = time.time_ns()
+    found = _hash(path)
+    settled = now_ns - max(before.modified_ns, before.changed_ns) > SETTLED_NS
+    if settled and _state(path) == before:
+        with suppress(OSError, OutputError):
+            _keep(memory, _Entry(state=before, sha256=found))
+    return found
+
+
+def _state(path: Path) -> _Known:
+    found = path.stat()
+    return _Known(
+        device=found.st_dev,
+        inode=found.st_ino,
+        bytes=found.st_size,
+        modified_ns=found.st_mtime_ns,
+        changed_ns=found.st_ctime_ns,
+    )
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _keep(memory: Path, entry: _Entry) -> None:
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(memory, "keep the hash") as file:
+        file.write(entry.model_dump_json().encode())

@@ -1,0 +1,413 @@
+"""A bundle: the folder in which export and engine meet. Its manifest's schema, reading, checking.
+
+A bundle is complete and describes itself: graphs, weights, tokenizer, defaults, where the weights
+came from and what is known of each graph's agreement with its torch module. The engine trusts nothing
+else, and it trusts no file whose hash is not the manifest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from platformdirs import user_data_path
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from engine.bundle.graphspec import GraphSpec, Precision, parse_axis
+from engine.bundle.hashing import hash_file
+from engine.bundle.profiles import Profile
+from engine.bundle.storage import APP_NAME
+from engine.bundle.verification import Verification
+from engine.errors import BundleError
+from engine.settings import Settings
+
+FORMAT = 5
+MANIFEST = "manifest.json"
+GRAPHS = (
+    "text_encoder",
+    "text_encoder_2",
+    "denoise_encoder",
+    "vae_encoder",
+    "vae_decoder",
+    "controlnet",
+    "unet",
+)
+#: Those that see pixels; `vae_encoder` and `vae_decoder` are two halves, `denoise_encoder` is another first half.
+VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
+#: Inputs of a piece with a norm: the map's mean, and 1 / √(variance + ε).
+STATISTICS = ("mean", "inverse")
+REBUILD = "build it again: python export/build_engines.py --output {path}"
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError("must be a file's name without a folder")
+    return name
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Model):
+    """A file of the bundle, by its name inside the folder."""
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    bytes: int
+    sha256: str
+
+
+class Audit(_Model):
+    """What share of a plan's heavy work is in which type, counted at one size.
+
+    Attributes:
+        flops: multiplications and additions of convolutions and matrix products, by type.
+        share_16_bit: of them that are in float16 or bfloat16.
+        symbols: the size they were counted at.
+        inspected_share: of the work whose type the compiled plan told, through the engine inspector; of
+            the rest, the typed graph told it.
+    """
+
+    flops: dict[str, int]
+    share_16_bit: float
+    symbols: dict[str, int]
+    inspected_share: float = 0.0
+
+
+class Plan(_Model):
+    """A graph compiled for GPUs.
+
+    Attributes:
+        library: that compiled it and alone can run it, with its version.
+        targets: compute capabilities that it is for, such as "8.9".
+        device: the one kind of GPU that it is for; None where all of a capability can run it.
+        profiles: sizes that it takes; the first that holds an input is used.
+        weightless: whether weights are filled in when it is opened, from the bundle's weights file.
+        flags: that it was compiled with.
+        key: of all that it depends on, see `plan_key`.
+    """
+
+    file: File
+    library: str
+    targets: tuple[str, ...]
+    device: str | None
+    profiles: tuple[Profile, ...]
+    weightless: bool
+    flags: tuple[str, ...]
+    audit: Audit
+    key: str
+
+
+class Norm(_Model):
+    """A group norm that a piece begins with: it is given the statistics of the whole map.
+
+    Attributes:
+        map: its name.
+        groups: of channels, each normalized by its own mean and variance.
+        eps: added to the variance.
+    """
+
+    map: str
+    groups: int
+    eps: float
+
+
+class Piece(_Model):
+    """A part of a graph that is exact on a few rows of an image; `engine.memory.vae_slices` runs one after the other.
+
+    Attributes:
+        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one piece
+            gives and another takes. Behind the maps a piece with a norm takes `STATISTICS`, f32[B,C,1,1] each.
+        norm: that the piece begins with, if it does.
+        halo: rows above and below its own that it must see of a map, in the map's rows.
+        whole: maps that it must see as a whole.
+    """
+
+    spec: GraphSpec
+    norm: Norm | None
+    halo: tuple[int, int]
+    whole: tuple[str, ...]
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The names of the maps that it takes."""
+        return tuple(tensor.name for tensor in self.spec.inputs if tensor.name not in STATISTICS)
+
+    @property
+    def file_name(self) -> str:
+        """Its graph's name in the file of pieces."""
+        return f"{self.spec.name}.onnx"
+
+
+class Graph(_Model):
+    """One ONNX graph, and the plan it was compiled to; its weights lie in the bundle's weights file.
+
+    Attributes:
+        weights_bytes: of its parameters, some of which other graphs may share.
+        probe: inputs, and what the graph must make of them: a weightless plan is checked by it.
+        pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
+        pieces_file: a zip file of the pieces' graphs.
+    """
+
+    spec: GraphSpec
+    file: File
+    verification: Verification
+    weights_bytes: int
+    plan: Plan | None = None
+    probe: File | None = None
+    pieces: tuple[Piece, ...] = ()
+    pieces_file: File | None = None
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Its files in the bundle's folder."""
+        plan = None if self.plan is None else self.plan.file
+        return tuple(file for file in (self.file, plan, self.probe, self.pieces_file) if file is not None)
+
+
+class Tokenizer(_Model):
+    """The text vocabulary, and the ids that frame and fill a chunk of 77 tokens."""
+
+    file: File
+    start_id: int
+    end_id: int
+    pad_id: int
+    pad_id_2: int
+
+
+class Source(_Model):
+    """A checkpoint that weights came from."""
+
+    role: str
+    name: str
+    layout: str
+    bytes: int
+    sha256: str
+
+
+class Lora(_Model):
+    """A LoRA that was merged: W' = W + scale · alpha / rank · up · down, over `layers` weights."""
+
+    name: str
+    file: str
+    sha256: str
+    scale: float
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    layers: int
+
+
+class Manifest(_Model):
+    """The bundle's table of contents.
+
+    Attributes:
+        key: everything that the bundle was made from; a build with the same key changes nothing.
+        notice: what everybody who uses the bundle should know; may be empty.
+        defaults: of a restoration.
+        frequencies: of the sinusoids that embed micro-conditioning, as the networks were trained
+            with: torch's float32 exponentials. Another library's last bit, times 1024, shows in
+            the sixth digit of the vector.
+    """
+
+    format: int
+    name: str
+    preset: str
+    precision: Precision
+    backend: str
+    built: str
+    built_with: dict[str, str]
+    key: dict[str, Any]
+    notice: str
+    defaults: Settings
+    weights: File
+    tokenizer: Tokenizer
+    frequencies: tuple[float, ...]
+    graphs: dict[str, Graph]
+    sources: tuple[Source, ...]
+    loras: tuple[Lora, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: its table of contents.
+        digest: SHA-256 of the manifest, and through it of everything in the bundle.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @property
+    def latent_channels(self) -> int:
+        channels = self.spec("vae_decoder").tensor("z").shape[1]
+        assert isinstance(channels, int)
+        return channels
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Side of the square of pixels that one latent cell stands for."""
+        _, ratio = parse_axis(self.spec("vae_decoder").tensor("pixels").shape[2])
+        return int(ratio)
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a worked image must be a multiple of, in pixels."""
+        return self.pixels_per_cell * self.spec("unet").multiples["h"]
+
+    @property
+    def has_pieces(self) -> bool:
+        """Tell whether the VAE's graphs come in pieces too."""
+        return all(self.manifest.graphs[graph].pieces for graph in VAE_GRAPHS)
+
+    def spec(self, graph: str) -> GraphSpec:
+        return self.manifest.graphs[graph].spec
+
+    def file(self, entry: File) -> Path:
+        return self.path / entry.name
+
+    def files(self) -> tuple[File, ...]:
+        graphs = (file for graph in self.manifest.graphs.values() for file in graph.files)
+        return (*graphs, self.manifest.weights, self.manifest.tokenizer.file)
+
+
+def default_bundle_dir() -> Path:
+    """Return where bundles are built and looked for when none is named: $RESTORE_BUNDLE or user data."""
+    named = os.environ.get("RESTORE_BUNDLE")
+    return Path(named) if named else user_data_path(APP_NAME) / "bundle"
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle and check every file's size and hash; see `engine.bundle.hashing` for large ones.
+
+    Raises:
+        BundleError: there is none, it is of another version, or a file is missing or changed.
+    """
+    bundle = read_manifest(path)
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        list(pool.map(lambda entry: _check_file(bundle, entry), bundle.files()))
+    return bundle
+
+
+def read_manifest(path: Path) -> Bundle:
+    """Open a bundle without reading its large files.
+
+    Raises:
+        BundleError: there is none, or its manifest is damaged or of another version.
+    """
+    file = path / MANIFEST
+    rebuild = REBUILD.format(path=path)
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError("no bundle here", where=path, expected=MANIFEST, fix=rebuild) from None
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=file) from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        found = _format_of(text)
+        if found is not None and found != FORMAT:
+            raise BundleError(
+                "made by another version", where=file, expected=f"format {FORMAT}", found=f"format {found}", fix=rebuild
+            ) from error
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            "the manifest is damaged", where=file, found=f"{place}: {first['msg']}", fix=rebuild
+        ) from error
+    if manifest.format != FORMAT:
+        raise BundleError(
+            "made by another version",
+            where=file,
+            expected=f"format {FORMAT}",
+            found=f"format {manifest.format}",
+            fix=rebuild,
+        )
+    if set(manifest.graphs) != set(GRAPHS):
+        raise BundleError("wrong set of graphs", where=file, expected=GRAPHS, found=sorted(manifest.graphs))
+    return Bundle(path, manifest, hashlib.sha256(text).hexdigest())
+
+
+def plan_key(
+    graph: File,
+    weights: File | None,
+    *,
+    library: str,
+    targets: Sequence[str],
+    device: str | None,
+    profiles: Sequence[Profile],
+    flags: Sequence[str],
+    precision: Precision,
+) -> str:
+    """Return the SHA-256 of all that a plan depends on; another key means another plan.
+
+    Args:
+        graph: the ONNX file. weights: that are compiled in; None for a weightless plan.
+        library, targets, device, profiles, flags: as in `Plan`.
+        precision: of the graph.
+    """
+    parts = {
+        "graph": graph.sha256,
+        "weights": None if weights is None else weights.sha256,
+        "library": library,
+        "targets": list(targets),
+        "device": device,
+        "profiles": [profile.model_dump(mode="json") for profile in profiles],
+        "flags": list(flags),
+        "precision": precision,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def describe_file(path: Path) -> File:
+    """Return the manifest's entry for a file of a bundle."""
+    return File(name=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def _check_file(bundle: Bundle, entry: File) -> None:
+    path = bundle.file(entry)
+    rebuild = REBUILD.format(path=bundle.path)
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                "a file of the bundle was changed",
+                where=path,
+                expected=f"{entry.bytes} bytes",
+                found=f"{size} bytes",
+                fix=rebuild,
+            )
+        found = hash_file(path)
+    except FileNotFoundError:
+        raise BundleError("a file of the bundle is missing", where=path, fix=rebuild) from None
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
+    if found != entry.sha256:
+        raise BundleError(
+            "a file of the bundle was changed",
+            where=path,
+            expected=f"SHA-256 {entry.sha256[:16]}…",
+            found=f"SHA-256 {found[:16]}…",
+            fix=rebuild,
+        )
+
+
+def _format_of(text: bytes) -> object:
+    try:
+        return _Header.model_validate_json(text).format
+    except ValidationError:
+        return None
+
+
+class _Header(BaseModel):
+    format: Any

@@ -1,0 +1,1 @@
+"""The command line: options, progress, photos in batches, Ray, the report page."""

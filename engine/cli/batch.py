@@ -1,0 +1,304 @@
+"""The work on many photos: the next one is decoded and the last one encoded while the networks run."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.cli.jobs import Job, is_made
+from engine.errors import RestoreError, UnexpectedError, from_os_error
+from engine.image.files import check_output, read_photo, write_photo
+from engine.image.photo import Photo
+from engine.image.preview import preview
+from engine.memory.host_memory import peak_memory_bytes
+from engine.memory.size_plan import SizePlan
+from engine.pipeline.provenance import history_of
+from engine.pipeline.restorer import Restored, Restorer
+from engine.settings import Settings
+from engine.units import format_duration
+
+
+class Watch(Protocol):
+    """Who is told how the work goes; always from the thread that asks for the outcomes."""
+
+    def begin(self, job: Job) -> None:
+        """Hear that the networks turn to a photo."""
+
+    def step(self) -> None:
+        """Hear that a sampling step is done."""
+
+    def part(self, stage: str, done: int, total: int) -> None:
+        """Hear how many windows of a step, or of another stage, are done."""
+
+    def note(self, text: str, *, detail: bool = False) -> None:
+        """Hear something about a photo that its owner must know, or, as a detail, may want to."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a photo.
+
+    Attributes:
+        job: as it was given.
+        reports: of each result that was made: its settings, times and sizes, as plain data.
+        error: why there are not all of them.
+        before, after: the photo and its first result as small WebPs, if they were asked for.
+    """
+
+    job: Job
+    reports: tuple[dict[str, Any], ...] = ()
+    error: RestoreError | None = None
+    before: bytes | None = None
+    after: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """How photos are restored.
+
+    Attributes:
+        restorer: that does it.
+        settings: of all of them, but for the seed.
+        overwrite: whether results that are there are replaced.
+        previews: whether outcomes come with small pictures.
+    """
+
+    restorer: Restorer
+    settings: Settings
+    overwrite: bool = False
+    previews: bool = False
+
+    def read(self, job: Job) -> Photo | None:
+        """Read a photo, unless nothing is to be done about it."""
+        return read_photo(job.photo) if job.outputs or self.previews else None
+
+    def restore(self, photo: Photo, seed: int, watch: Watch) -> Restored:
+        """Restore a photo from a seed's noise."""
+        self.restorer.on_tile = watch.part
+        self.restorer.on_note = lambda text: watch.note(f"note: {text}")
+        changes = {**self.settings.model_dump(), "seed": seed}
+        return self.restorer.restore(photo, on_step=lambda _: watch.step(), **changes)
+
+    def write(self, output: Path, result: Restored) -> None:
+        """Write a result."""
+        write_photo(output, result.photo, result.history, overwrite=self.overwrite)
+
+    def remaining(self, job: Job) -> Job:
+        """Return a job without what was made since it was planned: by a worker that was lost, or another run."""
+        if self.overwrite:
+            return job
+        made = [(seed, output) for seed, output in job.outputs if self._is_made(job, seed, output)]
+        outputs = tuple(item for item in job.outputs if item not in made)
+        return Job(job.photo, outputs, (*job.done, *(output for _, output in made)))
+
+    def _is_made(self, job: Job, seed: int, output: Path) -> bool:
+        history = history_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
+        return is_made(output, job.photo, history)
+
+
+def restore_all(jobs: Sequence[Job], work: Work, watch: Watch) -> Iterator[Outcome]:
+    """Restore photos one after the other, and yield what became of each, in order.
+
+    One photo is decoded ahead and one result encoded behind, each in a thread of its own, so memory holds three
+    photos at most. What goes wrong with one is part of its outcome and does not touch the others.
+
+    Args:
+        jobs: what to restore into which files.
+        work: how.
+        watch: is told how it goes.
+    """
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+        ahead = reader.submit(work.read, jobs[0]) if jobs else None
+        behind: _Open | None = None
+        for index, job in enumerate(jobs):
+            assert ahead is not None
+            photo = ahead
+            if index + 1 < len(jobs):
+                ahead = reader.submit(work.read, jobs[index + 1])
+            current = _Open(job)
+            try:
+                _restore_one(current, photo, work, watch, writer, behind)
+            except Exception as error:
+                current.error = _told(error, job, watch)
+            if behind is not None:
+                yield behind.outcome(watch)
+            behind = current
+        if behind is not None:
+            yield behind.outcome(watch)
+
+
+@dataclass
+class _Open:
+    """A photo whose results may still be being written."""
+
+    job: Job
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    writes: list[Future[None]] = field(default_factory=list)
+    pictures: list[Future[bytes]] = field(default_factory=list)
+    error: RestoreError | None = None
+
+    def wait(self) -> None:
+        """Wait until everything is written, whatever came of it."""
+        pending: list[Future[Any]] = [*self.writes, *self.pictures]
+        wait(pending)
+
+    def outcome(self, watch: Watch) -> Outcome:
+        """Wait until everything is written, and return what became of the photo."""
+        written = []
+        for report, write in zip(self.reports, self.writes, strict=True):
+            if (error := write.exception()) is None:
+                written.append({**report, "peak_memory_bytes": peak_memory_bytes()})
+            else:
+                self.error = self.error or _told(error, self.job, watch)
+        failed = [error for picture in self.pictures if (error := picture.exception()) is not None]
+        if failed and self.error is None:
+            self.error = _told(failed[0], self.job, watch)
+        pictures = [picture.result() for picture in self.pictures] if not failed and self.error is None else []
+        before, after = pictures if len(pictures) == 2 else (None, None)
+        return Outcome(self.job, tuple(written), self.error, before, after)
+
+
+def _restore_one(
+    current: _Open,
+    source: Future[Photo | None],
+    work: Work,
+    watch: Watch,
+    writer: ThreadPoolExecutor,
+    behind: _Open | None,
+) -> None:
+    if current.job.outputs:
+        watch.begin(current.job)
+    photo = source.result()
+    if photo is None:
+        return
+    current.job = job = work.remaining(current.job)
+    if not job.outputs:
+        if work.previews:
+            current.pictures = [writer.submit(preview, photo), writer.submit(_preview_of_file, job.done[0])]
+        return
+    for remark in photo.remarks:
+        watch.note(f"note: {job.photo}: {remark}")
+    for _, output in job.outputs:
+        _make_folder(output.parent)
+        check_output(output, photo, overwrite=work.overwrite)
+    size = work.restorer.working_size(photo, work.settings)
+    plan = work.restorer.size_plan(size, work.settings)
+    if plan != SizePlan():
+        watch.note(f"{job.photo}: {size[0]} × {size[1]} is {plan}", detail=True)
+    memory = work.restorer.gpu_memory(size, work.settings)
+    if memory is not None:
+        watch.note(f"{job.photo}: {size[0]} × {size[1]} {memory['text']}", detail=True)
+    for seed, output in job.outputs:
+        result = work.restore(photo, seed, watch)
+        if behind is not None:
+            behind.wait()
+        current.wait()
+        current.reports.append({**_report(job.photo, output, photo, result), "gpu_memory": memory})
+        current.writes.append(writer.submit(work.write, output, result))
+        if work.previews and not current.pictures:
+            current.pictures = [writer.submit(preview, photo), writer.submit(preview, result.photo)]
+
+
+def _report(source: Path, output: Path, photo: Photo, result: Restored) -> dict[str, Any]:
+    return {
+        "input": str(source),
+        "input_size": photo.size,
+        "output": str(output),
+        "output_size": result.photo.size,
+        **result.history,
+        "graphs_ms": _rounded(result.timings.graphs_ms),
+        "outside_ms": _rounded(result.timings.outside_ms),
+        "device_ms": _rounded(result.timings.device_ms),
+        "total_ms": round(result.timings.total_ms, 1),
+    }
+
+
+def _rounded(stages_ms: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value, 1) for stage, value in stages_ms.items()}
+
+
+def _preview_of_file(path: Path) -> bytes:
+    return preview(read_photo(path))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, folder, "create the folder") from error
+
+
+def _told(error: BaseException, job: Job, watch: Watch) -> RestoreError:
+    """Return any error as one of a photo; a bug comes with its traceback as a note, and does not stop the others."""
+    if isinstance(error, RestoreError):
+        return error if str(job.photo) in str(error) else error.at(job.photo)
+    if isinstance(error, MemoryError):
+        fix = "close other programs, or work at a smaller size"
+        return RestoreError("out of memory", where=job.photo, fix=fix)
+    if isinstance(error, OSError):
+        return from_os_error(error, job.photo, "read or write")
+    watch.note("".join(traceback.format_exception(error)))
+    fix = "report the lines above and the command"
+    return UnexpectedError("this is a bug", where=job.photo, found=f"{type(error).__name__}: {error}", fix=fix)
+
+
+@dataclass
+class Tally:
+    """Counts of a run, from its start.
+
+    Attributes:
+        restored: photos that got all their results.
+        kept: photos that had all of them before.
+        failed: photos that did not get all of them, and why.
+        restoring_s: time that the restored photos took, without reading and writing.
+    """
+
+    restored: int = 0
+    kept: int = 0
+    failed: list[tuple[str, RestoreError]] = field(default_factory=list)
+    restoring_s: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a photo."""
+        self.restoring_s += sum(report["total_ms"] for report in outcome.reports) / 1e3
+        if outcome.error is not None:
+            self.failed.append((str(outcome.job.photo), outcome.error))
+        elif outcome.reports:
+            self.restored += 1
+        else:
+            self.kept += 1
+
+    @property
+    def photos(self) -> int:
+        return self.restored + self.kept + len(self.failed)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the run."""
+        return time.monotonic() - self._started
+
+    def summary(self) -> str:
+        """Return one line about the run."""
+        parts = [f"{self.restored} restored"]
+        parts += [f"{self.kept} had a result already"] if self.kept else []
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        pace = f", {self.seconds / self.restored:.3g} s a photo" if self.restored else ""
+        took = format_duration(self.seconds)
+        return f"{self.photos} photo{'s' * (self.photos != 1)}: {', '.join(parts)}, in {took}{pace}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report: the summary, and a line for each photo that failed."""
+        yield self.summary()
+        for photo, error in self.failed:
+            yield f"  failed: {photo}: {reason(error)}"
+
+
+def reason(error: RestoreError) -> str:
+    """Return why a photo failed in one line, without its name."""
+    return error.problem + (f" ({error.found})" if error.found else "")

@@ -1,0 +1,227 @@
+"""Restore photos.
+
+python -m engine.restore photo.jpg                       writes photo.restored.png beside it
+python -m engine.restore photos/ -o out/ --upscale 2     every image of a folder; again: goes on where it was stopped
+python -m engine.restore photo.jpg --like other.png      with the settings that made other.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from engine import Restorer
+from engine.backends import BACKENDS, MAX_THREADS
+from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
+from engine.bundle.storage import remove_parts
+from engine.cli.batch import Outcome, Tally, Watch, Work, restore_all
+from engine.cli.jobs import Job, Placement, check_folder, find_photos, is_folder, plan_jobs
+from engine.cli.options import add_settings, gibibytes, given_settings, path_option, whole_number
+from engine.cli.progress import StepBar
+from engine.cli.ray_cluster import Plan, gpu_is_used, restore_on_cluster
+from engine.cli.report_page import ReportPage, check_page
+from engine.errors import ImageError, RestoreError
+from engine.image.files import read_history
+from engine.memory.size_plan import settings_of
+from engine.pipeline.provenance import history_of
+from engine.settings import Settings
+
+
+def restore(arguments: Sequence[str]) -> int:
+    """Run the command; raises RestoreError where nothing can be done."""
+    options = _parser().parse_args(arguments)
+    changes, made_with = _changes(options)
+    placement = Placement(options.output, options.samples, options.overwrite, options.skip_existing)
+    found = find_photos(options.images, placement, recursive=options.recursive)
+    check_folder(options.output)
+    if options.report is not None:
+        check_page(options.report, overwrite=options.overwrite)
+    with ExitStack() as opened:
+        restorer = opened.enter_context(Restorer.open(**_engine(options))) if options.ray is None else None
+        bundle = read_manifest(options.bundle) if restorer is None else restorer.bundle
+        settings = bundle.manifest.defaults.updated(changes)
+        if made_with is not None and made_with != bundle.digest:
+            _warn(f"{options.like} was made with another bundle: the result will differ")
+        if bundle.manifest.notice and not options.quiet:
+            print(f"note: {bundle.manifest.notice}", file=sys.stderr)
+        _warn_of_idle_options(options, settings)
+
+        def history(seed: int) -> dict[str, Any]:
+            return history_of(bundle, settings.updated({"seed": seed}))
+
+        jobs = plan_jobs(found, placement, settings.seed, history)
+        for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
+            remove_parts(folder)
+        bar = opened.enter_context(StepBar(jobs, settings.steps, quiet=options.quiet))
+        page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
+        tally = Tally()
+        reports: list[dict[str, Any]] = []
+        for outcome in _outcomes(jobs, restorer, bundle, settings, options, bar):
+            if outcome.error is not None:
+                if len(jobs) == 1:
+                    bar.drop()
+                    raise outcome.error
+                bar.note(f"error: {outcome.error}")
+            tally.add(outcome)
+            reports += outcome.reports
+            if page is not None:
+                page.add(outcome)
+        if page is not None:
+            page.write(tally, _facts(bundle, settings))
+    _tell(tally, reports, options)
+    return 0
+
+
+def _outcomes(
+    jobs: Sequence[Job],
+    restorer: Restorer | None,
+    bundle: Bundle,
+    settings: Settings,
+    options: argparse.Namespace,
+    watch: Watch,
+) -> Iterator[Outcome]:
+    previews = options.report is not None
+    if restorer is not None:
+        return restore_all(jobs, Work(restorer, settings, options.overwrite, previews), watch)
+    engine = {**_engine(options), "bundle": bundle.path.absolute()}
+    uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
+    return restore_on_cluster(jobs, Plan(engine, settings, options.overwrite, previews), uses_gpu, options.ray, watch)
+
+
+def _tell(tally: Tally, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print what a run came to.
+
+    Raises:
+        RestoreError: photos failed.
+    """
+    if options.json:
+        print(json.dumps(reports, indent=1))
+    elif not options.quiet:
+        for report in reports:
+            print(f"{report['output']}  ({report['total_ms'] / 1e3:.1f} s, seed {report['settings']['seed']})")
+        if tally.photos > 1 or tally.kept:
+            print(*tally.lines(), sep="\n")
+        if options.report is not None:
+            print(f"report: {options.report}")
+    if tally.failed:
+        raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
+
+
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Restorer.open` is called with."""
+    return {
+        "bundle": options.bundle,
+        "backend": options.backend,
+        "device": options.device,
+        "threads": options.threads,
+        "vram_budget_gib": options.vram_budget,
+    }
+
+
+def _facts(bundle: Bundle, settings: Settings) -> dict[str, Any]:
+    """Return what the report page says about a run."""
+    return {"bundle": bundle.manifest.name, **settings.model_dump(mode="json")}
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# -- what to do -----------------------------------------------------------------------------------
+
+
+def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+    """Return the settings that differ from the bundle's, and the bundle that `--like` was made with."""
+    given = given_settings(options)
+    if options.like is None:
+        return given, None
+    history = read_history(options.like)
+    settings, bundle = history.get("settings"), history.get("bundle")
+    if not isinstance(settings, dict) or not isinstance(bundle, dict):
+        raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
+    return {**settings, **settings_of(history), **given}, str(bundle.get("digest"))
+
+
+def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> None:
+    for option, sampler in (("churn", "edm"), ("eta", "dpmpp2m")):
+        if getattr(options, option) is not None and settings.sampler != sampler:
+            _warn(f"--{option} does nothing with --sampler {settings.sampler}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = "Defaults are the bundle's. --like takes another result's settings; options override them."
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.restore",
+        allow_abbrev=False,
+        description=__doc__,
+        epilog=defaults,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "images",
+        type=path_option,
+        nargs="+",
+        metavar="IMG",
+        help="images, or folders of images",
+    )
+    parser.add_argument("--recursive", action="store_true", help="look into subfolders, which -o gets too")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=path_option,
+        metavar="FILE|DIR",
+        help="default: IMG.restored.png beside IMG; a name without an ending is a folder, for PNGs",
+    )
+    present = parser.add_mutually_exclusive_group()
+    present.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    present.add_argument("--skip-existing", action="store_true", help="keep results that exist, whatever made them")
+    parser.add_argument(
+        "--report", type=path_option, metavar="FILE.html", help="write a page with every photo before and after"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="restore on a Ray cluster, whose machines have the same folders: auto, HOST:PORT, or local for a new one",
+    )
+    parser.add_argument("--like", type=path_option, metavar="RESULT", help="use the settings that RESULT was made with")
+    parser.add_argument(
+        "--samples", type=whole_number(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--bundle",
+        type=path_option,
+        default=default_bundle_dir(),
+        metavar="DIR",
+        help=f"default: {default_bundle_dir()}",
+    )
+    engine.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
+    engine.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; default: the CPU for onnxruntime, else the first GPU",
+    )
+    engine.add_argument(
+        "--vram-budget",
+        type=gibibytes,
+        metavar="GIB",
+        help="GPU memory that may be used; networks that do not fit are loaded and released by stage, which is slower",
+    )
+    engine.add_argument(
+        "--threads",
+        type=whole_number(0, MAX_THREADS, " (one per core)"),
+        default=0,
+        metavar="N",
+        help="CPU threads; default: one per core, and more than that only slows it down",
+    )
+    engine.add_argument("--quiet", action="store_true", help="no progress bar, no list of results")
+    engine.add_argument(
+        "--json", action="store_true", help="print settings, seed, milliseconds per stage and memory as JSON"
+    )
+    add_settings(parser)
+    return parser

@@ -1,0 +1,196 @@
+"""Which photos of files and folders are restored into which files, and which of them are done already."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ImageError, OutputError, RestoreError, UsageError
+from engine.image.decoding import READ_SUFFIXES
+from engine.image.files import check_output, list_images, read_history
+
+#: Marks a result that lies beside its photo.
+_RESULT = ".restored"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A photo, and the folder that it was found in, itself or below; None if it was named by itself."""
+
+    photo: Path
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photo, the seeds and files of results that are to be made, and results that are there already."""
+
+    photo: Path
+    outputs: tuple[tuple[int, Path], ...]
+    done: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where results go, and what becomes of those that are there.
+
+    Attributes:
+        output: a file for one photo, a folder for any number, or None: beside each photo.
+        samples: results per photo, from successive seeds.
+        overwrite: whether they are replaced.
+        skip_existing: whether they are kept, whatever made them.
+    """
+
+    output: Path | None
+    samples: int = 1
+    overwrite: bool = False
+    skip_existing: bool = False
+
+
+def find_photos(names: Sequence[Path], placement: Placement, *, recursive: bool = False) -> list[Found]:
+    """Return the photos that files and folders stand for, without results of earlier runs.
+
+    Raises:
+        ImageError: there is no such file, or a folder without images.
+    """
+    results = placement.output.resolve() if placement.output is not None else None
+    found: dict[Path, Found] = {}
+    for name in names:
+        if name.is_dir():
+            images = [path for path in list_images(name, recursive=recursive) if _RESULT not in path.suffixes]
+            if results is not None and results != name.resolve():
+                images = [path for path in images if results not in path.resolve().parents]
+            if not images:
+                fix = None if recursive else "look into its subfolders with --recursive"
+                raise ImageError("holds no images", where=name, expected=", ".join(READ_SUFFIXES), fix=fix)
+            found.update((path, Found(path, name)) for path in images if path not in found)
+        elif name.exists():
+            found.setdefault(name, Found(name))
+        else:
+            raise ImageError("no such file", where=name, fix="check the path")
+    return list(found.values())
+
+
+def plan_jobs(
+    found: Sequence[Found], placement: Placement, seed: int, history: Callable[[int], dict[str, Any]]
+) -> list[Job]:
+    """Return what to restore into which files, all of them checked before any work.
+
+    Args:
+        found: the photos.
+        placement: of their results.
+        seed: of the first result of each.
+        history: of a seed: what a result is made with.
+    Raises:
+        OutputError: a file could not be written, or two results would have one name.
+        UsageError: several photos, and a file for one.
+    """
+    place = _placer(found, placement.output)
+    jobs = []
+    taken: dict[Path, Path] = {}
+    inputs = {item.photo.resolve() for item in found}
+    for item in found:
+        outputs: list[tuple[int, Path]] = []
+        done: list[Path] = []
+        for index in range(placement.samples):
+            output = place(item)
+            if placement.samples > 1:
+                output = output.with_name(f"{output.stem}.{seed + index}{output.suffix}")
+            if output.resolve() in inputs:
+                raise OutputError("would replace a photo", where=output, fix="choose another name with -o")
+            if output in taken:
+                raise OutputError(
+                    "two photos would be restored into one file",
+                    where=output,
+                    found=f"{taken[output]} and {item.photo}",
+                    fix="restore them into different folders",
+                )
+            taken[output] = item.photo
+            if _is_kept(item, output, placement, lambda index=index: history(seed + index)):  # type: ignore[misc]
+                done.append(output)
+                continue
+            if output.parent.is_dir() or not is_folder(placement.output):  # else it is made when it is needed
+                check_output(output, overwrite=placement.overwrite)
+            outputs.append((seed + index, output))
+        jobs.append(Job(item.photo, tuple(outputs), tuple(done)))
+    return jobs
+
+
+def is_made(output: Path, photo: Path, history: dict[str, Any]) -> bool:
+    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `history`."""
+    try:
+        if output.stat().st_mtime < photo.stat().st_mtime:
+            return False
+        noted = read_history(output)
+    except (OSError, RestoreError):
+        return False
+    asked = json.loads(json.dumps(history))
+    return all(noted.get(key) == asked[key] for key in ("bundle", "settings"))
+
+
+def is_folder(target: Path | None) -> bool:
+    """Tell whether `-o` names a folder: one that is there, or a name without an ending."""
+    return target is not None and (target.is_dir() or not target.suffix)
+
+
+def check_folder(target: Path | None) -> None:
+    """Find out, before the work, whether the folder of `-o` is there or could be made.
+
+    Raises:
+        OutputError: neither.
+    """
+    if target is None or not is_folder(target) or target.is_dir():
+        return
+    if os.path.lexists(target):
+        raise OutputError("is no folder", where=target, fix="name a folder, or a file with an ending such as .png")
+    if not target.parent.is_dir():
+        raise OutputError("no such folder", where=target.parent, fix="create it first")
+
+
+def _is_kept(item: Found, output: Path, placement: Placement, history: Callable[[], dict[str, Any]]) -> bool:
+    """Tell whether a result that is there is left as it is.
+
+    Of a folder, one that would be made again just so is: a run that was stopped goes on.
+    """
+    if placement.overwrite or not output.is_file():
+        return False
+    if placement.skip_existing:
+        return True
+    if item.folder is None:
+        return False
+    if not is_made(output, item.photo, history()):
+        raise OutputError(
+            "exists already",
+            where=output,
+            found="other settings, an older photo, or no result of this engine",
+            fix="keep it with --skip-existing, replace it with --overwrite, or choose another folder with -o",
+        )
+    return True
+
+
+def _placer(found: Sequence[Found], target: Path | None) -> Callable[[Found], Path]:
+    """Return the function from a photo to its result's place."""
+    if target is not None and not is_folder(target):
+        if len(found) > 1:
+            raise UsageError("several photos need a folder", where="-o", found=target)
+        return lambda item: target
+
+    def folder_of(item: Found) -> Path:
+        if target is None:
+            return item.photo.parent
+        return target / item.photo.parent.relative_to(item.folder) if item.folder is not None else target
+
+    # A camera's JPEG beside the PNG made from it: then each keeps its whole name.
+    places = Counter((folder_of(item), item.photo.stem) for item in found)
+
+    def place(item: Found) -> Path:
+        folder = folder_of(item)
+        stem = item.photo.stem if places[folder, item.photo.stem] == 1 else item.photo.name
+        return folder / (f"{stem}{_RESULT}.png" if target is None else f"{stem}.png")
+
+    return place

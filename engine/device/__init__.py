@@ -1,0 +1,1 @@
+"""Buffers, streams, events and kernels of a GPU."""

@@ -1,0 +1,84 @@
+"""A sampler's table on the device, what the three kernels of a step do with a row of it, and the kernels of windows.
+
+The host computes the table before the loop and uploads it whole. The device keeps the number of the
+step, so every step is the same work and can be recorded once and replayed:
+
+    prepare_step   x += churn · noise; the networks' input, timestep and control scale
+    combine_step   x and, where the next step wants it, the denoised estimate, as weighted sums
+    advance_step   the next row
+
+`engine.sampling.sampler.sample` is their oracle: sums run over the same terms in the same order, in float32
+and without fused multiplications, so that the results are the same bits.
+
+An image that is worked at in windows (`engine.sampling.tiling`) keeps the number of the window on the device too:
+
+    clear            the image that windows are added to
+    take_window      the window's part of an image, once for each text
+    add_window       the part, weighted, to the image; one window after the other, in the host's order
+    advance_window   the next one, and behind the last the first
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.sampling.sampler import Step, StepTable
+
+KERNELS = (
+    "prepare_step",
+    "combine_step",
+    "advance_step",
+    "clear",
+    "take_window",
+    "add_window",
+    "advance_window",
+)
+#: Terms of a step's sums, in the order in which they are added.
+DENOISED_TERMS = ("x", "pos", "neg", "center")
+UPDATE_TERMS = ("x", "pos", "neg", "center", "noise", "previous")
+#: A row of the table. `draw` tells which of the uploaded noise fields the step uses, `keep` whether
+#: its estimate is needed later.
+COLUMNS = (
+    "timestep",
+    "input_scale",
+    "control_scale",
+    "churn",
+    "draw",
+    "keep",
+    *(f"denoised_{term}" for term in DENOISED_TERMS),
+    *(f"update_{term}" for term in UPDATE_TERMS),
+)
+
+
+def cuda_source() -> str:
+    """Return the kernels in CUDA C++, behind the columns' numbers."""
+    columns = "".join(f"#define {name.upper()} {index}\n" for index, name in enumerate(COLUMNS))
+    source = (resources.files("engine.device") / "step_kernels.cu").read_text()
+    return f"{columns}#define COLUMNS {len(COLUMNS)}\n{source}"
+
+
+def noisy_steps(table: StepTable) -> tuple[int, ...]:
+    """Return the steps that use noise, in the order in which their fields are uploaded."""
+    return tuple(step.index for step in table.steps if step.uses_noise)
+
+
+def pack_table(table: StepTable) -> NDArray[np.float32]:
+    """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`."""
+    draws = {index: draw for draw, index in enumerate(noisy_steps(table))}
+    return np.array([_row(table, step, draws.get(step.index, 0)) for step in table.steps], dtype=np.float32)
+
+
+def _row(table: StepTable, step: Step, draw: int) -> list[float]:
+    return [
+        step.timestep,
+        step.input_scale,
+        step.control_scale,
+        step.churn,
+        draw,
+        table.keeps_denoised(step.index),
+        *(getattr(step.denoised, term) for term in DENOISED_TERMS),
+        *(getattr(step.update, term) for term in UPDATE_TERMS),
+    ]

@@ -1,0 +1,1 @@
+"""Image files in and out, sizes, colour fix and preview."""

@@ -1,0 +1,138 @@
+"""Photos in and out: any common file to a `Photo`, and back with everything that was about it.
+
+A result is written beside its place and moved there, so no half file is ever seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags
+
+from engine.bundle.storage import whole_file
+from engine.errors import ImageError, OutputError
+from engine.image.decoding import READ_SUFFIXES, damage_told, decode, open_image
+from engine.image.encoding import HISTORY_TAG, check_format, encode_photo, format_of
+from engine.image.photo import Photo
+
+
+def read_photo(path: Path) -> Photo:
+    """Read a photo from a file.
+
+    Raises:
+        ImageError: missing, not an image, truncated, animated, empty, too large, or a HEIC without a library.
+    """
+    with _file_told(path):
+        return decode(path, path, None)
+
+
+@contextmanager
+def _file_told(path: Path) -> Iterator[None]:
+    """Turn what reading a picture's file raises into an `ImageError`."""
+    try:
+        with damage_told(path):
+            if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+                raise ImageError("is not a file", where=path, expected="an image file")
+            yield
+    except FileNotFoundError:
+        raise ImageError("no such file", where=path, fix="check the path") from None
+    except IsADirectoryError:
+        raise ImageError("is a folder", where=path, expected="an image file") from None
+    except PermissionError:
+        raise ImageError("no permission to read it", where=path) from None
+
+
+def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = False) -> None:
+    """Find out, before the work, whether a result could be written.
+
+    Args:
+        path: where it would go.
+        photo: that it would be made from, if it was read already.
+        overwrite: whether a file that is there may be replaced.
+    Raises:
+        OutputError: an unknown format, a file that is there, a folder that is missing or not
+            writable, or a format that cannot hold the photo.
+    """
+    format_of(path.suffix, path)
+    if os.path.lexists(path) and (path.is_dir() or not overwrite):
+        raise OutputError("exists already", where=path, fix="choose another name with -o, or allow it with --overwrite")
+    folder = path.parent
+    if not folder.is_dir():
+        problem, fix = (
+            ("is no folder", "correct the path") if folder.exists() else ("no such folder", "create it first")
+        )
+        raise OutputError(problem, where=folder, fix=fix)
+    if not os.access(folder, os.W_OK):
+        raise OutputError("no permission to write there", where=folder, fix="choose another place with -o")
+    if photo is not None:
+        check_format(photo, path.suffix, path)
+
+
+def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """Return the images of a folder by name, without hidden files.
+
+    Args:
+        folder: to look in.
+        recursive: whether its subfolders are looked through too; hidden ones and links are not.
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:  # which `os.walk` would take for an empty folder
+        raise error
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in READ_SUFFIXES and path.is_file()]
+    return sorted(found)
+
+
+def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write a photo, whole or not at all.
+
+    Args:
+        path: its ending tells the format.
+        photo: with what is to be carried along.
+        history: how it was made; `read_history` gives it back.
+        overwrite: replace a file that is there.
+    Raises:
+        OutputError: as `check_output`, or the disk is full.
+    """
+    check_output(path, photo, overwrite=overwrite)
+    write_file(path, encode_photo(photo, path.suffix, history, path))
+
+
+def write_file(path: Path, encoded: bytes) -> None:
+    """Write an encoded image, whole or not at all.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written to.
+    """
+    with whole_file(path, "write the image") as file:
+        file.write(encoded)
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Return what `write_photo` noted in a file; its pixels are not decoded.
+
+    Raises:
+        ImageError: it cannot be read, or holds no such note.
+    """
+    with _file_told(path):
+        try:
+            with open_image(path, path) as image:
+                note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(HISTORY_TAG)
+            history = json.loads(note) if isinstance(note, str) else None
+        except ValueError:
+            history = None
+    if not isinstance(history, dict):
+        raise ImageError("holds no settings", where=path, expected="a result of this engine, not re-saved since")
+    return history

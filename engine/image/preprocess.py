@@ -1,0 +1,125 @@
+"""Between photos and what the networks see of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from engine.bundle.manifest import Bundle
+from engine.errors import ImageError, RestoreError
+from engine.image import colorfix
+from engine.image.files import read_photo
+from engine.image.photo import Photo, Pixels, photo_from_array, photo_from_image, resize
+from engine.settings import ColorFix, Settings
+
+_COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
+#: Beyond this, no computer's memory holds the activations of even a small VAE.
+MAX_WORKING_PIXELS = 1 << 26
+PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
+
+
+def as_photo(photo: PhotoLike) -> Photo:
+    """Return whatever a caller calls a photo as one.
+
+    Raises:
+        ImageError: it is none, or cannot be read.
+    """
+    if isinstance(photo, Photo):
+        return photo
+    if isinstance(photo, (str, PathLike)):
+        return read_photo(Path(photo))
+    if isinstance(photo, Image):
+        return photo_from_image(photo)
+    if isinstance(photo, np.ndarray):
+        return photo_from_array(photo)
+    expected = "a path, a Pillow image, an array or a Photo"
+    raise ImageError("not a photo", expected=expected, found=type(photo).__name__)
+
+
+def pixels_in_memory(bundle: Bundle, memory_bytes: int) -> int:
+    """Return how many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
+    cells = math.isqrt(memory_bytes // np.dtype(np.float32).itemsize)
+    return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
+
+
+def size_to_work_at(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
+    """Return the (width, height) in pixels at which a photo would be worked at.
+
+    Args:
+        bundle: whose networks work.
+        photo_size: (width, height) in pixels of the photo.
+        settings: of the restoration.
+        max_pixels: that may be worked at.
+    Raises:
+        ImageError: it is too large to be worked at in one piece.
+    """
+    size = working_size(result_size(photo_size, settings.upscale), settings.min_size, bundle.size_multiple)
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(
+            "too large to be worked at in one piece",
+            where=f"a photo of {photo_size[0]} × {photo_size[1]} pixels",
+            expected=f"up to {max_pixels / 1e6:.1f} million pixels on this computer",
+            found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
+            fix="lower --upscale or --min-size, or cut the photo into parts",
+        )
+    return size
+
+
+def frame(photo: Photo, size: Size) -> Pixels:
+    """Return what the networks see of a photo: f32[3, H, W] in [-1, 1], of (width, height) `size`."""
+    return to_network(resize(photo.rgb, size))
+
+
+def fix_colors(restored: Pixels, stage1: Pixels | None, kind: ColorFix) -> Pixels:
+    """Return restored pixels with the colours of stage 1, both f32[B, 3, H, W] in about [-1, 1]."""
+    return restored if kind == "none" or stage1 is None else _COLOR_FIXES[kind](restored, stage1)
+
+
+def to_network(rgb: Pixels) -> Pixels:
+    """Return f32[3, H, W] in [-1, 1] for f32[H, W, 3] in [0, 1]."""
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
+
+
+def finish(pixels: Pixels, source: Photo, size: Size) -> Photo:
+    """Return the restored photo: f32[3, H, W] in [-1, 1] at the size asked for, dressed as its source."""
+    rgb = (np.ascontiguousarray(pixels.transpose(1, 2, 0)) + np.float32(1.0)) * np.float32(0.5)
+    if not np.isfinite(rgb).all():
+        raise RestoreError(
+            "the networks gave values that are not finite",
+            fix="build the bundle with --precision fp32, and check the checkpoints",
+        )
+    alpha = None if source.alpha is None else resize(source.alpha, size)
+    return replace(source, rgb=resize(rgb.clip(0.0, 1.0), size), alpha=alpha)
+
+
+Size = tuple[int, int]
+
+
+def result_size(size: Size, upscale: float) -> Size:
+    """Return the size of the result: the photo's times `upscale`, rounded, at least 1 × 1."""
+    return _scaled(size[0], upscale), _scaled(size[1], upscale)
+
+
+def working_size(size: Size, min_size: int, multiple: int) -> Size:
+    """Return the size that the networks work at.
+
+    Args:
+        size: of the result.
+        min_size: the shorter side is scaled up to it if it is smaller.
+        multiple: both sides are rounded to a multiple of it, and are at least one.
+    Source: SPEC, "Before and after the networks".
+    """
+    scale = max(1.0, min_size / min(size))
+    width, height = (max(1, _scaled(side, scale / multiple)) * multiple for side in size)
+    return width, height
+
+
+def _scaled(side: int, factor: float) -> int:
+    return max(1, math.floor(side * factor + 0.5))

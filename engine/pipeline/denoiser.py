@@ -1,0 +1,155 @@
+"""ControlNet and UNet as the sampler sees them: one function of the noisy latent and the step.
+
+A latent that is worked at in windows is such a function too, so every sampler runs both alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from engine.backends.base import as_dtype
+from engine.bundle.graphspec import GraphSpec, TensorSpec
+from engine.device.interface import Array
+from engine.errors import UsageError
+from engine.pipeline.text import Conditioning
+from engine.sampling.sampler import Latent, Network, Step
+from engine.sampling.tiling import Tiling, Window
+
+#: Runs a graph, by its name, on named inputs.
+RunGraph = Callable[[str, Mapping[str, Array]], dict[str, Array]]
+#: Makes the network of some rows of latents: z_lq f32[R,4,h,w], and texts with a leading axis of R.
+MakeNetwork = Callable[[Latent, Sequence[Conditioning]], Network]
+TextsAt = Callable[[Window], Sequence[Conditioning]]
+
+
+class GuidedNetwork:
+    """Runs the positive and, where a step is guided, the negative text in one batch.
+
+    Args:
+        run: runs `controlnet` and `unet`.
+        spec: of `unet`, for the precision that text is read in.
+        z_lq: f32[B,4,h,w], latents of the degraded photos.
+        texts: the positive and, if any step is guided, the negative one; the same for all photos, or
+            with a leading axis of B, one for each.
+    """
+
+    def __init__(self, run: RunGraph, spec: GraphSpec, z_lq: Latent, texts: Sequence[Conditioning]) -> None:
+        self._run = run
+        self._z_lq = z_lq
+        # Row by row as the batch has them: all photos with one text, then all with the other.
+        self._context, self._vector = (
+            np.concatenate(
+                [
+                    as_dtype(_for_each(getattr(text, name), spec.tensor(name), len(z_lq)), spec.tensor(name).dtype)
+                    for text in texts
+                ]
+            )
+            for name in ("context", "vector")
+        )
+
+    def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
+        """Return the predicted noise for the positive and, where guided, the negative text.
+
+        Args:
+            x: f32[B,4,h,w], the noisy latent × `step.input_scale`.
+            step: tells the timestep, the control scale, and whether it is guided.
+        Returns:
+            f32[B,4,h,w] twice, or once and None.
+        """
+        passes = 2 if step.guided else 1
+        rows = passes * len(x)
+        shared = {
+            "x": np.concatenate([x] * passes),
+            "timestep": np.full(rows, step.timestep, dtype=np.float32),
+            "context": self._context[:rows],
+            "vector": self._vector[:rows],
+        }
+        controls = self._run("controlnet", {**shared, "lq": np.concatenate([self._z_lq] * passes)})
+        scale = np.array([step.control_scale], dtype=np.float32)
+        eps = self._run("unet", {**shared, **controls, "control_scale": scale})["eps"]
+        return (eps[: len(x)], eps[len(x) :]) if step.guided else (eps, None)
+
+
+class TiledNetwork:
+    """Runs a network in windows and blends the noise that it predicts, at every step.
+
+    What surrounds the network stays whole: noise is one field, and guidance, the restoration pull and the
+    sampler's sums act place by place. Each window sees its own part of the degraded photo. The text and the
+    micro-conditioning are what they are for a whole photo: SUPIR says "1024 × 1024, not cropped" whatever
+    the size is, which for SDXL's windows is even true.
+
+    Args:
+        make: the network of some rows.
+        tiling: of the latent, in cells.
+        z_lq: f32[B,4,h,w], latents of the degraded photos.
+        texts: as `GuidedNetwork` takes them, or a function from a window to its own.
+        at_once: windows that go through the networks together.
+        on_tile: told how many windows of a step are done, and how many there are.
+    Raises:
+        UsageError: texts of windows that go together are of different lengths.
+    """
+
+    def __init__(
+        self,
+        make: MakeNetwork,
+        tiling: Tiling,
+        z_lq: Latent,
+        texts: Sequence[Conditioning] | TextsAt,
+        *,
+        at_once: int = 1,
+        on_tile: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._tiling, self._on_tile = tiling, on_tile
+        windows = tuple(tiling)
+        self._batches: list[tuple[tuple[Window, ...], Network]] = []
+        for first in range(0, len(windows), at_once):
+            batch = windows[first : first + at_once]
+            found = [texts(window) if callable(texts) else texts for window in batch]
+            rows = np.concatenate([window.of(z_lq) for window in batch])
+            self._batches.append((batch, make(rows, _join_texts(found, len(z_lq)))))
+
+    def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
+        """Return the blended noise for the positive and, where guided, the negative text; see `GuidedNetwork`."""
+        pos, neg = np.zeros_like(x), np.zeros_like(x) if step.guided else None
+        index = 0
+        for batch, network in self._batches:
+            found = network(np.concatenate([window.of(x) for window in batch]), step)
+            for place in range(len(batch)):
+                rows = slice(place * len(x), (place + 1) * len(x))
+                for total, values in zip((pos, neg), found, strict=True):
+                    if total is not None and values is not None:
+                        self._tiling.add(total, index, values[rows])
+                index += 1
+            if self._on_tile is not None:
+                self._on_tile(index, len(self._tiling))
+        return pos, neg
+
+
+def _join_texts(windows: Sequence[Sequence[Conditioning]], photos: int) -> list[Conditioning]:
+    """Return the texts of some windows with a row for each window and photo, all photos of a window together."""
+
+    def rows(array: Array, rank: int) -> Array:
+        return array if array.ndim == rank else np.repeat(array[None], photos, axis=0)
+
+    lengths = {text.context.shape[-2] for texts in windows for text in texts}
+    if len(lengths) > 1:
+        raise UsageError(
+            "texts of windows that go through the networks together must fill as many chunks",
+            expected="contexts of one length",
+            found=f"{sorted(lengths)} tokens",
+            fix="run one window at a time, or make the texts about as long",
+        )
+    return [
+        Conditioning(
+            np.concatenate([rows(text.context, 3) for text in same]),
+            np.concatenate([rows(text.vector, 2) for text in same]),
+        )
+        for same in zip(*windows, strict=True)
+    ]
+
+
+def _for_each(array: Array, tensor: TensorSpec, count: int) -> Array:
+    """Return a row for each of `count` photos: those given, or the one given again and again."""
+    return array if array.ndim == len(tensor.shape) else np.repeat(array[None], count, axis=0)

@@ -1,0 +1,398 @@
+"""The sampling loop on a device: a table of weights, ControlNet, UNet, and one weighted sum a step.
+
+Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
+or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
+keeps the number of the step. Of a latent that is worked at in windows, what is recorded is a window, and
+the device keeps its number as well. Progress comes from events that the stream passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.buffers import BufferRunner
+from engine.bundle.graphspec import GraphSpec, resolve
+from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
+from engine.device.kernels import COLUMNS, noisy_steps, pack_table
+from engine.errors import ScheduleError
+from engine.pipeline.device_windows import Arrays, WindowTables
+from engine.sampling.sampler import Latent, Progress, Step, StepTable
+from engine.sampling.tiling import Tiling
+
+#: Steps that lie on the stream beyond the last one that is known to be done: enough that it never
+#: runs dry, and how far a loop that is cancelled still goes.
+LOOK_AHEAD = 2
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """What a run is given.
+
+    Attributes:
+        z_lq: f32[B,C,h,w], latents of the degraded photos, on the device.
+        context: f[P·B,77k,C], and vector f[P·B,V], on the host: all photos with the positive text,
+            then, if P is 2, all with the negative one. In the networks' precision.
+        noise: the field of a draw, f32[B,C,h,w], on the host: 0 is the start, 1 + i belongs to step i.
+        center: f32[B,C,h,w], on the device; needed only if the table uses it.
+        windows: of the latent, which the networks see one at a time; None is the whole.
+    """
+
+    z_lq: Buffer
+    context: Array
+    vector: Array
+    noise: Callable[[int], Latent]
+    center: Buffer | None = None
+    windows: Tiling | None = None
+
+
+class DeviceLoop:
+    """Runs tables on a device. Buffers and recordings of the last size are kept for the next run.
+
+    Args:
+        device: that all buffers are on.
+        stream: that all work goes on.
+        controlnet, unet: the networks.
+    """
+
+    def __init__(self, device: Device, stream: Stream, controlnet: BufferRunner, unet: BufferRunner) -> None:
+        self._device, self._stream = device, stream
+        self._controlnet, self._unet = controlnet, unet
+        self._work: _Work | None = None
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+    def prepare(self, table: StepTable, inputs: LoopInputs) -> None:
+        """Upload what a run needs; it comes next.
+
+        Raises:
+            ScheduleError: the table needs `center` and there is none, or has too many steps.
+            BackendError: memory runs out.
+        """
+        if table.uses_center and inputs.center is None:
+            raise ScheduleError("the restoration pull needs the stage-1 latent as `center`")
+        if len(table.steps) > _MAX_STEPS:
+            raise ScheduleError("too many steps", expected=f"up to {_MAX_STEPS}", found=len(table.steps))
+        self._prepare(table, inputs)
+
+    def run(self, table: StepTable) -> Iterator[Progress]:
+        """Run the table that was prepared, from noise to a clean latent.
+
+        Yields:
+            Progress after each step, in order, without latents: they stay where they are. An
+            exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
+        Raises:
+            BackendError: a graph fails.
+        """
+        work = self._work
+        assert work is not None, "nothing was prepared"
+        pending: list[tuple[Step, Event]] = []
+        with self._drained_on_error():
+            for step in table.steps:
+                work.enqueue_step(step)
+                pending.append((step, self._stream.record()))
+                while pending and (len(pending) > LOOK_AHEAD or pending[0][1].is_done):
+                    done, event = pending.pop(0)
+                    event.synchronize()
+                    yield Progress(done, None, None)
+            for done, event in pending:
+                event.synchronize()
+                yield Progress(done, None, None)
+
+    def time_networks(self, repeats: int, *, guided: bool) -> float:
+        """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
+
+        They are started as steps are: replayed where they can be recorded. This is what a run is measured against.
+
+        Args:
+            repeats: how often they run, behind two times that do not count.
+            guided: whether with both texts.
+        """
+        work = self._work
+        assert work is not None, "no run yet"
+        start: Event | None = None
+        with work.networks(guided) as launch:
+            for index in range(repeats + 2):
+                start = self._stream.record() if index == 2 else start
+                launch()
+            stop = self._stream.record()
+            stop.synchronize()
+        assert start is not None
+        return stop.ms_since(start) / repeats * work.windows_of_a_step
+
+    @property
+    def latent(self) -> Buffer:
+        """The x of the last run, f32[B,C,h,w]; its result once the run has ended."""
+        assert self._work is not None, "no run yet"
+        return self._work.x
+
+    def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
+        draws = noisy_steps(table)
+        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.windows)
+        if self._work is None or self._work.key != key:
+            self.close()
+            self._work = _Work(self._device, self._stream, self._controlnet, self._unet, key)
+        work, stream = self._work, self._stream
+        stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
+        for place, index in enumerate(draws):
+            stream.upload(work.noise.rows(place, place + 1), inputs.noise(1 + index)[None])
+        packed = np.zeros(work.table.shape, dtype=np.float32)
+        packed[: len(table.steps)] = pack_table(table)
+        stream.upload(work.table, packed)
+        stream.upload(work.step, np.zeros(1, dtype=np.uint32))
+        stream.upload(work.context, inputs.context)
+        stream.upload(work.vector, inputs.vector)
+        work.take_photos(inputs.z_lq)
+        if inputs.center is not None:
+            stream.copy(work.center, inputs.center)
+
+    @contextmanager
+    def _drained_on_error(self) -> Iterator[None]:
+        """Let what is under way end before its buffers are used for something else."""
+        try:
+            yield
+        except BaseException:
+            self._stream.synchronize()
+            raise
+
+
+#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, windows.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], int, Tiling | None]
+
+
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
+    """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
+
+    Args:
+        unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
+        key: of the size.
+    """
+    latent, context, draws, windows = key
+    part = latent[1:] if windows is None else (latent[1], windows.rows.size, windows.columns.size)
+    rows = context[0]
+    symbols = unet.sizes_of({"x": (rows, *part), "context": context})
+    own: Arrays = {
+        "latent": (latent, "float32"),
+        "previous": (latent, "float32"),
+        "center": (latent, "float32"),
+        "noise": ((max(draws, 1), *latent), "float32"),
+        "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
+        "step": ((1,), "uint32"),
+    }
+    if windows is not None:
+        own |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
+        own |= {**WindowTables.arrays(windows), "window": ((1,), "uint32")}
+    tensors: Arrays = {
+        tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
+    }
+    return own, {**tensors, "lq": ((rows, *part), "float32")}
+
+
+class _Work:
+    """Buffers of one size, and the steps that were recorded on them."""
+
+    def __init__(
+        self,
+        device: Device,
+        stream: Stream,
+        controlnet: BufferRunner,
+        unet: BufferRunner,
+        key: LoopKey,
+    ) -> None:
+        self.key = key
+        latent, context, _, windows = key
+        self._stream, self._controlnet, self._unet = stream, controlnet, unet
+        self.photos, self.rows = latent[0], context[0]
+        self._runs: dict[bool, int] = {}
+        self._recorded: dict[bool, Replay] = {}
+        self._recorded_on = self._memory_version
+        self._made: dict[str, Buffer] = {}
+        own, tensors = loop_arrays(unet.spec, key)
+        try:
+            for name, (shape, dtype) in (*own.items(), *tensors.items()):
+                self._made[name] = device.buffer(shape, dtype)
+        except BaseException:
+            self.close()
+            raise
+        named = ("latent", "previous", "center", "noise", "table", "step")
+        self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
+        self._windows = None if windows is None else WindowTables(windows, self._made)
+        # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
+        self._tensors = {name: self._made[name] for name in tensors}
+        self.context, self.vector = (self._made[name] for name in ("context", "vector"))
+
+    def close(self) -> None:
+        self._forget_recordings()
+        for buffer in self._made.values():
+            buffer.close()
+        self._made = {}
+
+    @property
+    def _memory_version(self) -> tuple[int, int]:
+        return (self._controlnet.memory_version, self._unet.memory_version)
+
+    def _forget_recordings(self) -> None:
+        for recorded in self._recorded.values():
+            recorded.close()
+        self._recorded = {}
+        for runner in (self._controlnet, self._unet):
+            runner.forget_recordings()
+
+    @property
+    def windows_of_a_step(self) -> int:
+        return 1 if self._windows is None else len(self._windows.tiling)
+
+    def take_photos(self, z_lq: Buffer) -> None:
+        """Copy the latents of the degraded photos to where steps read them."""
+        if self._windows is None:
+            for first in range(0, self.rows, self.photos):
+                self._stream.copy(self._made["lq"].rows(first, first + self.photos), z_lq)
+        else:
+            self._windows.upload(self._stream)
+            self._stream.upload(self._made["window"], np.zeros(1, dtype=np.uint32))
+            self._stream.copy(self._made["photos"], z_lq)
+
+    def enqueue_step(self, step: Step) -> None:
+        """Put the table's next row on the stream; `step` tells whether it is guided."""
+        if self._recorded and self._recorded_on != self._memory_version:
+            self._stream.synchronize()
+            self._forget_recordings()
+        if self._windows is None:
+            self._start(step.guided, self._enqueue)
+            return
+        tensors, totals = self._rows(step.guided), self._totals(step.guided)
+        self._prepare(self._stream, tensors, self._made["input"], 1)
+        for total in totals:
+            self._stream.launch("clear", self._count, total)
+        for _ in range(self.windows_of_a_step):
+            self._start(step.guided, self._enqueue_window)
+        self._combine(self._stream, totals)
+
+    def _start(self, kind: bool, enqueue: Callable[[Stream, bool], None]) -> None:
+        """Start what all steps of a kind, or all their windows, have in common: as it is, or recorded."""
+        if kind in self._recorded:
+            self._recorded[kind].launch(self._stream)
+            return
+        self._runs[kind] = self._runs.get(kind, 0) + 1
+        if self._runs[kind] > 1 and self._is_recordable:  # the first run lets libraries allocate what they need
+            self._recorded_on = self._memory_version
+            self._recorded[kind] = self._stream.capture(lambda stream: enqueue(stream, kind))
+            self._recorded[kind].launch(self._stream)
+        else:
+            enqueue(self._stream, kind)
+
+    @property
+    def _is_recordable(self) -> bool:
+        return self._controlnet.can_be_recorded and self._unet.can_be_recorded
+
+    @contextmanager
+    def networks(self, guided: bool) -> Iterator[Callable[[], None]]:
+        """Give what starts the networks alone, on whatever values their inputs have."""
+        tensors = self._rows(guided)
+        if not self._is_recordable:
+            yield lambda: self._enqueue_networks(self._stream, tensors)
+            return
+        self._enqueue_networks(self._stream, tensors)
+        recorded = self._stream.capture(lambda stream: self._enqueue_networks(stream, tensors))
+        try:
+            yield lambda: recorded.launch(self._stream)
+        finally:
+            self._stream.synchronize()
+            recorded.close()
+
+    def _rows(self, guided: bool) -> dict[str, Buffer]:
+        """Return the networks' arrays, as far as a step of a kind uses them."""
+        rows = (2 if guided else 1) * self.photos
+        return {
+            name: buffer if name == "control_scale" else buffer.rows(0, rows) for name, buffer in self._tensors.items()
+        }
+
+    @property
+    def _count(self) -> int:
+        return int(np.prod(self.x.shape))
+
+    def _totals(self, guided: bool) -> tuple[Buffer, ...]:
+        """Return where the windows' predictions are added up: the positive, and if there is one the negative text's."""
+        return tuple(self._made[name] for name in (("pos", "neg") if guided else ("pos",)))
+
+    def _predictions(self, eps: Buffer, guided: bool) -> tuple[Buffer, ...]:
+        """Return the same of a network's output."""
+        return tuple(
+            eps.rows(first, first + self.photos) for first in range(0, (1 + guided) * self.photos, self.photos)
+        )
+
+    def _enqueue(self, stream: Stream, guided: bool) -> None:
+        """Put a step at the whole latent on the stream."""
+        tensors = self._rows(guided)
+        self._prepare(stream, tensors, tensors["x"], 2 if guided else 1)
+        self._enqueue_networks(stream, tensors)
+        self._combine(stream, self._predictions(tensors["eps"], guided))
+
+    def _enqueue_window(self, stream: Stream, guided: bool) -> None:
+        """Put a step's next window on the stream."""
+        assert self._windows is not None
+        tensors, window = self._rows(guided), self._made["window"]
+        for image, name in (("input", "x"), ("photos", "lq")):
+            self._windows.take(stream, window, self._made[image], tensors[name], 2 if guided else 1)
+        self._enqueue_networks(stream, tensors)
+        for total, part in zip(self._totals(guided), self._predictions(tensors["eps"], guided), strict=True):
+            self._windows.add(stream, window, part, total)
+        stream.launch("advance_window", 1, window, self.windows_of_a_step)
+
+    def _prepare(self, stream: Stream, tensors: Mapping[str, Buffer], network_x: Buffer, passes: int) -> None:
+        stream.launch(
+            "prepare_step",
+            self._count,
+            self.table,
+            self.step,
+            self.noise,
+            self.x,
+            network_x,
+            tensors["timestep"],
+            tensors["control_scale"],
+            passes,
+            tensors["timestep"].shape[0],
+        )
+
+    def _combine(self, stream: Stream, predictions: Sequence[Buffer]) -> None:
+        stream.launch(
+            "combine_step",
+            self._count,
+            self.table,
+            self.step,
+            predictions[0],
+            predictions[1] if len(predictions) > 1 else None,
+            self.center,
+            self.noise,
+            self.x,
+            self.previous,
+        )
+        stream.launch("advance_step", 1, self.step)
+
+    def _enqueue_networks(self, stream: Stream, tensors: Mapping[str, Buffer]) -> None:
+        for runner in (self._controlnet, self._unet):
+            spec = runner.spec
+            runner.enqueue(
+                stream,
+                {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
+                {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
+            )
+
+
+def stack_texts(parts: Sequence[NDArray[np.generic]], photos: int) -> NDArray[np.generic]:
+    """Return one row per photo and text: all photos with the first text, then all with the next.
+
+    Args:
+        parts: a text's context f[77k,C] or vector f[V] each.
+        photos: how many.
+    """
+    return np.concatenate([np.repeat(part[None], photos, axis=0) for part in parts])

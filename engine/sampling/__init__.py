@@ -1,0 +1,1 @@
+"""Noise schedules, guidance, samplers as tables, noise and tiles. Pure NumPy."""

@@ -1,0 +1,1 @@
+"""A build: request, plan, steps, verification, the command."""

@@ -1,0 +1,156 @@
+"""The bundle's weights: one safetensors file, written in one pass, read by every graph.
+
+Tensors are merged, cast and written a few at a time, so the model is never held in memory.
+Graphs point into the file by offset (ONNX external data), and a new checkpoint of the same
+architecture replaces this file alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+
+from engine.bundle.graphspec import DType
+from engine.errors import BuildError, CheckpointError, from_os_error
+from export.checkpoint.checkpoint import LazyTensor, is_finite
+from export.checkpoint.lora import LoadedLora, merge_into
+from export.graphs.definitions import NUMPY_DTYPES
+
+WEIGHTS = "weights.safetensors"
+#: Data starts at a page and large tensors at a cache line, for whoever maps the file.
+_PAGE_BYTES = 4096
+_LINE_BYTES = 64
+_ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FORMAT_NAMES: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a tensor lies in the weights file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights file before it is written: its header and every tensor's place."""
+
+    header: bytes
+    weights: dict[str, Weight]
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(weight.bytes for weight in self.weights.values())
+
+
+def plan_layout(wanted: Iterable[Weight]) -> Layout:
+    """Return where each tensor will lie.
+
+    Args:
+        wanted: their names, dtypes and shapes; offsets are ignored.
+    """
+    # The format allows no gaps: what does not fill its last cache line goes to the end.
+    ordered = sorted(wanted, key=lambda weight: weight.bytes % _LINE_BYTES != 0)
+    starts = dict(zip(ordered, accumulate((weight.bytes for weight in ordered), initial=0), strict=False))
+    entries = {
+        weight.name: {
+            "dtype": _FORMAT_NAMES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [start, start + weight.bytes],
+        }
+        for weight, start in starts.items()
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE_BYTES)  # trailing spaces are allowed, and meant for this
+    header = struct.pack("<Q", len(text)) + text
+    placed = {weight.name: replace(weight, offset=len(header) + start) for weight, start in starts.items()}
+    return Layout(header, placed)
+
+
+def write_weights(
+    path: Path,
+    layout: Layout,
+    sources: Mapping[str, LazyTensor],
+    loras: Sequence[LoadedLora],
+    progress: Callable[[int], None] = lambda _: None,
+) -> str:
+    """Merge, cast and write all weights.
+
+    Args:
+        path: of the file; overwritten.
+        layout: from `plan_layout`.
+        sources: the base's tensors by the weights' names.
+        loras: merged in float64 before the cast.
+        progress: told the bytes written since the last call.
+    Returns:
+        The file's SHA-256.
+    Raises:
+        CheckpointError: a value is not finite.
+        BuildError: a value does not fit the precision.
+        OutputError: the disk is full or not writable.
+    """
+    digest = hashlib.sha256(layout.header)
+    try:
+        with path.open("wb") as file:
+            file.write(layout.header)
+            for data in _merged(layout, sources, loras):
+                file.write(data)
+                digest.update(data)
+                progress(len(data))
+    except OSError as error:
+        raise from_os_error(error, path, "write the weights") from error
+    return digest.hexdigest()
+
+
+def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]) -> Iterator[memoryview]:
+    """Yield the bytes of every weight, in order; the next ones are computed while one is written."""
+    workers = cpu_count() or 1
+    with ThreadPoolExecutor(workers, "merging") as pool:
+        ahead: deque[Future[memoryview]] = deque()
+        try:
+            for weight in layout.weights.values():
+                ahead.append(pool.submit(_one, weight, sources[weight.name], loras))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
+
+
+def _one(weight: Weight, source: LazyTensor, loras: Sequence[LoadedLora]) -> memoryview:
+    """Return the bytes of one weight, merged and cast."""
+    base = source.read()
+    where = f"{source.file.name}: {source.name}"
+    if not is_finite(base):
+        raise CheckpointError("a tensor holds values that are not finite", where=where)
+    merged = merge_into(base, weight.name, loras)
+    with np.errstate(over="ignore"):  # told below, by name
+        cast = merged.astype(NUMPY_DTYPES[weight.dtype], copy=False)
+    if cast is not base and not is_finite(cast):
+        raise BuildError(
+            f"a weight does not fit {weight.dtype}",
+            where=where,
+            found=f"values up to {float(np.abs(merged.astype(np.float64)).max()):.3g}",
+            fix="build with --precision bf16 or fp32",
+        )
+    return np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data

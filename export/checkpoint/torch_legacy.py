@@ -1,0 +1,68 @@
+"""Pickles in the format that torch wrote before version 1.6, read by torch itself; such files cannot be mapped."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import torch
+from numpy.typing import NDArray
+
+from engine.errors import CheckpointError
+from export.checkpoint.mapped import DOWNLOAD_AGAIN, StoredTensor
+
+
+def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file, by their names; `weights_only=True`, so no code of the file runs.
+
+    Raises:
+        CheckpointError: damaged, or a pickle of more than tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "the pickle holds more than tensors, so it is not loaded: it could run any code",
+            where=path,
+            expected="a dictionary of tensors",
+            found=_first_line(error),
+            fix="convert it to .safetensors where you trust it",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            "not a whole checkpoint", where=path, found=_first_line(error), fix=DOWNLOAD_AGAIN
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            "not a dictionary of tensors", where=path, expected="tensors by name", found=type(content).__name__
+        )
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                "the pickle holds more than tensors",
+                where=f"{path}: {name}",
+                expected="a tensor",
+                found=type(value).__name__,
+            )
+    return {str(name): _stored(value) for name, value in content.items()}
+
+
+def _stored(tensor: torch.Tensor) -> StoredTensor:
+    array = _as_array(tensor.detach())
+    return StoredTensor(tuple(tensor.shape), array.dtype, 0, lambda: array)
+
+
+def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first sentence of torch's message, which colours its advice, without the colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0].split(". ")[0]

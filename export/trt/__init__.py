@@ -1,0 +1,1 @@
+"""TensorRT plans: profiles, compilation, the audit of precisions."""
