@@ -24,9 +24,10 @@ from engine.backends.base import Backend, Runner
 from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle
-from engine.device.interface import STREAMS, Array, Buffer, Device, Stream, stream_of
+from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
 from engine.errors import BackendError
 from engine.memory.residency import Activations
+from engine.recipe import stream_of
 from export.graphs.builder import call_arguments
 
 

@@ -89,6 +89,10 @@ class BackendError(RestoreError):
     """A backend is missing, cannot run a graph, or was called with wrong tensors."""
 
 
+class DoesNotFitError(BackendError):
+    """A size that memory does not hold, or that a plan was not compiled for; a smaller one may fit."""
+
+
 class ImageError(RestoreError):
     """An image cannot be read or is of a kind that is not restored."""
 
