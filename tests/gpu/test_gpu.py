@@ -179,8 +179,8 @@ def test_a_restoration_is_the_cpu_s(on_gpu, restorer, photo, record_property):
 
 def test_windows_and_tiles_are_the_cpu_s(on_gpu, restorer, photo, monkeypatch, record_property):
     wide = np.concatenate([photo, photo[:, ::-1]], axis=1)
-    for each in (on_gpu, restorer):
-        monkeypatch.setattr(each, "size_plan", lambda *_: SizePlan(64, 64))
+    monkeypatch.setattr("engine.pipeline.restorer.choose_plan", lambda *_: SizePlan(64, 64))
+    monkeypatch.setattr("engine.pipeline.restorer.device_plans", lambda *_: [SizePlan(64, 64)])
     found, expected = (r.restore(wide, steps=4).photo.rgb for r in (on_gpu, restorer))
     worst = psnr(found, expected)
     record_property("psnr_db", round(float(worst), 2))
@@ -198,9 +198,9 @@ def test_networks_agree_with_the_reference(on_gpu, reference):
         "vector": reference["net/vector"].astype(wide),
     }
     inputs = {"lq": reference["net/lq_latent"]}
-    controls = on_gpu._run("controlnet", {**shared, "lq": inputs["lq"]}, "controlnet", None)
+    controls = on_gpu.stages._run("controlnet", {**shared, "lq": inputs["lq"]}, "controlnet", None)
     scale = np.ones(1, np.float32)
-    eps = on_gpu._run("unet", {**shared, **controls, "control_scale": scale}, "unet", None)["eps"]
+    eps = on_gpu.stages._run("unet", {**shared, **controls, "control_scale": scale}, "unet", None)["eps"]
     assert_golden(eps, reference["net/eps_control_scale_1.0"], 5e-3 if half else 5e-5)
 
 
@@ -288,7 +288,7 @@ def test_two_streams_give_what_one_at_a_time_gives(on_gpu, photo, monkeypatch):
     """Whatever is missing between them shows when everything waits for everything."""
     changes = {"steps": 4, "restore_pull": 4.0}
     overlapped = [on_gpu.restore(photo, **changes).photo.rgb for _ in range(5)]
-    stream = type(on_gpu._session._main)
+    stream = type(on_gpu._session._streams["main"])
     record = stream.record
 
     def record_and_wait(self):
@@ -307,7 +307,7 @@ def test_what_a_size_needs_is_what_it_takes(build_bundle, tmp_path_factory, gpu,
     path = _built(build_bundle, tmp_path_factory.mktemp("memory"), backend, "fp16", gpu)
     before, _ = gpu.memory_bytes()
     with Restorer.open(path) as opened:
-        told = opened.gpu_memory((64, 64), opened.defaults)
+        told = opened.plan((64, 64), opened.defaults).memory.as_data()
         opened.restore(photo, steps=3)
         taken = before - gpu.memory_bytes()[0]
     record_property("told_bytes", told["peak_bytes"])
@@ -340,7 +340,7 @@ def test_a_budget_gives_the_same_photo(build_bundle, tmp_path_factory, gpu, phot
         **changes,
     )
     with Restorer.open(path) as opened:
-        told = opened.gpu_memory((64, 64), opened.defaults.updated({"steps": 3}))
+        told = opened.plan((64, 64), opened.defaults.updated({"steps": 3})).memory.as_data()
         expected = opened.restore(photo, steps=3).photo.rgb
         weights = {name: graph.weights_bytes for name, graph in opened.bundle.manifest.graphs.items()}
     fixed = told["activations_bytes"] + told["buffers_bytes"]
@@ -349,7 +349,7 @@ def test_a_budget_gives_the_same_photo(build_bundle, tmp_path_factory, gpu, phot
     with Restorer.open(path, vram_budget_gib=budget / 2**30) as opened:
         for _ in range(2):
             found = opened.restore(photo, steps=3).photo.rgb
-        told = opened.gpu_memory((64, 64), opened.defaults.updated({"steps": 3}))
+        told = opened.plan((64, 64), opened.defaults.updated({"steps": 3})).memory.as_data()
     same = np.array_equal(found, expected)
     record_property("psnr_db", "same" if same else round(float(psnr(found, expected)), 2))
     assert bool(told["streamed"]) == streaming

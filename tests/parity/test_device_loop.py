@@ -9,12 +9,12 @@ ort = pytest.importorskip("onnxruntime")
 
 from stand_in import HostBackend, HostDevice, needs_compiler
 
-from engine import Restorer, pipeline
+from engine import Restorer
 from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import open_bundle
 from engine.cli.command import restore
 from engine.device.cuda import OutOfMemoryError
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, DoesNotFitError, UsageError
 from engine.memory.residency import Activations
 from engine.memory.size_plan import SizePlan
 from engine.pipeline.device_loop import LOOK_AHEAD
@@ -205,7 +205,7 @@ def opened_with(bundle, folder, budget, photo, **changes):
         setattr(backend, name, value)
     with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
         results = [restorer.restore(photo, steps=2, restore_pull=3.0).photo.rgb for _ in range(2)]
-        told = restorer.gpu_memory((128, 64), restorer.defaults.updated({"steps": 2, "restore_pull": 3.0}))
+        told = restorer.plan((128, 64), restorer.defaults.updated({"steps": 2, "restore_pull": 3.0})).memory.as_data()
     assert np.array_equal(*results)
     assert backend.device.in_use == 0
     return backend, results[0], told
@@ -236,7 +236,7 @@ def test_a_loop_that_stays_keeps_its_recordings_while_others_come_and_go(bundle_
     sizes = weights(bundle)
     backend = HostBackend(HostDevice(folder))
     with Restorer(bundle, backend) as restorer:
-        everything = restorer.gpu_memory((128, 64), restorer.defaults.updated({"steps": 4}))["peak_bytes"]
+        everything = restorer.plan((128, 64), restorer.defaults.updated({"steps": 4})).memory.residency.peak_bytes
     backend = HostBackend(HostDevice(folder))
     budget = everything - min(sizes["vae_encoder"], sizes["denoise_encoder"])
     with Restorer(bundle, backend, vram_budget_bytes=budget) as restorer:
@@ -314,7 +314,7 @@ def test_buffers_are_what_was_said_before(bundle_fp32, folder, photo, changes):
     backend = HostBackend(HostDevice(folder))
     with Restorer(open_bundle(bundle_fp32), backend) as restorer:
         settings = restorer.defaults.updated({"restore_pull": 2.0, **changes})
-        told = restorer.gpu_memory((128, 64), settings)["buffers_bytes"]
+        told = restorer.plan((128, 64), settings).memory.requirements.buffers
         restorer.restore(photo, **settings.model_dump())
         latent = 4 * 8 * 16 * 4  # "z", which only a loop that leaves needs
         assert told - latent == backend.device.in_use
@@ -323,24 +323,24 @@ def test_buffers_are_what_was_said_before(bundle_fp32, folder, photo, changes):
 PLANS = {"windows": SizePlan(64), "tiles": SizePlan(None, 64), "both": SizePlan(64, 64)}
 
 
-def worked_at(monkeypatch, plan, *restorers):
-    for restorer in restorers:
-        monkeypatch.setattr(restorer, "size_plan", lambda *_: plan)
+def choose(monkeypatch, plan):
+    monkeypatch.setattr("engine.pipeline.restorer.choose_plan", lambda *_: plan)
+    monkeypatch.setattr("engine.pipeline.restorer.device_plans", lambda *_: [plan])
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["edm", "edm, guided at first only", "edm, everything", "dpmpp2m, pulled"])
 def test_windows_and_tiles_are_the_hosts_to_the_bit(on_device, on_host, photo, monkeypatch, name, plan):
     whole = on_host.restore(photo, seed=3, **SETTINGS[name]).photo.rgb
-    worked_at(monkeypatch, PLANS[plan], on_device, on_host)
+    choose(monkeypatch, PLANS[plan])
     found, expected = (r.restore(photo, seed=3, **SETTINGS[name]) for r in (on_device, on_host))
     assert np.array_equal(found.photo.rgb, expected.photo.rgb)
     assert not np.array_equal(found.photo.rgb, whole)
-    assert found.history["size_plan"] == PLANS[plan].as_data()
+    assert PLANS[plan].as_data().items() <= found.history["plan"].items()
 
 
 def test_photos_of_a_batch_have_windows_too(on_device, on_host, photo, monkeypatch):
-    worked_at(monkeypatch, PLANS["both"], on_device, on_host)
+    choose(monkeypatch, PLANS["both"])
     photos = [photo, photo[:, ::-1]]
     for seeds in ([1, 2], [7, 8]):
         found, expected = (r.restore_batch(photos, seeds=seeds, steps=2) for r in (on_device, on_host))
@@ -349,7 +349,7 @@ def test_photos_of_a_batch_have_windows_too(on_device, on_host, photo, monkeypat
 
 
 def test_a_window_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(on_device, photo, device, monkeypatch):
-    worked_at(monkeypatch, PLANS["windows"], on_device)
+    choose(monkeypatch, PLANS["windows"])
     on_device.restore(photo, steps=4)
     assert len(device.of("capture")) == 1
     assert len(device.of("replay")) == 4 * 3 - 1  # three windows; the first is not replayed
@@ -369,9 +369,9 @@ def test_a_window_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(
 def test_memory_in_windows_is_flat_and_what_was_said(bundle_fp32, folder, photo, monkeypatch, plan):
     backend = HostBackend(HostDevice(folder))
     with Restorer(open_bundle(bundle_fp32), backend) as restorer:
-        worked_at(monkeypatch, PLANS[plan], restorer)
+        choose(monkeypatch, PLANS[plan])
         settings = restorer.defaults.updated({"restore_pull": 2.0, "steps": 2})
-        told = restorer.gpu_memory((128, 64), settings)["buffers_bytes"]
+        told = restorer.plan((128, 64), settings).memory.requirements.buffers
         restorer.restore(photo, **settings.model_dump())
         used = backend.device.in_use
         assert told - 4 * 8 * 16 * 4 == used  # but for "z", which only a loop that leaves needs
@@ -381,7 +381,7 @@ def test_memory_in_windows_is_flat_and_what_was_said(bundle_fp32, folder, photo,
 
 
 def test_a_run_that_was_cancelled_amid_windows_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
-    worked_at(monkeypatch, PLANS["windows"], on_device, on_host)
+    choose(monkeypatch, PLANS["windows"])
 
     def stop(progress):
         raise CancelledError
@@ -394,7 +394,7 @@ def test_a_run_that_was_cancelled_amid_windows_does_not_show_in_the_next(on_devi
 
 
 def test_a_run_that_failed_amid_tiles_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
-    worked_at(monkeypatch, PLANS["tiles"], on_device, on_host)
+    choose(monkeypatch, PLANS["tiles"])
     expected = on_host.restore(photo, steps=2).photo.rgb
     on_device.restore(photo, steps=2)
     decoder = on_device._runners.opened["vae_decoder"]
@@ -426,7 +426,7 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
         backend = Growing(HostDevice(folder, total_bytes=int(gib * 2**30)))
         with Restorer(bundle, backend) as restorer:
             settings = restorer.defaults.updated(changes)
-            return restorer.size_plan((512, 1024), settings)
+            return restorer.plan((512, 1024), settings).size_plan
 
     cells = 64 * 128
     everything = (4 + 1) * cells / 1024
@@ -434,7 +434,8 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     assert plan_on(everything + 2) == SizePlan(256)  # beyond four windows' area
     assert plan_on(8 + 16 + 2, tile="off") == SizePlan(None, 512)
     assert plan_on(8 + 16 + 2) == SizePlan(256, 512)
-    assert plan_on(0.1) == SizePlan(256, 256)  # the smallest; that it does not fit is told where it is restored
+    with pytest.raises(DoesNotFitError, match="out of GPU memory"):
+        plan_on(0.1)
     assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
     with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
         plan_on(1000, vae_tiles="exact")
@@ -446,7 +447,6 @@ def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried_once(bundle
     backend = HostBackend(HostDevice(folder))
     photo, notes = np.random.default_rng(1).random((128, 192, 3), dtype=np.float32), []
     with Restorer(open_bundle(bundle_fp32), backend) as restorer:
-        restorer.on_note = notes.append
         make = backend.device.buffer
 
         def buffer(shape, dtype):
@@ -455,7 +455,7 @@ def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried_once(bundle
             return make(shape, dtype)
 
         monkeypatch.setattr(backend.device, "buffer", buffer)
-        result = restorer.restore(photo, steps=2, min_size=64)
+        result = restorer.restore(photo, steps=2, min_size=64, on_note=notes.append)
         assert len(notes) == 1
         assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
         again = on_host.restore(photo, steps=2, min_size=64, tile=128)
@@ -499,13 +499,15 @@ def test_networks_are_timed_alone_as_steps_run_them_and_change_nothing(on_device
 def test_the_command_says_what_a_size_needs_before_it_starts(
     bundle_fp32, folder, photo_path, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(pipeline, "make_backend", lambda name, **options: HostBackend(HostDevice(folder)))
+    monkeypatch.setattr(
+        "engine.pipeline.restorer.make_backend", lambda name, **options: HostBackend(HostDevice(folder))
+    )
     out = tmp_path / "out.png"
     arguments = [str(photo_path), "-o", str(out), "--bundle", str(bundle_fp32), "--steps", "1", "--min-size", "64"]
     assert restore([*arguments, "--upscale", "0.25", "--json"]) == 0
     said = capsys.readouterr()
     (report,) = json.loads(said.out)
-    memory = report["gpu_memory"]
+    memory = report["plan"]["memory"]
     (line,) = [line for line in said.err.splitlines() if "of GPU memory" in line]
     assert memory["text"] in line
     parts = sum(memory[f"{name}_bytes"] for name in ("weights", "activations", "buffers"))
@@ -514,5 +516,5 @@ def test_the_command_says_what_a_size_needs_before_it_starts(
     options = ["--upscale", "0.25", "--json", "--quiet", "--overwrite", "--vram-budget", str(budget)]
     assert restore([*arguments, *options]) == 0
     said = capsys.readouterr()
-    assert json.loads(said.out)[0]["gpu_memory"]["loaded_by_stage"]
+    assert json.loads(said.out)[0]["plan"]["memory"]["loaded_by_stage"]
     assert "of GPU memory" not in said.err

@@ -18,7 +18,7 @@ NET, VAE, TEXT, SAMPLE = 5e-6, 2e-5, 2e-6, 1e-5
 
 
 def run_of(restorer):
-    return lambda graph, inputs: restorer._run(graph, inputs, graph, None)
+    return lambda graph, inputs: restorer.stages._run(graph, inputs, graph, None)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from golden import relative_l2
 
 from engine import Restorer
 from engine.errors import BackendError, UsageError
-from engine.memory.size_plan import SizePlan, settings_of
+from engine.memory.size_plan import SizePlan
 from engine.memory.vae_slices import ByRows
+from engine.pipeline.plan import recorded_size_plan
 from engine.sampling.tiling import Tiling
 
 STEPS = {"steps": 2, "min_size": 64}
@@ -53,12 +54,11 @@ def test_windows_differ_from_the_whole_and_not_by_how_many_go_at_once(restorer, 
 
 def test_a_window_as_large_as_the_latent_is_the_whole_bit_for_bit(restorer, latents):
     assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, windows=Tiling(16, 24, 32, 16)))
-    assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, tile=256))
 
 
-def test_the_setting_makes_the_windows(restorer, latents):
-    by_setting = sampled(restorer, latents, tile=128)
-    assert np.array_equal(by_setting, sampled(restorer, latents, windows=Tiling(16, 24, 16, 8)))
+def test_the_setting_makes_the_windows(restorer):
+    settings = restorer.defaults.updated({**STEPS, "tile": 128})
+    assert restorer.plan((192, 128), settings).windows == Tiling(16, 24, 16, 8)
 
 
 def test_a_prompt_for_a_window_changes_that_window_alone(restorer, latents):
@@ -100,12 +100,11 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
         pixels = restorer.stages.decode(latents)
         whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
-        restorer.on_tile = lambda stage, done, total: told.append((stage, done, total))
-        way = ByRows(band_bytes)
+        rows = {"way": ByRows(band_bytes), "on_tile": lambda *at: told.append(at)}
         by_rows = [
-            restorer.stages.decode(latents, way=way),
-            restorer.stages.encode_clean(pixels, way=way),
-            restorer.stages.encode(pixels, way=way),
+            restorer.stages.decode(latents, **rows),
+            restorer.stages.encode_clean(pixels, **rows),
+            restorer.stages.encode(pixels, **rows),
         ]
     for found, expected in zip(by_rows, whole, strict=True):
         assert found.shape == expected.shape
@@ -126,8 +125,7 @@ def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
 def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
     by_rows = restorer.restore(photo, **STEPS, vae_tiles="exact")
-    assert by_rows.history["size_plan"] == {"window_px": None, "vae_tile_px": None, "vae_by_rows": True}
-    assert settings_of(by_rows.history) == {"vae_tiles": "exact"}
+    assert recorded_size_plan(by_rows.history, (192, 128)) == SizePlan(vae_by_rows=True)
     np.testing.assert_allclose(by_rows.photo.rgb, whole.photo.rgb, atol=1e-4)
 
 
@@ -138,7 +136,7 @@ def short_of_memory(bundle_fp32, monkeypatch):
         refused = []
 
         def make(limit):
-            inner = opened._run
+            inner = opened.stages._run
 
             def run(graph, inputs, stage, times):
                 if graph == "unet" and inputs["x"].shape[3] > limit:
@@ -146,7 +144,7 @@ def short_of_memory(bundle_fp32, monkeypatch):
                     raise BackendError("out of memory", where=graph)
                 return inner(graph, inputs, stage, times)
 
-            monkeypatch.setattr(opened, "_run", run)
+            monkeypatch.setattr(opened.stages, "_run", run)
             return opened, refused
 
         yield make
@@ -155,15 +153,14 @@ def short_of_memory(bundle_fp32, monkeypatch):
 def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memory, photo):
     restorer, refused = short_of_memory(16)
     notes = []
-    restorer.on_note = notes.append
-    result = restorer.restore(photo, **STEPS)
+    result = restorer.restore(photo, **STEPS, on_note=notes.append)
     assert result.photo.size == (192, 128)
     assert len(refused) == 1
     assert notes == list(result.notes) == result.history["notes"]
     assert notes[0].startswith("out of memory (sampled whole, decoded whole); tried again: ")
     assert notes[0].endswith("sampled in windows of 128 pixels, decoded by rows")
-    assert settings_of(result.history) == {"tile": 128, "vae_tiles": "exact"}
-    again = restorer.restore(photo, **{**result.settings.model_dump(), **settings_of(result.history)})
+    assert recorded_size_plan(result.history, (192, 128)) == SizePlan(128, vae_by_rows=True)
+    again = restorer.restore(photo, plan=restorer.plan((192, 128), result.settings, like=result.history))
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
     assert "notes" not in again.history
@@ -183,7 +180,7 @@ def test_other_errors_are_not_tried_again(restorer, photo, monkeypatch):
         calls.append(arguments)
         raise BackendError("ONNX Runtime failed")
 
-    monkeypatch.setattr(restorer, "_run", run)
+    monkeypatch.setattr(restorer.stages, "_run", run)
     with pytest.raises(BackendError, match="ONNX Runtime failed"):
         restorer.restore(photo, prompt="not yet seen", **STEPS)
     assert len(calls) == 1
@@ -191,24 +188,22 @@ def test_other_errors_are_not_tried_again(restorer, photo, monkeypatch):
 
 def test_the_record_says_how_it_was_worked_at(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
-    assert "size_plan" not in whole.history
+    assert recorded_size_plan(whole.history, (192, 128)) == SizePlan()
     tiled = restorer.restore(photo, **STEPS, tile=128)
-    assert tiled.history["size_plan"] == {"window_px": 128, "vae_tile_px": None, "vae_by_rows": False}
+    assert recorded_size_plan(tiled.history, (192, 128)) == SizePlan(128)
     assert tiled.history["settings"]["tile"] == 128
     told = []
-    restorer.on_tile = lambda *at: told.append(at)
-    restorer.restore(photo, **STEPS, tile=128)
-    restorer.on_tile = lambda *at: None
+    restorer.restore(photo, **STEPS, tile=128, on_tile=lambda *at: told.append(at))
     assert told == [("step", 1, 2), ("step", 2, 2)] * 2
 
 
 def test_the_record_keeps_what_was_asked_beside_what_was_chosen(restorer, photo, monkeypatch):
     """So that a folder that is gone on with knows its results, and `--like` repeats the windows."""
-    monkeypatch.setattr(restorer, "size_plan", lambda *_, **__: SizePlan(128))
+    monkeypatch.setattr("engine.pipeline.restorer.choose_plan", lambda *_: SizePlan(128))
     result = restorer.restore(photo, **STEPS)
     assert result.history["settings"] == restorer.defaults.updated(STEPS).model_dump(mode="json")
     assert result.history["settings"]["tile"] == "auto"
-    assert settings_of(result.history) == {"tile": 128}
+    assert recorded_size_plan(result.history, (192, 128)) == SizePlan(128)
 
 
 def test_a_side_that_is_no_multiple_is_refused(restorer, photo):
@@ -227,4 +222,4 @@ def test_every_size_comes_back_as_it_is_times_the_scale(restorer, size, upscale)
     result = restorer.restore(photo, steps=1, min_size=64, upscale=upscale)
     assert result.photo.size == tuple(int(side * upscale + 0.5) for side in size)
     assert np.isfinite(result.photo.rgb).all()
-    assert restorer.size_plan((64, 64), restorer.defaults) == SizePlan()
+    assert restorer.plan((64, 64), restorer.defaults).size_plan == SizePlan()

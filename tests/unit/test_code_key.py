@@ -71,6 +71,15 @@ def test_everything_else_does(key, old, new):
     assert key(CODE.replace(old, new)) != key(CODE)
 
 
+def test_where_our_own_modules_lie_does_not_count_but_what_is_imported_of_them(key):
+    assert key("from engine.graphspec import A\nimport math") == key(
+        "import math\nfrom engine.bundle.graphspec import A"
+    )
+    assert key("from engine.graphspec import A") != key("from engine.graphspec import B")
+    assert key("from engine.graphspec import A") != key("from engine.graphspec import A as B")
+    assert key("from elsewhere import A") != key("from nowhere import A")
+
+
 def test_the_order_of_files_counts(key):
     assert key("a = 1", "b = 2") != key("b = 2", "a = 1")
     assert key("a = 1", "b = 2") != key("a = 1\nb = 2")
@@ -81,4 +90,4 @@ def test_the_key_is_the_same_on_every_python(key):
     assert key(CODE) == KEY
 
 
-KEY = "87ffc68954b35c783ceceff4b9a9d97875850f4c2a7bf4cda3c27567ee422e53"
+KEY = "2e7279f97eaf8b18d6b7cf2b6c8bf6b68a2c667ba95fdc0b86a2472563f1ac86"

@@ -17,15 +17,18 @@ from layouts import our_shapes
 from engine.backends.ort import OrtBackend
 from engine.backends.runners import Runners
 from engine.bundle.graphspec import resolve
-from engine.bundle.manifest import GRAPHS, VAE_GRAPHS, open_bundle
+from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, BundleError
 from engine.memory.vae_slices import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
+from engine.recipe import GRAPHS, RECIPE
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
 from export.graphs.traces import SHIPPED, read_trace, trace_file
 from export.graphs.vae_segments import cut, pieces_key
 
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
+
+VAE_GRAPHS = sorted({graph for each in RECIPE if each.kind == "vae" for graph in each.graphs})
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from engine.errors import BackendError
 from engine.memory.residency import (
     PHASES,
     Activations,
+    MemoryPlan,
     MemoryRequirements,
-    Work,
+    Workload,
     choose_kept,
     choose_resident_graphs,
-    describe,
     needed_beside,
     plan_residency,
 )
@@ -156,19 +156,19 @@ def test_what_helps_is_told(free, budget, words):
 
 def test_a_line_says_what_a_size_needs():
     found = plan_residency(NEED, 10 << 30, None, where="ours")
-    told = describe(NEED, found, 10 << 30)
+    told = MemoryPlan(NEED, found, 10 << 30).as_data()
     assert told["text"] == (
         "needs 8.25 GiB of GPU memory (weights 7 GiB, activations 1 GiB, buffers 256 MiB), 10 GiB free"
     )
     parts = (told[f"{name}_bytes"] for name in ("weights", "activations", "buffers"))
     assert sum(parts) == told["peak_bytes"] == EVERYTHING
     found = plan_residency(NEED, 10 << 30, ONE_PHASE, where="ours")
-    told = describe(NEED, found, 10 << 30)
+    told = MemoryPlan(NEED, found, 10 << 30).as_data()
     assert told["text"].startswith("needs 3.25 GiB of GPU memory (weights 2 GiB, ")
     assert f"; loaded by stage: {', '.join(told['loaded_by_stage'])}" in told["text"]
     assert set(told["loaded_by_stage"]) == set(GRAPHS) - found.kept
     unknown = MemoryRequirements(NEED.weights, dict.fromkeys(GRAPHS, Activations(None)))
-    told = describe(unknown, plan_residency(unknown, 10 << 30, None, where="ours"), 10 << 30)
+    told = MemoryPlan(unknown, plan_residency(unknown, 10 << 30, None, where="ours"), 10 << 30).as_data()
     assert "activations not known beforehand" in told["text"]
     assert told["activations_bytes"] is None
 
@@ -180,7 +180,7 @@ def test_streamed_graphs_share_what_is_left_by_their_sizes():
     found = plan_residency(need, FREE, 210, where="ours")
     assert (found.on_device["controlnet"], found.on_device["unet"]) == (50, 150)
     assert found.streamed == {"controlnet", "unet"}
-    assert "weights streamed: controlnet, unet" in describe(need, found, FREE)["text"]
+    assert "weights streamed: controlnet, unet" in str(MemoryPlan(need, found, FREE))
 
 
 def test_streaming_counts_the_memory_that_it_takes():
@@ -208,7 +208,7 @@ def spec(name, *shape):
 
 
 def test_every_size_that_a_graph_is_run_at_is_counted():
-    work = Work(photos=3, height=8, width=16, texts=2, chunks=4, passes=(1, 2), draws=5)
+    work = Workload(photos=3, height=8, width=16, texts=2, chunks=4, passes=(1, 2), draws=5)
     assert work.rows == 6
     assert work.sizes(spec("text_encoder", "B", 77)) == ({"B": 8},)
     assert work.sizes(spec("vae_decoder", "B", 4, "h", "w")) == ({"B": 3, "h": 8, "w": 16},)

@@ -19,9 +19,9 @@ from engine.memory.size_plan import (
     default_window,
     is_out_of_memory,
     sampling_bytes,
-    settings_of,
     vae_bytes,
 )
+from engine.pipeline.plan import recorded_size_plan
 from engine.settings import Settings
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
@@ -132,10 +132,12 @@ def test_only_lack_of_memory_is_tried_again():
 
 
 def test_a_result_repeats_its_windows():
-    assert settings_of({}) == settings_of({"size_plan": SizePlan().as_data()}) == {}
-    assert settings_of({"size_plan": SizePlan(1024).as_data()}) == {"tile": 1024}
-    assert settings_of({"size_plan": SizePlan(1024, 512).as_data()}) == {"tile": 1024, "vae_tiles": "fast"}
-    assert settings_of({"size_plan": SizePlan(vae_by_rows=True).as_data()}) == {"vae_tiles": "exact"}
+    for plan in (SizePlan(), SizePlan(1024), SizePlan(1024, 256), SizePlan(vae_by_rows=True)):
+        metadata = {"plan": {"size_px": [2048, 1024], **plan.as_data()}}
+        assert recorded_size_plan(metadata, (2048, 1024)) == plan
+        assert recorded_size_plan(metadata, (1024, 2048)) is None
+    for odd in ({}, {"plan": None}, {"plan": {"size_px": [64, 64], "window_px": "128"}}):
+        assert recorded_size_plan(odd, (64, 64)) is None
     assert str(SizePlan(1024)) == "sampled in windows of 1024 pixels, decoded whole"
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.device import cuda
-from engine.device.kernels import COLUMNS, KERNELS, cuda_source, noisy_steps, pack_table
+from engine.device.kernels import COLUMNS, KERNELS, cuda_source, pack_table
 from engine.errors import BackendError
 from engine.sampling.guidance import Ramp, RestorationPull
 from engine.sampling.sampler import dpmpp2m_table, edm_table
@@ -43,7 +43,7 @@ def test_a_row_says_what_its_step_says():
 
 def test_only_steps_that_use_noise_have_a_field():
     table = dpmpp2m_table(karras_sigmas(6), **COMMON)
-    assert noisy_steps(table) == (1, 2, 3, 4)
+    assert table.noisy_steps == (1, 2, 3, 4)
     assert list(column(pack_table(table), "draw")) == [0, 0, 1, 2, 3, 0]
     assert list(column(pack_table(table), "keep")) == [1, 1, 1, 1, 0, 0]
 

@@ -15,7 +15,7 @@ import pytest
 from torch_pickles import FOUR_FLOATS, ORDERED_DICT, number, numbers, state, storage, tensor, text, zipped
 
 from engine.errors import CheckpointError
-from export.checkpoint.checkpoint import state_pickle
+from export.checkpoint import state_pickle
 from export.checkpoint.torch_zip import is_torch_zip, read_torch_zip
 
 
