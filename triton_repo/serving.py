@@ -74,12 +74,7 @@ class Serving(BaseModel):
 
     def pixels_allowed(self, bundle: Bundle) -> int:
         """Return how many pixels a photo may be worked at, on this computer."""
-        memory = total_memory_bytes()
-        return (
-            self.max_pixels
-            if memory is None
-            else min(self.max_pixels, pixels_in_memory(bundle, memory // _ATTENTION_SHARE))
-        )
+        return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
 
     def size_plan(self, bundle: Bundle, size: Size, settings: Settings) -> SizePlan:
         """Return how a photo of (width, height) pixels is worked at: sampled as the command line would, decoded whole.
