@@ -25,7 +25,7 @@ from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Array, Buffer, Device, Stream, stream_of
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 from engine.memory.residency import Activations
 from export.graphs.builder import call_arguments
 
@@ -265,7 +265,7 @@ def _translated(graph: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise BackendError(
+        raise OutOfMemoryError(
             "out of GPU memory",
             where=f"PyTorch: {graph}",
             found=str(error).split(".")[0],

@@ -89,6 +89,13 @@ class BackendError(RestoreError):
     """A backend is missing, cannot run a graph, or was called with wrong tensors."""
 
 
+class OutOfMemoryError(BackendError):
+    """A computer or a GPU has less memory left than was asked for: less at a time may help.
+
+    Backends raise it whatever their libraries raise, log or return, so that it can be told from other failures.
+    """
+
+
 class ImageError(RestoreError):
     """An image cannot be read or is of a kind that is not restored."""
 
@@ -127,3 +134,8 @@ def from_os_error(error: OSError, path: object, action: str) -> RestoreError:
     default = (os.strerror(error.errno) if error.errno else str(error), None)
     reason, fix = reasons.get(error.errno or 0, default)
     return OutputError(f"cannot {action}: {reason}", where=path, fix=fix)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, which is enough to know it by."""
+    return str(error).strip().split("\n")[0][:300]

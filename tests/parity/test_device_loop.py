@@ -13,9 +13,8 @@ from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import GRAPHS, open_bundle
 from engine.cli.command import restore
-from engine.device.cuda import OutOfMemoryError
 from engine.device.interface import stream_of
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, OutOfMemoryError, UsageError
 from engine.memory.residency import Activations
 from engine.memory.size_plan import SizePlan
 from engine.pipeline.device_loop import LOOK_AHEAD
