@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +22,13 @@ from engine.memory.residency import Activations
 _CUDA = "CUDAExecutionProvider"
 #: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.
 INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+#: Operators that do the work of a graph. Others may stay on the CPU: ONNX Runtime computes shapes there on purpose, so
+#: that its own refusal of the CPU (`session.disable_cpu_ep_fallback`) would refuse every graph that takes any size.
+_WORK = frozenset(
+    "Conv FusedConv NhwcConv NhwcFusedConv MatMul FusedMatMul Gemm Attention MultiHeadAttention Softmax Resize "
+    "InstanceNormalization GroupNorm LayerNormalization SkipLayerNormalization".split()
+)
 
 
 def check_provider() -> None:
@@ -81,7 +89,9 @@ class OrtCudaBackend:
             "use_tf32": "0",  # float32 means float32
         }
         missing = load_cuda_libraries()
-        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"])
+        recording = ort.SessionOptions()
+        recording.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"], recording)
         if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
             raise BackendError(
                 "ONNX Runtime's CUDA provider does not load",
@@ -89,6 +99,7 @@ class OrtCudaBackend:
                 found=missing[:300] or None,
                 fix=f"{INSTALL}, which brings the CUDA and cuDNN that it asks for; without them, --device cpu",
             )
+        check_placement(session, graph)
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
 
     def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
@@ -109,6 +120,29 @@ class OrtCudaBackend:
     def close(self) -> None:
         """Give the device back."""
         self.device.close()
+
+
+def check_placement(session: Any, graph: str) -> None:
+    """Find out whether ONNX Runtime left a graph's work on the CPU, which it does without a word.
+
+    Args:
+        session: opened with "session.record_ep_graph_assignment_info"; versions that do not record are believed.
+        graph: its name.
+    Raises:
+        BackendError: operators that do the work run on the CPU.
+    """
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    placed = ask() if ask is not None else ()
+    nodes = [node for part in placed if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+    left = [node for node in nodes if node.op_type in _WORK]
+    if left:
+        raise BackendError(
+            "ONNX Runtime left a part of the graph on the CPU",
+            where=graph,
+            expected="all of its work on the GPU",
+            found=f"{len(left)} of {', '.join(sorted({node.op_type for node in left}))}, such as {left[0].name!r}",
+            fix="use the newest onnxruntime-gpu, build the bundle with --precision fp16, or restore with --device cpu",
+        )
 
 
 class OrtBufferRunner(BufferRunner):
