@@ -26,8 +26,23 @@ INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxrunt
 #: Operators that do the work of a graph. Others may stay on the CPU: ONNX Runtime computes shapes there on purpose, so
 #: that its own refusal of the CPU (`session.disable_cpu_ep_fallback`) would refuse every graph that takes any size.
 _WORK = frozenset(
-    "Conv FusedConv NhwcConv NhwcFusedConv MatMul FusedMatMul Gemm Attention MultiHeadAttention Softmax Resize "
-    "InstanceNormalization GroupNorm LayerNormalization SkipLayerNormalization".split()
+    (
+        "Conv",
+        "FusedConv",
+        "NhwcConv",
+        "NhwcFusedConv",
+        "MatMul",
+        "FusedMatMul",
+        "Gemm",
+        "Attention",
+        "MultiHeadAttention",
+        "Softmax",
+        "Resize",
+        "InstanceNormalization",
+        "GroupNorm",
+        "LayerNormalization",
+        "SkipLayerNormalization",
+    )
 )
 
 

@@ -241,7 +241,7 @@ def _told(error: BaseException, job: Job, watch: Watch) -> RestoreError:
         fix = "close other programs, or work at a smaller size"
         return OutOfMemoryError("out of memory", where=job.photo, fix=fix)
     if isinstance(error, OSError):
-        return from_os_error(error, job.photo, "read or write")
+        return from_os_error(error, job.photo, "read or write", "either")
     watch.note("".join(traceback.format_exception(error)))
     fix = "report the lines above and the command"
     return UnexpectedError("this is a bug", where=job.photo, found=f"{type(error).__name__}: {error}", fix=fix)
