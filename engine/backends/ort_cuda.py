@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from engine.backends.buffers import BufferRunner
+from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.backends.ort import open_session, translated
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle
-from engine.device.interface import STREAMS, Buffer, Device, Stream, stream_of
+from engine.device.interface import Buffer, Device, Stream, stream_of
 from engine.errors import BackendError
-from engine.memory.residency import Activations
 
 _CUDA = "CUDAExecutionProvider"
 #: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.
@@ -75,7 +74,7 @@ def load_cuda_libraries() -> str:
     return " ".join(said.getvalue().split())
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(SelfAllocatingBackend):
     """ONNX Runtime's CUDA provider, on the streams of the loop.
 
     Args:
@@ -84,8 +83,8 @@ class OrtCudaBackend:
     """
 
     def __init__(self, device: Device, index: int) -> None:
-        self.device, self._index = device, index
-        self.streams = {name: device.stream() for name in STREAMS}
+        super().__init__(device)
+        self._index = index
 
     def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
         """Open a bundle's graph on the GPU; see `Backend`."""
@@ -116,25 +115,6 @@ class OrtCudaBackend:
             )
         check_placement(session, graph)
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
-
-    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
-        """Tell that ONNX Runtime's own arena grows as it runs, and that nobody knows how far."""
-        return Activations(None)
-
-    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
-        """ONNX Runtime has all weights on the device."""
-        return False
-
-    def limit_weights(self, on_device: Mapping[str, int]) -> None:
-        """See `DeviceBackend`; there is nothing that could be limited."""
-        assert not on_device, "no graph's weights can be streamed"
-
-    def reserve(self, stream: str, nbytes: int) -> None:
-        """See `DeviceBackend`; ONNX Runtime takes its memory itself."""
-
-    def close(self) -> None:
-        """Give the device back."""
-        self.device.close()
 
 
 def check_placement(session: Any, graph: str) -> None:
