@@ -181,7 +181,7 @@ def translated(error: Exception, graph: str) -> Exception:
         return OutOfMemoryError(
             "out of memory",
             where=graph,
-            found=f"no {format_bytes(int(asked[1]))} more" if asked else first_line(error),
+            found=f"{format_bytes(int(asked[1]))} more were asked for" if asked else first_line(error),
             fix="restore at a smaller size: a lower --upscale or --min-size",
         )
     if type(error).__module__.startswith("onnxruntime"):
