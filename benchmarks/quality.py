@@ -102,20 +102,19 @@ def _restore_all(lq: Rgb, degradation: Degradation, truth: Rgb, restorers: dict[
 
 def _stage_1(restorer: Any, enlarged: Rgb) -> Rgb:
     """Return what the denoise encoder and the decoder make of an image, without sampling."""
-    return _at_working_size(restorer, enlarged, restorer.encode)
+    return _at_working_size(restorer, enlarged, restorer.stages.encode)
 
 
 def _round_trip(restorer: Any, truth: Rgb) -> Rgb:
     """Return what the autoencoder gives back: the bound of what any restoration can reach."""
-    return _at_working_size(restorer, truth, restorer.encode_clean)
+    return _at_working_size(restorer, truth, restorer.stages.encode_clean)
 
 
 def _at_working_size(restorer: Any, rgb: Rgb, encode: Callable[[Any], Any]) -> Rgb:
-    from engine.image.photo import photo_from_array
 
-    size = restorer.working_size(photo_from_array(rgb), restorer.defaults.updated({"upscale": 1.0}))
+    size = restorer.working_size((rgb.shape[1], rgb.shape[0]), restorer.defaults.updated({"upscale": 1.0}))
     pixels = resize(rgb, size).transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)
-    decoded = restorer.decode(encode(np.ascontiguousarray(pixels)))[0].transpose(1, 2, 0)
+    decoded = restorer.stages.decode(encode(np.ascontiguousarray(pixels)))[0].transpose(1, 2, 0)
     return resize((decoded * 0.5 + 0.5).clip(0, 1).astype(np.float32), (rgb.shape[1], rgb.shape[0]))
 
 

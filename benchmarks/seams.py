@@ -83,24 +83,24 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
     tiles, windows = plan.vae_way(bundle, cells, cells), plan.windows(bundle, cells, cells)
     assert isinstance(tiles, Tiling)
     in_pixels = tiles.scaled(factor)
-    z_lq = restorer.encode(lq)
-    pixels = restorer.decode(z_lq)
-    center = restorer.encode_clean(pixels)
-    texts = restorer.conditioning(settings)
-    z = restorer.sample(z_lq, texts, settings, center=center)
-    in_windows = restorer.sample(z_lq, texts, settings, center=center, windows=windows)
+    z_lq = restorer.stages.encode(lq)
+    pixels = restorer.stages.decode(z_lq)
+    center = restorer.stages.encode_clean(pixels)
+    texts = restorer.stages.conditioning(settings)
+    z = restorer.stages.sample(z_lq, texts, settings, center=center)
+    in_windows = restorer.stages.sample(z_lq, texts, settings, center=center, windows=windows)
     band = _BAND_CELLS
     rows = ByRows()
     return {
-        "denoise encoder, exact": {"psnr_db": psnr(restorer.encode(lq, way=rows), z_lq)},
-        "vae decoder, exact": {"psnr_db": psnr(restorer.decode(z_lq, way=rows), pixels)},
-        "vae encoder, exact": {"psnr_db": psnr(restorer.encode_clean(pixels, way=rows), center)},
-        "denoise encoder": compare(restorer.encode(lq, way=tiles), z_lq, tiles, band),
-        "vae decoder": compare(restorer.decode(z_lq, way=tiles), pixels, in_pixels, band * factor),
-        "vae encoder": compare(restorer.encode_clean(pixels, way=tiles), center, tiles, band),
+        "denoise encoder, exact": {"psnr_db": psnr(restorer.stages.encode(lq, way=rows), z_lq)},
+        "vae decoder, exact": {"psnr_db": psnr(restorer.stages.decode(z_lq, way=rows), pixels)},
+        "vae encoder, exact": {"psnr_db": psnr(restorer.stages.encode_clean(pixels, way=rows), center)},
+        "denoise encoder": compare(restorer.stages.encode(lq, way=tiles), z_lq, tiles, band),
+        "vae decoder": compare(restorer.stages.decode(z_lq, way=tiles), pixels, in_pixels, band * factor),
+        "vae encoder": compare(restorer.stages.encode_clean(pixels, way=tiles), center, tiles, band),
         "sampling, latent": compare(in_windows, z, windows, band),
         "sampling, picture": compare(
-            restorer.decode(in_windows), restorer.decode(z), windows.scaled(factor), band * factor
+            restorer.stages.decode(in_windows), restorer.stages.decode(z), windows.scaled(factor), band * factor
         ),
     }
 

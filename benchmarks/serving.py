@@ -204,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
         changes = {name: value for name in ("steps", "min_size") if (value := getattr(options, name)) is not None}
         settings = restorer.defaults.updated(changes)
         report["steps"] = settings.steps
-        report["size"] = restorer.working_size(decode_photo(photo), settings)
+        report["size"] = restorer.working_size(decode_photo(photo).size, settings)
         direct = Direct(restorer, photo, changes)
         direct(0)
         for name, max_batch in BATCHING.items():

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.pipeline.device_session import work_for
+from engine.memory.size_plan import SizePlan
+from engine.pipeline.plan import make_plan, texts_of
 from engine.pipeline.restorer import Restorer
+from engine.sampling.sampler import table_for
 from engine.settings import Settings
 
 TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
@@ -55,32 +57,26 @@ def plan_launches(restorer: Restorer, settings: Settings, size_px: int, batch: i
     """Return what one restoration of square photos launches, with texts that were not encoded before.
 
     Args:
-        restorer: that restores them; it encodes the texts, if it has not yet.
+        restorer: that restores them.
         settings: of the restoration.
-        size_px: the side that is worked at.
+        size_px: the side that the networks see.
         batch: how many photos go together.
     """
-    bundle = restorer.bundle
-    texts, table = restorer.conditioning(settings), restorer.table(settings)
-    chunks = bundle.spec("unet").sizes_of({"context": (1, *texts[0].context.shape)})["k"]
-    cells = size_px // bundle.pixels_per_cell
-    work = work_for(batch, (cells, cells), len(texts), chunks, table)
-
-    def launch(stage: str, graph: str) -> Launch:
-        (symbols,) = work.sizes(bundle.spec(graph))
-        return Launch(stage, graph, symbols)
-
-    launches = [launch(TEXT, "text_encoder"), launch(TEXT, "text_encoder_2"), launch(ENCODER, "denoise_encoder")]
-    if settings.color_fix != "none" or table.uses_center:
-        launches.append(launch(STAGE_1, "vae_decoder"))
-    if table.uses_center:
-        launches.append(launch(STAGE_1_ENCODER, "vae_encoder"))
-    for graph in (CONTROLNET, UNET):
-        # A guided step passes twice: it sees every photo with both texts.
-        for passes, symbols in zip(work.passes, work.sizes(bundle.spec(graph)), strict=True):
-            steps = sum(step.guided == (passes == 2) for step in table.steps)
-            launches.append(Launch(graph, graph, symbols, steps))
-    return [*launches, launch(DECODER, "vae_decoder")]
+    chunks = restorer.stages.prompts.count_chunks(texts_of(settings, table_for(settings)))
+    plan = make_plan(restorer.bundle, (size_px, size_px), settings, SizePlan(), chunks, batch)
+    launches = []
+    for operation in plan.operations:
+        for graph in operation.graphs:
+            spec = restorer.bundle.spec(graph)
+            sizes = plan.workload.sizes(spec)
+            if spec.role != "denoiser":
+                launches.append(Launch(operation.name, graph, sizes[0]))
+                continue
+            # A guided step passes twice: it sees every photo with both texts.
+            for passes, symbols in zip(plan.workload.passes, sizes, strict=True):
+                steps = sum(step.guided == (passes == 2) for step in plan.table.steps)
+                launches.append(Launch(graph, graph, symbols, steps))
+    return launches
 
 
 def split_times(

@@ -24,8 +24,9 @@ from engine.backends.base import Backend, Runner
 from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle
-from engine.device.interface import Array, Buffer, Device, Stream, stream_of
+from engine.device.interface import Array, Buffer, Device, Stream
 from engine.errors import BackendError, OutOfMemoryError
+from engine.recipe import stream_of
 from export.graphs.builder import call_arguments
 
 

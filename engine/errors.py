@@ -97,6 +97,10 @@ class OutOfMemoryError(BackendError):
     """
 
 
+class DoesNotFitError(BackendError):
+    """A size that memory does not hold, or that a plan was not compiled for; a smaller one may fit."""
+
+
 class ImageError(RestoreError):
     """An image cannot be read or is of a kind that is not restored."""
 

@@ -20,9 +20,10 @@ import pytest
 
 from engine.backends.ort import open_session
 from engine.backends.ort_cuda import OrtBufferRunner
-from engine.device.interface import STREAMS, stream_of
+from engine.device.interface import STREAMS
 from engine.device.kernels import cuda_source
 from engine.memory.residency import Activations
+from engine.recipe import stream_of
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler for the sampler's kernels")

@@ -12,6 +12,7 @@ from engine.errors import BundleError, UsageError
 from engine.image.preprocess import Size, pixels_in_memory
 from engine.memory.host_memory import total_memory_bytes
 from engine.memory.size_plan import SizePlan, choose_plan
+from engine.pipeline.plan import RestorationPlan, make_plan
 from engine.settings import Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
@@ -75,6 +76,10 @@ class Serving(BaseModel):
     def pixels_allowed(self, bundle: Bundle) -> int:
         """Return how many pixels a photo may be worked at, on this computer."""
         return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
+
+    def plan(self, bundle: Bundle, size: Size, settings: Settings, chunks: int = 1) -> RestorationPlan:
+        """Return the plan of one photo of (width, height) pixels; see `size_plan`."""
+        return make_plan(bundle, size, settings, self.size_plan(bundle, size, settings), chunks)
 
     def size_plan(self, bundle: Bundle, size: Size, settings: Settings) -> SizePlan:
         """Return how a photo of (width, height) pixels is worked at: sampled as the command line would, decoded whole.

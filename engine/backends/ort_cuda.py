@@ -15,8 +15,9 @@ from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.backends.ort import open_session, translated
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle
-from engine.device.interface import Buffer, Device, Stream, stream_of
+from engine.device.interface import Buffer, Device, Stream
 from engine.errors import BackendError
+from engine.recipe import stream_of
 
 _CUDA = "CUDAExecutionProvider"
 #: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.

@@ -16,9 +16,10 @@ from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, Plan
 from engine.bundle.profiles import choose_profile
 from engine.bundle.storage import plain_name, whole_file
-from engine.device.interface import STREAMS, Buffer, Device, Stream, stream_of
+from engine.device.interface import STREAMS, Buffer, Device, Stream
 from engine.errors import OutputError
 from engine.memory.residency import Activations
+from engine.recipe import stream_of
 from engine.units import format_memory
 
 #: Sizes whose contexts are kept: a step has two, guided and not, and a folder of photos a few shapes.

@@ -25,21 +25,11 @@ from engine.bundle.profiles import Profile
 from engine.bundle.storage import APP_NAME
 from engine.bundle.verification import Verification
 from engine.errors import BundleError
+from engine.recipe import GRAPHS
 from engine.settings import Settings
 
 FORMAT = 5
 MANIFEST = "manifest.json"
-GRAPHS = (
-    "text_encoder",
-    "text_encoder_2",
-    "denoise_encoder",
-    "vae_encoder",
-    "vae_decoder",
-    "controlnet",
-    "unet",
-)
-#: Those that see pixels; `vae_encoder` and `vae_decoder` are two halves, `denoise_encoder` is another first half.
-VAE_GRAPHS = ("denoise_encoder", "vae_encoder", "vae_decoder")
 #: Inputs of a piece with a norm: the map's mean, and 1 / √(variance + ε).
 STATISTICS = ("mean", "inverse")
 REBUILD = "build it again: python export/build_engines.py --output {path}"
@@ -267,7 +257,12 @@ class Bundle:
     @property
     def has_pieces(self) -> bool:
         """Tell whether the VAE's graphs come in pieces too."""
-        return all(self.manifest.graphs[graph].pieces for graph in VAE_GRAPHS)
+        return all(self.manifest.graphs[graph].pieces for graph in self.vae_graphs)
+
+    @property
+    def vae_graphs(self) -> tuple[str, ...]:
+        """The graphs that see pixels: two halves of the VAE, and SUPIR's encoder, which is another first half."""
+        return tuple(name for name, graph in self.manifest.graphs.items() if graph.spec.role == "vae")
 
     def spec(self, graph: str) -> GraphSpec:
         return self.manifest.graphs[graph].spec

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from engine.errors import BackendError
+from engine.errors import DoesNotFitError
 
 
 class Range(NamedTuple):
@@ -52,12 +52,12 @@ def choose_profile(profiles: Sequence[Profile], symbols: Mapping[str, int], *, w
         symbols: what the symbols stand for, from `GraphSpec.bind`.
         where: the graph, for the error.
     Raises:
-        BackendError: none does.
+        DoesNotFitError: none does.
     """
     for index, profile in enumerate(profiles):
         if profile.holds(symbols):
             return index
-    raise BackendError(
+    raise DoesNotFitError(
         "the plan was not compiled for this size",
         where=where,
         expected="; or ".join(map(str, profiles)),

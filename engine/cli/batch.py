@@ -17,6 +17,7 @@ from engine.image.photo import Photo
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
+from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import history_of
 from engine.pipeline.restorer import Restored, Restorer
 from engine.settings import Settings
@@ -66,23 +67,29 @@ class Work:
         settings: of all of them, but for the seed.
         overwrite: whether results that are there are replaced.
         previews: whether outcomes come with small pictures.
+        like: metadata of a result whose tiles are taken again for photos of its size.
     """
 
     restorer: Restorer
     settings: Settings
     overwrite: bool = False
     previews: bool = False
+    like: dict[str, Any] | None = None
 
     def read(self, job: Job) -> Photo | None:
         """Read a photo, unless nothing is to be done about it."""
         return read_photo(job.photo) if job.outputs or self.previews else None
 
-    def restore(self, photo: Photo, seed: int, watch: Watch) -> Restored:
-        """Restore a photo from a seed's noise."""
-        self.restorer.on_tile = watch.part
-        self.restorer.on_note = lambda text: watch.note(f"note: {text}")
-        changes = {**self.settings.model_dump(), "seed": seed}
-        return self.restorer.restore(photo, on_step=lambda _: watch.step(), **changes)
+    def restore(self, photo: Photo, plan: RestorationPlan, seed: int, watch: Watch) -> Restored:
+        """Restore a photo as planned, from a seed's noise."""
+        return self.restorer.restore(
+            photo,
+            plan=plan,
+            seed=seed,
+            on_step=lambda _: watch.step(),
+            on_tile=watch.part,
+            on_note=lambda text: watch.note(f"note: {text}"),
+        )
 
     def write(self, output: Path, result: Restored) -> None:
         """Write a result."""
@@ -186,19 +193,15 @@ def _restore_one(
     for _, output in job.outputs:
         _make_folder(output.parent)
         check_output(output, photo, overwrite=work.overwrite)
-    size = work.restorer.working_size(photo, work.settings)
-    plan = work.restorer.size_plan(size, work.settings)
-    if plan != SizePlan():
-        watch.note(f"{job.photo}: {size[0]} × {size[1]} is {plan}", detail=True)
-    memory = work.restorer.gpu_memory(size, work.settings)
-    if memory is not None:
-        watch.note(f"{job.photo}: {size[0]} × {size[1]} {memory['text']}", detail=True)
+    plan = work.restorer.plan(photo.size, work.settings, like=work.like)
+    if plan.size_plan != SizePlan() or plan.memory is not None:
+        watch.note(f"{job.photo}: {plan}", detail=True)
     for seed, output in job.outputs:
-        result = work.restore(photo, seed, watch)
+        result = work.restore(photo, plan, seed, watch)
         if behind is not None:
             behind.wait()
         current.wait()
-        current.reports.append({**_report(job.photo, output, photo, result), "gpu_memory": memory})
+        current.reports.append(_report(job.photo, output, photo, result))
         current.writes.append(writer.submit(work.write, output, result))
         if work.previews and not current.pictures:
             current.pictures = [writer.submit(preview, photo), writer.submit(preview, result.photo)]
@@ -255,18 +258,15 @@ class Tally:
         restored: photos that got all their results.
         kept: photos that had all of them before.
         failed: photos that did not get all of them, and why.
-        restoring_s: time that the restored photos took, without reading and writing.
     """
 
     restored: int = 0
     kept: int = 0
     failed: list[tuple[str, RestoreError]] = field(default_factory=list)
-    restoring_s: float = 0.0
     _started: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: Outcome) -> None:
         """Count a photo."""
-        self.restoring_s += sum(report["total_ms"] for report in outcome.reports) / 1e3
         if outcome.error is not None:
             self.failed.append((str(outcome.job.photo), outcome.error))
         elif outcome.reports:

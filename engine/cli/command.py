@@ -26,7 +26,6 @@ from engine.cli.ray_cluster import Plan, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError, RestoreError
 from engine.image.files import read_history
-from engine.memory.size_plan import settings_of
 from engine.pipeline.provenance import history_of
 from engine.settings import Settings
 
@@ -34,7 +33,7 @@ from engine.settings import Settings
 def restore(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
-    changes, made_with = _changes(options)
+    changes, like = _changes(options)
     placement = Placement(options.output, options.samples, options.overwrite, options.skip_existing)
     found = find_photos(options.images, placement, recursive=options.recursive)
     check_folder(options.output)
@@ -44,7 +43,7 @@ def restore(arguments: Sequence[str]) -> int:
         restorer = opened.enter_context(Restorer.open(**_engine(options))) if options.ray is None else None
         bundle = read_manifest(options.bundle) if restorer is None else restorer.bundle
         settings = bundle.manifest.defaults.updated(changes)
-        if made_with is not None and made_with != bundle.digest:
+        if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {bundle.manifest.notice}", file=sys.stderr)
@@ -60,7 +59,7 @@ def restore(arguments: Sequence[str]) -> int:
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = Tally()
         reports: list[dict[str, Any]] = []
-        for outcome in _outcomes(jobs, restorer, bundle, settings, options, bar):
+        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, bar):
             if outcome.error is not None:
                 if len(jobs) == 1:
                     bar.drop()
@@ -81,15 +80,20 @@ def _outcomes(
     restorer: Restorer | None,
     bundle: Bundle,
     settings: Settings,
+    like: dict[str, Any] | None,
     options: argparse.Namespace,
     watch: Watch,
 ) -> Iterator[Outcome]:
     previews = options.report is not None
+    chosen = options.tile is not None or options.vae_tiles is not None
+    tiles = None if chosen else like  # what the command line says of tiles holds
     if restorer is not None:
-        return restore_all(jobs, Work(restorer, settings, options.overwrite, previews), watch)
+        return restore_all(jobs, Work(restorer, settings, options.overwrite, previews, tiles), watch)
     engine = {**_engine(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
-    return restore_on_cluster(jobs, Plan(engine, settings, options.overwrite, previews), uses_gpu, options.ray, watch)
+    return restore_on_cluster(
+        jobs, Plan(engine, settings, options.overwrite, previews, tiles), uses_gpu, options.ray, watch
+    )
 
 
 def _tell(tally: Tally, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -134,8 +138,8 @@ def _warn(text: str) -> None:
 # -- what to do -----------------------------------------------------------------------------------
 
 
-def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
-    """Return the settings that differ from the bundle's, and the bundle that `--like` was made with."""
+def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the settings that differ from the bundle's, and the metadata of the result that `--like` names."""
     given = given_settings(options)
     if options.like is None:
         return given, None
@@ -143,7 +147,7 @@ def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     settings, bundle = history.get("settings"), history.get("bundle")
     if not isinstance(settings, dict) or not isinstance(bundle, dict):
         raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
-    return {**settings, **settings_of(history), **given}, str(bundle.get("digest"))
+    return {**settings, **given}, history
 
 
 def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> None:

@@ -33,13 +33,14 @@ class Plan:
 
     Attributes:
         engine: what `Restorer.open` is called with.
-        settings, overwrite, previews: as `engine.cli.batch.Work` has them.
+        settings, overwrite, previews, like: as `engine.cli.batch.Work` has them.
     """
 
     engine: dict[str, Any]
     settings: Settings
     overwrite: bool = False
     previews: bool = False
+    like: dict[str, Any] | None = None
 
 
 def restore_on_cluster(
@@ -135,7 +136,7 @@ class _Actor:
 
     def __init__(self, plan: Plan) -> None:
         restorer = Restorer.open(**plan.engine)
-        self._work = Work(restorer, plan.settings, plan.overwrite, plan.previews)
+        self._work = Work(restorer, plan.settings, plan.overwrite, plan.previews, plan.like)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()

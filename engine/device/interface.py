@@ -17,12 +17,6 @@ Array = NDArray[Any]
 
 #: The first has the way to the result on it, the second what can be done beside it.
 STREAMS = ("main", "side")
-_MAIN_GRAPHS = ("denoise_encoder", "controlnet", "unet")
-
-
-def stream_of(graph: str) -> str:
-    """Return on which of the streams a graph runs, always: it shares activations with that stream's others."""
-    return "main" if graph in _MAIN_GRAPHS else "side"
 
 
 class Buffer(Protocol):

@@ -60,14 +60,9 @@ def cuda_source() -> str:
     return f"{columns}#define COLUMNS {len(COLUMNS)}\n{source}"
 
 
-def noisy_steps(table: StepTable) -> tuple[int, ...]:
-    """Return the steps that use noise, in the order in which their fields are uploaded."""
-    return tuple(step.index for step in table.steps if step.uses_noise)
-
-
 def pack_table(table: StepTable) -> NDArray[np.float32]:
     """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`."""
-    draws = {index: draw for draw, index in enumerate(noisy_steps(table))}
+    draws = {index: draw for draw, index in enumerate(table.noisy_steps)}
     return np.array([_row(table, step, draws.get(step.index, 0)) for step in table.steps], dtype=np.float32)
 
 

@@ -12,26 +12,18 @@ from typing import Any
 
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle, Graph
-from engine.device.interface import STREAMS, stream_of
-from engine.errors import BackendError
+from engine.device.interface import STREAMS
+from engine.errors import BackendError, DoesNotFitError
+from engine.recipe import PHASES, stream_of
 from engine.sampling.tiling import Tiling
 from engine.units import format_memory
-
-#: Graphs that are needed together, in the order of a restoration.
-PHASES = (
-    ("denoise_encoder",),
-    ("text_encoder", "text_encoder_2"),
-    ("vae_decoder", "vae_encoder"),
-    ("controlnet", "unet"),
-    ("vae_decoder",),
-)
 
 #: Of a computer's memory, what weights may take.
 _HOST_SHARE = 0.7
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """The sizes of what is restored together.
 
     Attributes:
@@ -62,14 +54,14 @@ class Work:
 
     def sizes(self, spec: GraphSpec) -> tuple[dict[str, int], ...]:
         """Return every size that a graph is run at, as what its symbols stand for."""
-        if "h" not in spec.symbols:  # the text towers
+        if spec.role == "text":
             return ({"B": self.texts * self.chunks},)
-        is_network = "k" in spec.symbols
-        parts = self.windows if is_network else self.tiles
+        sees_texts = spec.role == "denoiser"
+        parts = self.windows if sees_texts else self.tiles
         height, width = (self.height, self.width) if parts is None else (parts.rows.size, parts.columns.size)
         all_symbols = [
             {"B": self.photos * count, "h": height, "w": width, "k": self.chunks}
-            for count in (self.passes if is_network else (1,))
+            for count in (self.passes if sees_texts else (1,))
         ]
         return tuple({name: symbols[name] for name in spec.symbols} for symbols in all_symbols)
 
@@ -88,7 +80,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirements:
     """What a restoration needs, in bytes.
 
     Attributes:
@@ -140,7 +132,7 @@ class Residency:
         return tuple(graph for graph in self.on_device if graph not in self.kept)
 
 
-def arrange(need: Need, free_bytes: int, budget_bytes: int | None, *, where: object) -> Residency:
+def plan_residency(need: MemoryRequirements, free_bytes: int, budget_bytes: int | None, *, where: object) -> Residency:
     """Decide what stays on the device.
 
     Without a budget everything stays, so that nobody is slowed down without having asked for it.
@@ -151,7 +143,7 @@ def arrange(need: Need, free_bytes: int, budget_bytes: int | None, *, where: obj
         budget_bytes: that may be used of it, or None.
         where: the bundle, for the error.
     Raises:
-        BackendError: without a budget, not everything fits; with one, not even the graphs of a phase
+        DoesNotFitError: without a budget, not everything fits; with one, not even the graphs of a phase
             do, be it with streamed weights.
     """
     allowed = free_bytes if budget_bytes is None else min(budget_bytes, free_bytes)
@@ -199,7 +191,7 @@ def choose_kept(
     return None if best is None else best[2]
 
 
-def keep_on_host(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
+def choose_resident_graphs(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
     """Return the graphs that stay in a computer's memory, where processors compute in float32.
 
     Args:
@@ -236,7 +228,9 @@ def _widening(graph: Graph) -> int:
     return 1 if graph.spec.precision == "fp32" else 2
 
 
-def stream_weights(need: Need, phases: Sequence[Sequence[str]], allowed_bytes: int) -> dict[str, int] | None:
+def stream_weights(
+    need: MemoryRequirements, phases: Sequence[Sequence[str]], allowed_bytes: int
+) -> dict[str, int] | None:
     """Return how many bytes of weights stay on the device, of each graph that has to be streamed.
 
     Only graphs of phases that do not fit are streamed. They share what is left beside the other
@@ -270,48 +264,74 @@ def stream_weights(need: Need, phases: Sequence[Sequence[str]], allowed_bytes: i
     return on_device
 
 
-def describe(need: Need, residency: Residency, free_bytes: int) -> dict[str, Any]:
-    """Return what a restoration needs, as plain data, with a line of words under "text".
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a restoration needs of a device's memory, and what lies there.
 
-    Args:
-        need, residency: of the restoration.
+    Attributes:
+        requirements: of the restoration.
+        residency: which graphs stay.
         free_bytes: of the device, before anything of ours was on it.
     """
-    activations = sum(residency.arenas.values())
-    weights = residency.peak_bytes - need.buffers - activations
-    told = format_memory(activations) if need.knows_activations else "not known beforehand"
-    text = (
-        f"needs {format_memory(residency.peak_bytes)} of GPU memory "
-        f"(weights {format_memory(weights)}, activations {told}, buffers {format_memory(need.buffers)}), "
-        f"{format_memory(free_bytes)} free"
-    )
-    if residency.loaded_by_stage:
-        text += f"; loaded by stage: {', '.join(residency.loaded_by_stage)}"
-    if residency.streamed:
-        text += f"; weights streamed: {', '.join(sorted(residency.streamed))}"
-    return {
-        "text": text,
-        "peak_bytes": residency.peak_bytes,
-        "weights_bytes": weights,
-        "activations_bytes": activations if need.knows_activations else None,
-        "buffers_bytes": need.buffers,
-        "free_bytes": free_bytes,
-        "loaded_by_stage": list(residency.loaded_by_stage),
-        "streamed": sorted(residency.streamed),
-    }
+
+    requirements: MemoryRequirements
+    residency: Residency
+    free_bytes: int
+
+    @property
+    def activations_bytes(self) -> int | None:
+        """Bytes of activations; None where the library does not tell before a graph runs."""
+        return sum(self.residency.arenas.values()) if self.requirements.knows_activations else None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of weights in the phase that needs most."""
+        used = self.requirements.buffers + sum(self.residency.arenas.values())
+        return self.residency.peak_bytes - used
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return {
+            "text": str(self),
+            "peak_bytes": self.residency.peak_bytes,
+            "weights_bytes": self.weights_bytes,
+            "activations_bytes": self.activations_bytes,
+            "buffers_bytes": self.requirements.buffers,
+            "free_bytes": self.free_bytes,
+            "loaded_by_stage": list(self.residency.loaded_by_stage),
+            "streamed": sorted(self.residency.streamed),
+        }
+
+    def __str__(self) -> str:
+        activations = self.activations_bytes
+        told = "not known beforehand" if activations is None else format_memory(activations)
+        text = (
+            f"needs {format_memory(self.residency.peak_bytes)} of GPU memory "
+            f"(weights {format_memory(self.weights_bytes)}, activations {told}, "
+            f"buffers {format_memory(self.requirements.buffers)}), {format_memory(self.free_bytes)} free"
+        )
+        if self.residency.loaded_by_stage:
+            text += f"; loaded by stage: {', '.join(self.residency.loaded_by_stage)}"
+        if self.residency.streamed:
+            text += f"; weights streamed: {', '.join(sorted(self.residency.streamed))}"
+        return text
 
 
 def _largest(weights: Mapping[str, int], phases: Sequence[Sequence[str]], kept: Iterable[str] = ()) -> int:
     return max(sum(weights[graph] for graph in {*kept, *phase}) for phase in phases)
 
 
-def _residency(need: Need, kept: frozenset[str], on_device: Mapping[str, int], streamed: frozenset[str]) -> Residency:
+def _residency(
+    need: MemoryRequirements, kept: frozenset[str], on_device: Mapping[str, int], streamed: frozenset[str]
+) -> Residency:
     arenas = need.arenas(streamed)
     peak = _largest(on_device, PHASES, kept) + sum(arenas.values()) + need.buffers
     return Residency(kept, on_device, streamed, arenas, peak)
 
 
-def _too_little(need: Need, needed: int, by_phase: int, free: int, budget: int | None, where: object) -> BackendError:
+def _too_little(
+    need: MemoryRequirements, needed: int, by_phase: int, free: int, budget: int | None, where: object
+) -> DoesNotFitError:
     smaller = "work at a smaller size (--min-size, --upscale)"
     if by_phase <= free and budget is None:
         fix = f"use --vram-budget, which loads graphs by stage, or {smaller}"
@@ -323,7 +343,7 @@ def _too_little(need: Need, needed: int, by_phase: int, free: int, budget: int |
             fix += "; plans that are built with --weight-streaming need less with --vram-budget"
     have = f"{format_memory(free)} free" if budget is None else f"{format_memory(min(budget, free))} allowed"
     parts = "weights, activations and buffers" if need.knows_activations else "weights and buffers"
-    return BackendError(
+    return DoesNotFitError(
         f"out of GPU memory: needs {format_memory(needed)}, {have}",
         where=where,
         expected=f"room for {parts}: {format_memory(needed)}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.bundle.graphspec import parse_axis, resolve
-from engine.bundle.manifest import VAE_GRAPHS, Bundle
+from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import BackendError, ImageError, OutOfMemoryError, UsageError
 from engine.image.preprocess import Size
@@ -109,24 +109,20 @@ class SizePlan:
         return replace(self, window_px=window, vae_px=tile)
 
     def as_data(self) -> dict[str, Any]:
-        """Return the plan for a result's record."""
+        """Return the plan for the metadata of a result."""
         return {"window_px": self.window_px, "vae_tile_px": self.vae_px, "vae_by_rows": self.vae_by_rows}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> SizePlan | None:
+        """Return the plan that `as_data` wrote; None where the data is no such plan."""
+        window, tile, by_rows = (data.get(name) for name in ("window_px", "vae_tile_px", "vae_by_rows"))
+        sides = all(side is None or (type(side) is int and side > 0) for side in (window, tile))
+        return cls(window, tile, by_rows) if sides and isinstance(by_rows, bool) else None
 
     def __str__(self) -> str:
         sampled = "whole" if self.window_px is None else f"in windows of {self.window_px} pixels"
         decoded = "whole" if self.vae_px is None else f"in tiles of {self.vae_px} pixels, which is approximate"
         return f"sampled {sampled}, decoded {'by rows' if self.vae_by_rows else decoded}"
-
-
-def settings_of(history: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that ask for the windows of a result, from its record; {} if it was worked at whole."""
-    plan = history.get("size_plan")
-    if not isinstance(plan, Mapping):
-        return {}
-    found = {} if plan.get("window_px") is None else {"tile": plan["window_px"]}
-    if plan.get("vae_by_rows"):
-        return {**found, "vae_tiles": "exact"}
-    return found if plan.get("vae_tile_px") is None else {**found, "vae_tiles": "fast"}
 
 
 def default_window(bundle: Bundle) -> int:
@@ -257,7 +253,7 @@ def rows_bytes(bundle: Bundle, size: Size) -> int:
     symbols = {"B": 1, "h": size[1] // factor, "w": size[0] // factor}
     return max(
         peak_bytes(bundle.manifest.graphs[graph].pieces, resolve(bundle.spec(graph).inputs[0].shape, symbols))
-        for graph in VAE_GRAPHS
+        for graph in bundle.vae_graphs
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
-from engine.device.kernels import COLUMNS, noisy_steps, pack_table
+from engine.device.kernels import COLUMNS, pack_table
 from engine.errors import ScheduleError
 from engine.pipeline.device_windows import Arrays, WindowTables
 from engine.sampling.sampler import Latent, Progress, Step, StepTable
@@ -136,7 +136,7 @@ class DeviceLoop:
         return self._work.x
 
     def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
-        draws = noisy_steps(table)
+        draws = table.noisy_steps
         key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.windows)
         if self._work is None or self._work.key != key:
             self.close()

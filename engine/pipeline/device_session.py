@@ -1,17 +1,17 @@
-"""A restoration on a device: all graphs, two streams, and as few waits as can be.
+"""The device's executor: all graphs on two streams, and as few waits as can be.
 
     main   upload ─ denoise encoder ─┬─ steps … steps ─┐
-    side   text ─────────────────────┴─ stage 1 (─ pull's center) ─┴─ decode ─ download
+    side   text ─────────────────────┴─ stage 1 (─ stage 1 encoder) ─┴─ vae decoder ─ download
 
-The host waits for the text, which it joins, and for the end. The steps need the text and, if the pull
-is on, its center; the colour fix's stage 1 is decoded beside them.
+The order, and which operation runs on which stream, are the recipe's (`engine.recipe`). The host waits for the text,
+which it joins, and for the end. A stream waits where an operation reads what the other stream has written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -20,44 +20,31 @@ from engine.backends.base import as_dtype
 from engine.backends.buffers import BufferRunner
 from engine.backends.runners import Runners
 from engine.bundle.graphspec import resolve
-from engine.bundle.manifest import GRAPHS, Bundle
-from engine.device.interface import STREAMS, Buffer, Device, Event, Stream
-from engine.device.kernels import noisy_steps
+from engine.bundle.manifest import Bundle
+from engine.device.interface import STREAMS, Buffer, Device, Download, Event, Stream
 from engine.image.photo import Pixels
-from engine.memory.residency import PHASES, Activations, Need, Residency, Work, arrange
+from engine.memory.residency import (
+    Activations,
+    MemoryPlan,
+    MemoryRequirements,
+    Residency,
+    Workload,
+    plan_residency,
+)
 from engine.pipeline.device_loop import DeviceLoop, LoopInputs, loop_arrays, stack_texts
 from engine.pipeline.device_windows import VaeTiles, tile_arrays
+from engine.pipeline.host import Listener, NoiseInput
+from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.text import Conditioning
-from engine.sampling.sampler import Latent, Progress, StepTable
-from engine.sampling.tiling import Tiling
+from engine.recipe import GRAPHS, Operation, graphs_of_phase
 from engine.timings import Timings
 
-#: What a session keeps beside the loop's arrays: photos, and latents.
-_PIXEL_BUFFERS = ("lq", "stage 1", "restored")
-_LATENT_BUFFERS = ("z_lq", "center", "z")
+#: Values of the recipe that a session keeps on the device: arrays of pixels, and latents.
+_PIXELS = ("lq", "stage1", "pixels")
+_LATENTS = ("z_lq", "z_center", "z")
 
-
-@dataclass(frozen=True)
-class Job:
-    """What is restored together.
-
-    Attributes:
-        lq: f32[B,3,8h,8w] in [-1, 1].
-        work: its sizes, from `work_for`.
-        texts: returns the positive and, if any step is guided, the negative text's conditioning.
-        table: of the sampler.
-        noise: the field of a draw, f32[B,C,h,w].
-        wants_stage_1: whether the colour fix needs it.
-        on_step: called after every step.
-    """
-
-    lq: Pixels
-    work: Work
-    texts: Callable[[], Sequence[Conditioning]]
-    table: StepTable
-    noise: Callable[[int], Latent]
-    wants_stage_1: bool
-    on_step: Callable[[Progress], None]
+#: Returns the conditioning of texts, and adds the time that it takes.
+EncodeTexts = Callable[..., Sequence[Conditioning]]
 
 
 @runtime_checkable
@@ -103,6 +90,7 @@ class DeviceSession:
         backend: whose device and streams are used.
         runners: of the bundle's graphs on it.
         bundle: whose graphs they are.
+        encode_texts: returns the conditioning of a plan's texts.
         budget_bytes: of the device's memory; what does not fit is opened and closed by phase. None
             means that everything stays, or that there is an error.
     """
@@ -112,16 +100,17 @@ class DeviceSession:
         backend: DeviceBackend,
         runners: Runners,
         bundle: Bundle,
+        encode_texts: EncodeTexts,
         budget_bytes: int | None = None,
     ) -> None:
         self._backend, self._device, self._runners = backend, backend.device, runners
-        self._main, self._side = (backend.streams[name] for name in STREAMS)
-        self._bundle, self._budget_bytes = bundle, budget_bytes
+        self._streams = {name: backend.streams[name] for name in STREAMS}
+        self._bundle, self._encode_texts, self._budget_bytes = bundle, encode_texts, budget_bytes
         self.free_bytes = backend.device.memory_bytes()[0]
         self._buffers: dict[str, Buffer] = {}
         self._loop: DeviceLoop | None = None
         self._tiles: VaeTiles | None = None
-        self._work: Work | None = None
+        self._workload: Workload | None = None
         self._residency: Residency | None = None
 
     def close(self) -> None:
@@ -130,34 +119,34 @@ class DeviceSession:
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
-        self._work = self._tiles = None
+        self._workload = self._tiles = None
 
-    def plan(self, work: Work) -> tuple[Need, Residency]:
-        """Return what a work needs of the device's memory, and what will stay there.
+    def plan(self, workload: Workload) -> MemoryPlan:
+        """Return what a workload needs of the device's memory, and what will stay there.
 
         What the library alone knows is asked once for each plan: its graphs are opened for that.
 
         Raises:
-            BackendError: it does not fit, or a plan does not take the size.
+            DoesNotFitError: memory does not hold it, or a TensorRT plan does not take the size.
+            BackendError: a graph does not open.
         """
         self._device.activate()
-        need = self._need(work, {})
+        requirements = self._requirements(workload, {})
         # What does not fit even without activations is told before anything is loaded.
-        self._arrange(need)
-        everything_fits = sum(need.weights.values()) + need.buffers <= min(
-            self.free_bytes, self._budget_bytes or self.free_bytes
-        )
+        self._plan_residency(requirements)
+        allowed = self.free_bytes if self._budget_bytes is None else min(self.free_bytes, self._budget_bytes)
+        everything_fits = sum(requirements.weights.values()) + requirements.buffers <= allowed
         activations = {}
         for graph in GRAPHS:
-            sizes = work.sizes(self._bundle.spec(graph))
+            sizes = workload.sizes(self._bundle.spec(graph))
             known = self._backend.known_activations(self._bundle, graph, sizes)
             if known is None:
                 known = self._runner(graph).activations(sizes)
                 if not everything_fits:
                     self._runners.close([graph])
             activations[graph] = known
-        need = self._need(work, activations)
-        return need, self._arrange(need)
+        requirements = self._requirements(workload, activations)
+        return MemoryPlan(requirements, self._plan_residency(requirements), self.free_bytes)
 
     def time_networks(self, repeats: int, *, guided: bool) -> float:
         """Return what ControlNet and UNet alone take per step; see `DeviceLoop.time_networks`."""
@@ -165,119 +154,64 @@ class DeviceSession:
         self._device.activate()
         return self._loop.time_networks(repeats, guided=guided)
 
-    def restore(self, job: Job, times: Timings) -> tuple[Pixels, Pixels | None]:
-        """Return the restored pixels and, where it is wanted, stage 1, f32[B,3,8h,8w] each.
-
-        Raises:
-            BackendError: a graph fails, or memory runs out.
-        """
+    def run(
+        self, plan: RestorationPlan, lq: Pixels, noise: NoiseInput, listener: Listener, times: Timings
+    ) -> dict[str, Pixels]:
+        """Run a plan; see `engine.pipeline.host.Executor.run`. Steps are told without latents: those stay here."""
         self._device.activate()
-        try:
-            return self._restore(job, times)
-        except BaseException:
-            self._synchronize()  # what is under way still uses the buffers
-            raise
-
-    def _restore(self, job: Job, times: Timings) -> tuple[Pixels, Pixels | None]:
-        main, side = self._main, self._side
-        clock = _Clock()
-        self._make_room(job.work)
-        spec = self._bundle.spec("denoise_encoder")
-        latent = resolve(spec.tensor("z").shape, spec.sizes_of({"pixels": job.lq.shape}))
-        lq, z_lq = self._buffer("lq", job.lq.shape), self._buffer("z_lq", latent)
-        main.upload(lq, job.lq)
-        clock.start("denoise encoder", main)
-        self._enqueue_vae(main, "denoise_encoder", lq, z_lq)
-        encoded = clock.stop("denoise encoder", main)
-        self._enter(1)
-        texts = job.texts()
-        stage_1 = center = None
-        if job.wants_stage_1 or job.table.uses_center:
-            self._enter(2)
-            decoded = self._buffer("stage 1", job.lq.shape)
-            side.wait(encoded)
-            clock.start("stage 1", side)
-            self._enqueue_vae(side, "vae_decoder", z_lq, decoded)
-            ready = clock.stop("stage 1", side)
-            if job.table.uses_center:
-                center = self._buffer("center", latent)
-                clock.start("stage 1 encoder", side)
-                self._enqueue_vae(side, "vae_encoder", decoded, center)
-                ready = clock.stop("stage 1 encoder", side)
-                main.wait(ready)
-            stage_1 = side.download(decoded)
-        self._enter(3)
-        loop = self._open_loop()
-        spec = self._runner("unet").spec
-        context, vector = (
-            stack_texts([as_dtype(getattr(text, name), spec.tensor(name).dtype) for text in texts], len(job.lq))
-            for name in ("context", "vector")
-        )
-        clock.start("noise and texts", main)
-        loop.prepare(job.table, LoopInputs(z_lq, context, vector, job.noise, center, job.work.windows))
-        clock.stop("noise and texts", main)
-        clock.start("steps", main)
-        for progress in loop.run(job.table):
-            job.on_step(progress)
-        sampled = clock.stop("steps", main)
-        z = loop.latent
-        if self._closed_in(4) & {"controlnet", "unet"}:  # the loop's buffers go with its networks
-            kept = self._buffer("z", latent)
-            main.copy(kept, z)
-            z, sampled = kept, main.record()
-        del loop  # what is held here could not be released by phase
-        self._enter(4)
-        side.wait(sampled)
-        restored = self._buffer("restored", job.lq.shape)
-        clock.start("vae decoder", side)
-        self._enqueue_vae(side, "vae_decoder", z, restored)
-        clock.stop("vae decoder", side)
-        result = side.download(restored).result()
-        self._synchronize()
-        times.device_ms.update(clock.read())
-        return result, stage_1.result() if stage_1 is not None else None
+        with times.graph("gpu"):
+            try:
+                return _Run(self, plan, lq, noise, listener, times).result()
+            except BaseException:
+                # What is under way still uses the buffers. A device that has failed fails here again; the first
+                # error says why.
+                with suppress(Exception):
+                    self._synchronize()
+                raise
 
     def _enqueue_vae(self, stream: Stream, graph: str, source: Buffer, target: Buffer) -> None:
         """Put a graph of the VAE on a stream, at the whole or in tiles."""
         runner = self._runner(graph)
-        assert self._work is not None
-        if self._work.tiles is None:
+        assert self._workload is not None
+        if self._workload.tiles is None:
             (given,), (made,) = runner.spec.inputs, runner.spec.outputs
             runner.enqueue(stream, {given.name: source}, {made.name: target})
             return
         if self._tiles is None:
-            for name, (shape, dtype) in tile_arrays(self._bundle, self._work).items():
+            for name, (shape, dtype) in tile_arrays(self._bundle, self._workload).items():
                 self._buffers[name] = self._device.buffer(shape, dtype)
-            self._tiles = VaeTiles(self._bundle, self._work.tiles, self._buffers, stream)
+            self._tiles = VaeTiles(self._bundle, self._workload.tiles, self._buffers, stream)
         self._tiles.enqueue(stream, runner, source, target)
 
-    def _need(self, work: Work, activations: Mapping[str, Activations]) -> Need:
+    def _requirements(self, workload: Workload, activations: Mapping[str, Activations]) -> MemoryRequirements:
         bundle = self._bundle
-        return Need(
+        return MemoryRequirements(
             weights={graph: bundle.manifest.graphs[graph].weights_bytes for graph in GRAPHS},
             activations=activations,
-            buffers=buffer_bytes(bundle, work),
+            buffers=buffer_bytes(bundle, workload),
             streamable=frozenset(graph for graph in GRAPHS if self._backend.can_stream_weights(bundle, graph)),
         )
 
-    def _arrange(self, need: Need) -> Residency:
-        return arrange(need, self.free_bytes, self._budget_bytes, where=self._bundle.path)
+    def _plan_residency(self, requirements: MemoryRequirements) -> Residency:
+        return plan_residency(requirements, self.free_bytes, self._budget_bytes, where=self._bundle.path)
 
-    def _make_room(self, work: Work) -> None:
-        """Give back what another work needed, enter the first phase, and set the memory for activations.
+    def _make_room(self, plan: RestorationPlan) -> None:
+        """Give back what another workload needed, and set the memory for activations.
 
         Recorded steps hold its address, so it has its size before the first step.
         """
-        if work != self._work:
-            _, found = self.plan(work)
+        assert plan.memory is not None, "the plan is for a CPU"
+        found = plan.memory.residency
+        if plan.workload != self._workload or found != self._residency:
             self._synchronize()
             self.close()
             changed = {graph for graph, size in found.on_device.items() if size != self._on_device(graph)}
             self._runners.close(sorted(changed))
             self._backend.limit_weights({graph: found.on_device[graph] for graph in found.streamed})
-            self._work, self._residency = work, found
+            self._workload, self._residency = plan.workload, found
+
+    def _reserve(self) -> None:
         assert self._residency is not None
-        self._enter(0)
         for stream, nbytes in self._residency.arenas.items():
             self._backend.reserve(stream, nbytes)
 
@@ -288,23 +222,23 @@ class DeviceSession:
 
     def _buffer(self, name: str, shape: Sequence[int]) -> Buffer:
         """Return a buffer that is kept from one restoration to the next, while sizes are the same."""
-        assert name in (*_PIXEL_BUFFERS, *_LATENT_BUFFERS), name
+        assert name in (*_PIXELS, *_LATENTS), name
         if name not in self._buffers:
             self._buffers[name] = self._device.buffer(shape, "float32")
         return self._buffers[name]
 
-    def _closed_in(self, phase: int) -> set[str]:
+    def _closed_in(self, phase: str) -> set[str]:
         """Return the graphs that a phase has no room for."""
         assert self._residency is not None
-        return set(GRAPHS) - self._residency.kept - set(PHASES[phase])
+        return set(GRAPHS) - self._residency.kept - set(graphs_of_phase(phase))
 
-    def _enter(self, phase: int) -> None:
+    def _enter(self, phase: str) -> None:
         """Make room for a phase's graphs, where not all fit at once."""
         closed = sorted(graph for graph in self._closed_in(phase) if graph in self._runners.opened)
         if not closed:
             return
         self._synchronize()
-        if {"controlnet", "unet"} & set(closed):
+        if any(self._bundle.spec(graph).role == "denoiser" for graph in closed):
             self._close_loop()
         self._runners.close(closed)
 
@@ -313,7 +247,9 @@ class DeviceSession:
 
     def _open_loop(self) -> DeviceLoop:
         if self._loop is None:
-            self._loop = DeviceLoop(self._device, self._main, self._runner("controlnet"), self._runner("unet"))
+            self._loop = DeviceLoop(
+                self._device, self._streams["main"], self._runner("controlnet"), self._runner("unet")
+            )
         return self._loop
 
     def _close_loop(self) -> None:
@@ -322,33 +258,108 @@ class DeviceSession:
             self._loop = None
 
     def _synchronize(self) -> None:
-        self._main.synchronize()
-        self._side.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()
 
 
-def work_for(
-    photos: int,
-    latent: tuple[int, int],
-    texts: int,
-    chunks: int,
-    table: StepTable,
-    windows: Tiling | None = None,
-    tiles: Tiling | None = None,
-) -> Work:
-    """Return the sizes of a restoration.
+class _Run:
+    """One restoration: the values of the recipe as buffers, and the events that say when each is written."""
 
-    Args:
-        photos: how many are restored together.
-        latent: height and width, in cells.
-        table: of the sampler.
-        windows, tiles: of the latent, as `engine.memory.residency.Work` takes them; of one window, they are the whole.
-    """
-    passes = tuple(sorted({2 if step.guided else 1 for step in table.steps}))
-    parts = (None if each is None or each.is_whole else each for each in (windows, tiles))
-    return Work(photos, *latent, texts, chunks, passes, len(noisy_steps(table)), *parts)
+    def __init__(
+        self,
+        session: DeviceSession,
+        plan: RestorationPlan,
+        lq: Pixels,
+        noise: NoiseInput,
+        listener: Listener,
+        times: Timings,
+    ) -> None:
+        self._session, self._plan, self._lq = session, plan, lq
+        self._noise, self._listener, self._times = noise, listener, times
+        self._clock = _Clock()
+        latent = (plan.photos, session._bundle.latent_channels, *plan.latent)
+        self._shapes = {**dict.fromkeys(_PIXELS, lq.shape), **dict.fromkeys(_LATENTS, latent)}
+        self._texts: Sequence[Conditioning] = ()
+        #: The stream that has written a value last, and its event.
+        self._written: dict[str, tuple[str, Event]] = {}
+        self._downloads: dict[str, Download] = {}
+        #: Values in buffers that are not the session's.
+        self._own: dict[str, Buffer] = {}
+
+    def result(self) -> dict[str, Pixels]:
+        """Run the plan's operations, and return what operations on photos read of them."""
+        session, plan = self._session, self._plan
+        session._make_room(plan)
+        on_photos = {name for each in plan.operations if each.kind == "photo" for name in each.reads}
+        device_operations = [each for each in plan.operations if each.kind != "photo"]
+        for index, operation in enumerate(device_operations):
+            session._enter(operation.phase)
+            if index == 0:
+                session._reserve()
+                session._streams[operation.stream].upload(self._buffer("lq"), self._lq)
+            self._wait_for_reads(operation)
+            if operation.kind == "text":
+                self._texts = session._encode_texts(plan.texts, times=self._times)
+            elif operation.kind == "vae":
+                self._run_vae(operation)
+            else:
+                following = device_operations[index + 1].phase
+                self._run_steps(operation, following)
+            for name in operation.writes:
+                if name in on_photos:
+                    stream = session._streams[operation.stream]
+                    self._downloads[name] = stream.download(self._buffer(name))
+        results = {name: download.result() for name, download in self._downloads.items()}
+        session._synchronize()
+        self._times.device_ms.update(self._clock.read())
+        return results
+
+    def _buffer(self, name: str) -> Buffer:
+        return self._own.get(name) or self._session._buffer(name, self._shapes[name])
+
+    def _wait_for_reads(self, operation: Operation) -> None:
+        """Have a stream wait for what the other one writes."""
+        for name in operation.reads:
+            writer, event = self._written.get(name, (operation.stream, None))
+            if writer != operation.stream and event is not None:
+                self._session._streams[operation.stream].wait(event)
+
+    def _run_vae(self, operation: Operation) -> None:
+        (graph,), (source,), (target,) = operation.graphs, operation.reads, operation.writes
+        stream = self._session._streams[operation.stream]
+        self._clock.start(operation.name, stream)
+        self._session._enqueue_vae(stream, graph, self._buffer(source), self._buffer(target))
+        self._written[target] = (operation.stream, self._clock.stop(operation.name, stream))
+
+    def _run_steps(self, operation: Operation, following: str) -> None:
+        session, plan, clock = self._session, self._plan, self._clock
+        stream = session._streams[operation.stream]
+        loop = session._open_loop()
+        spec = session._bundle.spec("unet")
+        context, vector = (
+            stack_texts([as_dtype(getattr(text, name), spec.tensor(name).dtype) for text in self._texts], plan.photos)
+            for name in ("context", "vector")
+        )
+        center = self._buffer("z_center") if plan.table.uses_center else None
+        noise = self._noise.source(self._shapes["z"][1:])
+        clock.start("noise and texts", stream)
+        inputs = LoopInputs(self._buffer("z_lq"), context, vector, noise, center, plan.workload.windows)
+        loop.prepare(plan.table, inputs)
+        clock.stop("noise and texts", stream)
+        clock.start(operation.name, stream)
+        for progress in loop.run(plan.table):
+            self._listener.on_step(progress)
+        sampled = clock.stop(operation.name, stream)
+        # The loop's latent is the result, unless its buffers go with its networks before it is read.
+        if session._closed_in(following) & set(operation.graphs):
+            stream.copy(self._buffer("z"), loop.latent)
+            sampled = stream.record()
+        else:
+            self._own["z"] = loop.latent
+        self._written["z"] = (operation.stream, sampled)
 
 
-def buffer_bytes(bundle: Bundle, work: Work) -> int:
+def buffer_bytes(bundle: Bundle, work: Workload) -> int:
     """Return what arrays between the graphs take on a device."""
     decoder, unet = bundle.spec("vae_decoder"), bundle.spec("unet")
     symbols = {"B": work.photos, "h": work.height, "w": work.width}
@@ -357,7 +368,7 @@ def buffer_bytes(bundle: Bundle, work: Work) -> int:
     own, tensors = loop_arrays(unet, (latent, context, work.draws, work.windows))
     arrays = (*own.values(), *tensors.values(), *tile_arrays(bundle, work).values())
     loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
-    floats = len(_PIXEL_BUFFERS) * math.prod(pixels) + len(_LATENT_BUFFERS) * math.prod(latent)
+    floats = len(_PIXELS) * math.prod(pixels) + len(_LATENTS) * math.prod(latent)
     return loop + floats * np.dtype(np.float32).itemsize
 
 

@@ -12,7 +12,7 @@ from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import DType, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import Array, Buffer, Stream
-from engine.memory.residency import Work
+from engine.memory.residency import Workload
 from engine.sampling.tiling import Tiling
 
 Arrays = dict[str, tuple[tuple[int, ...], DType]]
@@ -91,7 +91,7 @@ class WindowTables:
         assert part.shape[2:] == (self.tiling.rows.size, self.tiling.columns.size), (part.shape, self.tiling)
 
 
-def tile_arrays(bundle: Bundle, work: Work) -> Arrays:
+def tile_arrays(bundle: Bundle, work: Workload) -> Arrays:
     """Return what a VAE that works in tiles keeps on the device; {} if it works at the whole."""
     tiles = work.tiles
     if tiles is None:

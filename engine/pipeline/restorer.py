@@ -1,13 +1,14 @@
-"""The restorer: a bundle and a backend wired into photo → photo, with the stages on their own.
+"""The restorer: a bundle, a planner and an executor composed into photo → photo.
 
-Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
+The order of a restoration is the recipe's (`engine.recipe`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from engine.backends import make_backend
 from engine.backends.base import Backend
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
-from engine.errors import BackendError, UsageError
-from engine.image.photo import Photo, Pixels
+from engine.errors import BackendError, DoesNotFitError, UsageError
+from engine.image.photo import Photo
 from engine.image.preprocess import (
     MAX_WORKING_PIXELS,
     PhotoLike,
@@ -32,22 +33,18 @@ from engine.image.preprocess import (
     size_to_work_at,
 )
 from engine.memory.host_memory import total_memory_bytes
-from engine.memory.residency import Work, describe, keep_on_host
-from engine.memory.size_plan import SizePlan, choose_plan, device_plans, is_out_of_memory
-from engine.memory.vae_slices import ByRows
-from engine.pipeline.device_session import DeviceBackend, DeviceSession, Job, work_for
+from engine.memory.residency import choose_resident_graphs
+from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
+from engine.pipeline.device_session import DeviceBackend, DeviceSession
+from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
+from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan, texts_of
 from engine.pipeline.provenance import history_of
-from engine.pipeline.stages import OnStep, Stages
-from engine.pipeline.text import texts_of
-from engine.sampling.noise import noise_source
-from engine.sampling.sampler import Latent
+from engine.recipe import Operation
+from engine.sampling.sampler import Latent, table_for
 from engine.settings import Settings
 from engine.timings import Timings
 
-#: Told what a person should know while it happens, a line each.
-OnNote = Callable[[str], None]
-
-#: Arrays of a photo's size on the host: as it came, as it is worked at, stage 1, the result, the colour fix's, out.
+#: Arrays of a photo's size on the host: as it came, as the networks see it, stage 1, the result, the colour fix's, out.
 _BYTES_PER_PIXEL = 20 * 3 * 4
 
 
@@ -60,7 +57,7 @@ class Restored:
         settings: that repeat it.
         timings: of the batch that it was restored in.
         history: what goes into the file's metadata.
-        notes: what did not go as it was meant to, a sentence each.
+        notes: what did not go as planned, a sentence each.
     """
 
     photo: Photo
@@ -70,23 +67,40 @@ class Restored:
     notes: tuple[str, ...] = ()
 
 
-class Restorer(Stages):
+class Restorer:
     """Restores photos with one bundle on one backend.
 
     Graphs are opened when they are first needed, and stay open until `close` where memory holds them all.
 
+    Args:
+        bundle: whose networks run.
+        backend: opens them; the restorer closes it, also where this constructor fails.
+        vram_budget_bytes: of GPU memory, for everything; None means that everything stays, or an error.
+
     Attributes:
-        on_note: told what did not go as it was meant to.
+        bundle: as given.
+        stages: each stage on its own, on the host's arrays.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
-        memory = None if isinstance(backend, DeviceBackend) else total_memory_bytes()
-        super().__init__(bundle, Runners(backend, bundle, None if memory is None else keep_on_host(bundle, memory)))
-        self._backend = backend
-        self._session: DeviceSession | None = None
-        if isinstance(backend, DeviceBackend):
-            self._session = DeviceSession(backend, self._runners, bundle, vram_budget_bytes)
-        self.on_note: OnNote = lambda line: None
+        with contextlib.ExitStack() as opened:
+            opened.callback(backend.close)
+            if vram_budget_bytes is not None and vram_budget_bytes <= 0:
+                raise UsageError("a budget of GPU memory must be above 0", found=f"{vram_budget_bytes} bytes")
+            memory = None if isinstance(backend, DeviceBackend) else total_memory_bytes()
+            kept = None if memory is None else choose_resident_graphs(bundle, memory)
+            self.bundle = bundle
+            self._runners = Runners(backend, bundle, kept)
+            opened.callback(self._runners.close)
+            self.stages = HostExecutor(bundle, self._runners)
+            self._session: DeviceSession | None = None
+            if isinstance(backend, DeviceBackend):
+                encode_texts = self.stages.encode_texts
+                self._session = DeviceSession(backend, self._runners, bundle, encode_texts, vram_budget_bytes)
+                opened.callback(self._session.close)
+            self._executor: Executor = self._session or self.stages
+            self._backend = backend
+            opened.pop_all()
 
     @classmethod
     def open(
@@ -109,10 +123,12 @@ class Restorer(Stages):
                 stage. None means that everything stays, or that there is an error.
         Raises:
             BundleError: there is no bundle, or it is not as it was built.
-            UsageError: there is no such backend or device.
+            UsageError: there is no such backend or device, or the budget is not above 0.
             BackendError: a library, the driver or the GPU is missing; or the computer's memory cannot hold
                 what one stage needs.
         """
+        if vram_budget_gib is not None and not vram_budget_gib > 0:
+            raise UsageError("a budget of GPU memory must be above 0", where="vram_budget_gib", found=vram_budget_gib)
         path = Path(bundle) if bundle is not None else default_bundle_dir()
         opened = open_bundle(path)
         made = make_backend(backend or opened.manifest.backend, device=device, threads=threads)
@@ -138,24 +154,99 @@ class Restorer(Stages):
         """The bundle's settings, which hold where a call says nothing else."""
         return self.bundle.manifest.defaults
 
+    # -- the plan ---------------------------------------------------------------------------------
+
+    def working_size(self, photo_size: Size, settings: Settings) -> Size:
+        """Return the (width, height) in pixels that the networks would see of a photo.
+
+        Args:
+            photo_size: (width, height) in pixels of the photo.
+            settings: of the restoration.
+        Raises:
+            ImageError: it is too large for this computer.
+        """
+        return size_to_work_at(self.bundle, photo_size, settings, self.max_pixels)
+
+    @property
+    def max_pixels(self) -> int:
+        """How many pixels the networks may see at most: what the computer holds beside tiles."""
+        memory = total_memory_bytes()
+        return MAX_WORKING_PIXELS if memory is None else min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
+
+    def plan(
+        self, photo_size: Size, settings: Settings, *, photos: int = 1, like: Mapping[str, Any] | None = None
+    ) -> RestorationPlan:
+        """Return what a restoration would do: its size, tiles, texts, table and memory.
+
+        Args:
+            photo_size: (width, height) in pixels of the photo.
+            settings: of the restoration.
+            photos: of this size, restored together.
+            like: the metadata of a result whose tiles are taken again, where its size is the same.
+        Raises:
+            UsageError, ImageError: a tile of that side does not exist, or what was asked for does not fit.
+            BackendError: the GPU's memory does not hold it, or a graph does not open.
+        """
+        return self._plan(self.working_size(photo_size, settings), settings, photos, like)
+
+    def _plan(
+        self, size: Size, settings: Settings, photos: int, like: Mapping[str, Any] | None = None
+    ) -> RestorationPlan:
+        recorded = None if like is None else recorded_size_plan(like, size)
+        chunks = self.stages.prompts.count_chunks(texts_of(settings, table_for(settings)))
+        if self._session is None:
+            chosen = recorded or choose_plan(self.bundle, size, settings, total_memory_bytes())
+            return make_plan(self.bundle, size, settings, chosen, chunks, photos)
+        candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
+        last = candidates[-1].smaller(self.bundle, size, by_rows=False)
+        first_error: DoesNotFitError | None = None
+        for candidate in (*candidates, *(() if last is None else (last,))):
+            plan = make_plan(self.bundle, size, settings, candidate, chunks, photos)
+            try:
+                return plan.with_memory(self._session.plan(plan.workload))
+            except DoesNotFitError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
     # -- photo to photo -------------------------------------------------------------------------
 
     def restore(
-        self, photo: PhotoLike, *, noise: Latent | None = None, on_step: OnStep | None = None, **changes: Any
+        self,
+        photo: PhotoLike,
+        *,
+        plan: RestorationPlan | None = None,
+        noise: Latent | None = None,
+        on_step: OnStep = ignore,
+        on_tile: OnTile = ignore,
+        on_note: OnNote = ignore,
+        **changes: Any,
     ) -> Restored:
         """Restore one photo.
 
         Args:
             photo: a file, a Pillow image, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`.
+            plan: from `plan`, for a photo of this size; None makes one. Its settings hold, but for the seed.
             noise: f32[1,4,h,w], the starting noise, instead of the seed's.
             on_step: called after every sampling step; an exception from it ends the restoration.
-            **changes: settings (see `Settings`) that differ from the bundle's.
+            on_tile: called after every tile of a step or of the VAE; likewise.
+            on_note: called with what did not go as planned, a sentence each.
+            **changes: settings (see `Settings`) that differ from the bundle's, or from the plan's.
         Raises:
             ImageError: the photo cannot be read.
-            UsageError: a setting is unknown or out of bounds.
+            UsageError: a setting is unknown or out of bounds, or the plan is for another size or other settings.
             BackendError: a graph fails, for one because memory runs out.
         """
-        return self.restore_batch([photo], noise=noise, on_step=on_step, **changes)[0]
+        listener = Listener(on_step, on_tile, on_note)
+        source = as_photo(photo)
+        settings = (self.defaults if plan is None else plan.settings).updated(changes)
+        if plan is None:
+            plan = self.plan(source.size, settings)
+        elif settings.updated({"seed": plan.settings.seed}) != plan.settings:
+            raise UsageError("the plan is for other settings", fix="make a plan with these settings")
+        elif plan.photos != 1 or plan.size != self.working_size(source.size, settings):
+            raise UsageError("the plan is for another photo", expected=plan.size, found=source.size)
+        return self._restore_group([source], plan, NoiseInput([settings.seed], noise), listener)[0]
 
     def restore_batch(
         self,
@@ -163,18 +254,20 @@ class Restorer(Stages):
         *,
         seeds: Sequence[int] | None = None,
         noise: Latent | None = None,
-        on_step: OnStep | None = None,
+        on_step: OnStep = ignore,
+        on_tile: OnTile = ignore,
+        on_note: OnNote = ignore,
         **changes: Any,
     ) -> list[Restored]:
-        """Restore several photos, those of one working size together.
+        """Restore several photos; those that the networks see at one size go together.
 
         Each result is what the photo gives alone.
 
         Args:
             photos: as for `restore`.
             seeds: one per photo; None gives all of them the settings' seed.
-            noise: f32[B,4,h,w], instead of the seeds'; the photos must be of one working size.
-            on_step, **changes: as for `restore`.
+            noise: f32[B,4,h,w], instead of the seeds'; the networks must see all photos at one size.
+            on_step, on_tile, on_note, **changes: as for `restore`.
         Returns:
             The results in the photos' order.
         Raises:
@@ -185,177 +278,85 @@ class Restorer(Stages):
         if len(seeds) != len(photos):
             raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
+        listener = Listener(on_step, on_tile, on_note)
         sources = [as_photo(photo) for photo in photos]
         groups: dict[Size, list[int]] = {}
         for index, source in enumerate(sources):
-            groups.setdefault(self.working_size(source, settings), []).append(index)
+            groups.setdefault(self.working_size(source.size, settings), []).append(index)
         results: dict[int, Restored] = {}
         for size, members in groups.items():
-            batch = [sources[index] for index in members]
-            group_seeds = [seeds[index] for index in members]
-            own_noise = None if noise is None else noise[members]
-            group = self._restore_group(batch, size, group_seeds, settings, own_noise, on_step)
+            plan = self._plan(size, settings, len(members))
+            own = NoiseInput([seeds[index] for index in members], None if noise is None else noise[members])
+            group = self._restore_group([sources[index] for index in members], plan, own, listener)
             results.update(zip(members, group, strict=True))
         return [results[index] for index in range(len(photos))]
 
-    def working_size(self, photo: Photo, settings: Settings) -> Size:
-        """Return the (width, height) in pixels at which a photo would be worked at.
-
-        Raises:
-            ImageError: it is too large to be worked at in one piece.
-        """
-        return size_to_work_at(self.bundle, photo.size, settings, self.max_pixels)
-
-    def gpu_memory(self, size: Size, settings: Settings) -> dict[str, Any] | None:
-        """Return what a photo needs of the GPU's memory, before it is restored.
-
-        Args:
-            size: (width, height) in pixels that it is worked at.
-            settings: of the restoration.
-        Returns:
-            Bytes by what they are for, and the same in words; see `engine.memory.residency.describe`. None on a CPU.
-        Raises:
-            BackendError: it does not fit.
-        """
-        if self._session is None:
-            return None
-        work = self._work((1, 3, size[1], size[0]), settings, self.size_plan(size, settings))
-        need, residency = self._session.plan(work)
-        return describe(need, residency, self._session.free_bytes)
-
-    def _work(self, shape: Sequence[int], settings: Settings, plan: SizePlan) -> Work:
-        """Return the sizes of a restoration of pixels of a shape."""
-        latent = self.bundle.spec("denoise_encoder").sizes_of({"pixels": shape})
-        cells = (latent["h"], latent["w"])
-        texts = texts_of(settings)
-        chunks = self._prompts.count_chunks(texts)
-        tiles = plan.vae_way(self.bundle, *cells)
-        assert not isinstance(tiles, ByRows)
-        windows = plan.windows(self.bundle, *cells)
-        return work_for(shape[0], cells, len(texts), chunks, self.table(settings), windows, tiles)
-
-    @property
-    def max_pixels(self) -> int:
-        """How many pixels a photo may be worked at: what the computer holds beside windows."""
-        memory = total_memory_bytes()
-        return MAX_WORKING_PIXELS if memory is None else min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
-
-    def size_plan(self, size: Size, settings: Settings) -> SizePlan:
-        """Return how a photo of a working size would be worked at: whole, or in windows.
-
-        Raises:
-            UsageError, ImageError: as `choose_plan`, or `device_plans`. What a GPU's memory
-                holds in no way is an error of the restoration.
-        """
-        if self._session is None:
-            return choose_plan(self.bundle, size, settings, total_memory_bytes())
-        *plans, last = device_plans(self.bundle, size, settings)
-        for plan in plans:
-            with contextlib.suppress(BackendError):  # too large for the memory, or for the plans' profiles
-                self._session.plan(self._work((1, 3, size[1], size[0]), settings, plan))
-                return plan
-        return last
-
     def _restore_group(
-        self,
-        sources: list[Photo],
-        size: Size,
-        seeds: list[int],
-        settings: Settings,
-        noise: Latent | None,
-        on_step: OnStep | None,
+        self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
     ) -> list[Restored]:
-        times = Timings()
+        times, notes = Timings(), []
+        first: str | None = None
         with times.outside("everything else"):
-            with times.outside("resize in"):
-                lq = np.stack([frame(source, size) for source in sources])
-            plan, notes = self.size_plan(size, settings), []
-            run = self._run_on_host if self._session is None else self._run_on_device
             try:
-                restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
+                photos = self._run(sources, plan, noise, listener, times)
             except (BackendError, MemoryError) as error:
-                by_rows = self._session is None
-                smaller = plan.smaller(self.bundle, size, by_rows=by_rows) if is_out_of_memory(error) else None
+                smaller = self._smaller(plan) if is_out_of_memory(error) else None
                 if smaller is None:
                     raise
-                notes.append(f"out of memory ({plan}); tried again: {smaller}")
-                self.on_note(notes[-1])
+                first = f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}"
+            # Outside the handler: what the failed attempt held in its frames is free now.
+            if first is not None:
+                assert smaller is not None
+                notes.append(first)
+                listener.on_note(first)
                 if self._session is not None:
                     self._session.close()
                 self._runners.close()
-                plan = smaller
-                restored, stage1 = run(lq, settings, plan, seeds, noise, on_step, times)
-            with times.outside("color fix"):
-                restored = fix_colors(restored, stage1, settings.color_fix)
-            with times.outside("resize out"):
-                photos = [
-                    finish(pixels, source, result_size(source.size, settings.upscale))
-                    for pixels, source in zip(restored, sources, strict=True)
-                ]
+                plan, times = smaller, Timings()
+                with times.outside("everything else"):
+                    photos = self._run(sources, plan, noise, listener, times)
         results = []
-        for photo, seed in zip(photos, seeds, strict=True):
-            used = settings.updated({"seed": seed})
+        for photo, seed in zip(photos, noise.seeds, strict=True):
+            used = plan.settings.updated({"seed": seed})
             history = history_of(self.bundle, used, plan)
             if notes:
                 history["notes"] = notes
             results.append(Restored(photo, used, times, history, tuple(notes)))
         return results
 
-    def _run_on_host(
-        self,
-        lq: Pixels,
-        settings: Settings,
-        plan: SizePlan,
-        seeds: list[int],
-        noise: Latent | None,
-        on_step: OnStep | None,
-        times: Timings,
-    ) -> tuple[Pixels, Pixels | None]:
-        """Return the restored pixels and stage 1, where the colour fix or the pull needs it."""
-        cells = self.bundle.spec("denoise_encoder").sizes_of({"pixels": lq.shape})
-        way = plan.vae_way(self.bundle, cells["h"], cells["w"])
-        windows = plan.windows(self.bundle, cells["h"], cells["w"])
-        texts = self.conditioning(settings, times=times)
-        z_lq = self.encode(lq, way=way, times=times)
-        needs_stage1 = settings.color_fix != "none" or settings.restore_pull is not None
-        stage1 = self.decode(z_lq, stage="stage 1", way=way, times=times) if needs_stage1 else None
-        center = None
-        if settings.restore_pull is not None and stage1 is not None:
-            center = self.encode_clean(stage1, way=way, times=times)
-        z = self.sample(
-            z_lq,
-            texts,
-            settings,
-            seeds=seeds,
-            noise=noise,
-            center=center,
-            windows=windows,
-            on_step=on_step,
-            times=times,
-        )
-        return self.decode(z, way=way, times=times), stage1
+    def _smaller(self, plan: RestorationPlan) -> RestorationPlan | None:
+        """Return the plan to try where memory has run out, None if there is none."""
+        size_plan = plan.size_plan.smaller(self.bundle, plan.size, by_rows=self._session is None)
+        if size_plan is None:
+            return None
+        smaller = make_plan(self.bundle, plan.size, plan.settings, size_plan, plan.chunks, plan.photos)
+        return smaller if self._session is None else smaller.with_memory(self._session.plan(smaller.workload))
 
-    def _run_on_device(
-        self,
-        lq: Pixels,
-        settings: Settings,
-        plan: SizePlan,
-        seeds: list[int],
-        noise: Latent | None,
-        on_step: OnStep | None,
-        times: Timings,
-    ) -> tuple[Pixels, Pixels | None]:
-        """Do the same with everything between photo and result on the device."""
-        assert self._session is not None
-        work = self._work(lq.shape, settings, plan)
-        job = Job(
-            lq,
-            work,
-            lambda: self.conditioning(settings, times=times),
-            self.table(settings),
-            noise_source(seeds, (self.bundle.latent_channels, work.height, work.width), noise),
-            settings.color_fix != "none",
-            on_step or (lambda _: None),
-        )
-        with times.graph("gpu"):
-            return self._session.restore(job, times)
+    def _run(
+        self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener, times: Timings
+    ) -> list[Photo]:
+        """Run the recipe: operations on photos here, all others by the executor."""
+        values: dict[str, Any] = {"photo": sources}
+        for kind, group in groupby(plan.operations, key=lambda operation: operation.kind == "photo"):
+            if kind:
+                for operation in group:
+                    with times.outside(operation.name):
+                        (target,) = operation.writes
+                        values[target] = self._on_photos(operation, plan)(*(values[name] for name in operation.reads))
+            else:
+                values.update(self._executor.run(plan, values["lq"], noise, listener, times))
+        restored: list[Photo] = values["restored"]
+        return restored
+
+    def _on_photos(self, operation: Operation, plan: RestorationPlan) -> Callable[..., Any]:
+        """Return the function of an operation on photos."""
+        settings = plan.settings
+        functions: dict[str, Callable[..., Any]] = {
+            "resize in": lambda photos: np.stack([frame(photo, plan.size) for photo in photos]),
+            "color fix": lambda pixels, stage1: fix_colors(pixels, stage1, settings.color_fix),
+            "resize out": lambda pixels, photos: [
+                finish(each, photo, result_size(photo.size, settings.upscale))
+                for each, photo in zip(pixels, photos, strict=True)
+            ],
+        }
+        return functions[operation.name]

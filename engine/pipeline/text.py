@@ -19,8 +19,6 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import MICRO_CONDITIONS, TOKENS
 from engine.device.interface import Array
 from engine.errors import BundleError
-from engine.sampling.guidance import is_unguided
-from engine.settings import Settings
 
 TOKENS_INSIDE = TOKENS - 2  # between the start and the end token
 
@@ -120,13 +118,6 @@ def sinusoids(numbers: Sequence[float], frequencies: Sequence[float]) -> NDArray
 
 #: Runs a text tower, by its graph's name, on named inputs.
 RunTower = Callable[[str, Mapping[str, Array]], dict[str, Array]]
-
-
-def texts_of(settings: Settings) -> tuple[str, ...]:
-    """Return the positive and the negative text, or the positive alone where no step is guided."""
-    positive = ", ".join(text for text in (settings.prompt, settings.quality_words) if text)
-    unguided = all(is_unguided(scale) for scale in settings.cfg_scale)
-    return (positive,) if unguided else (positive, settings.negative_prompt)
 
 
 class Prompts:

@@ -99,6 +99,11 @@ class StepTable:
     start_scale: float
     steps: tuple[Step, ...]
 
+    @property
+    def noisy_steps(self) -> tuple[int, ...]:
+        """The steps that use noise, in order."""
+        return tuple(step.index for step in self.steps if step.uses_noise)
+
     def keeps_denoised(self, index: int) -> bool:
         """Tell whether the estimate of step `index` is needed by the step after it."""
         return index + 1 < len(self.steps) and self.steps[index + 1].update.previous != 0.0

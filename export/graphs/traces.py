@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.bundle import graphspec, sdxl
 from engine.bundle.graphspec import Precision
-from engine.bundle.manifest import GRAPHS, VAE_GRAPHS
 from engine.bundle.storage import cache_dir, whole_file
 from engine.bundle.verification import Agreement
 from engine.errors import BuildError, from_os_error
@@ -116,9 +115,9 @@ class KnownArchitecture(BaseModel):
     def definitions(self, precisions: Sequence[Precision] = PRECISIONS) -> Iterator[GraphDefinition]:
         """Yield the graphs that bundles of this architecture may have, in some precisions."""
         for precision in precisions:
-            for graph in GRAPHS:
-                if precision != "fp16" or graph not in VAE_GRAPHS:  # the VAE overflows in fp16, so no bundle has it
-                    yield self.definition(graph, precision)
+            for definition in graph_definitions(self.arch, precision, self.end_id, vae_precision=precision).values():
+                if precision != "fp16" or definition.spec.role != "vae":  # SDXL's overflows in fp16: no bundle has it
+                    yield definition
 
 
 class StaleTraceError(BuildError):

@@ -248,7 +248,7 @@ def test_other_sizes_in_between_leave_recorded_steps_right(on_gpu, photo):
     expected = on_gpu.restore(photo, steps=4).photo.rgb
     wide = np.random.default_rng(1).random((128, 64, 3), dtype=np.float32)
     on_gpu.restore(wide, steps=3)
-    on_gpu.encode(np.zeros((1, 3, 128, 128), np.float32))  # a stage by itself
+    on_gpu.stages.encode(np.zeros((1, 3, 128, 128), np.float32))  # a stage by itself
     assert np.array_equal(on_gpu.restore(photo, steps=4).photo.rgb, expected)
 
 
@@ -406,7 +406,7 @@ def test_do_rtx_plans_run_on_this_gpu(gpu, build_bundle, tmp_path_factory, resto
     asked = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}), bundle.digest)
     try:
         runner = backend.open(asked, "vae_decoder")
-        z = restorer.encode(np.ascontiguousarray(photo.transpose(2, 0, 1)[None]))
+        z = restorer.stages.encode(np.ascontiguousarray(photo.transpose(2, 0, 1)[None]))
         found = runner.infer({"z": z})["pixels"]
         runner.close()
     except BackendError as error:
@@ -418,7 +418,7 @@ def test_do_rtx_plans_run_on_this_gpu(gpu, build_bundle, tmp_path_factory, resto
         for arena in backend._arenas.values():
             arena.close()
     record_property("answer", f"{what}: runs")
-    assert_golden(found, restorer.decode(z), 1e-4)
+    assert_golden(found, restorer.stages.decode(z), 1e-4)
 
 
 def _key_of(bundle, graph, plan):

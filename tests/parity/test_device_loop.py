@@ -11,13 +11,13 @@ from stand_in import HostBackend, HostDevice, needs_compiler
 
 from engine import Restorer, pipeline
 from engine.backends.ort import OrtBackend
-from engine.bundle.manifest import GRAPHS, open_bundle
+from engine.bundle.manifest import open_bundle
 from engine.cli.command import restore
-from engine.device.interface import stream_of
 from engine.errors import BackendError, OutOfMemoryError, UsageError
 from engine.memory.residency import Activations
 from engine.memory.size_plan import SizePlan
 from engine.pipeline.device_loop import LOOK_AHEAD
+from engine.recipe import GRAPHS, stream_of
 
 pytestmark = needs_compiler
 
@@ -467,9 +467,9 @@ def test_the_stages_work_on_their_own(on_device, on_host, photo):
     settings = on_host.defaults.updated({"steps": 2})
     results = []
     for restorer in (on_device, on_host):
-        z = restorer.encode(pixels)
-        z = restorer.sample(z, restorer.conditioning(settings), settings)
-        results.append(restorer.decode(z))
+        z = restorer.stages.encode(pixels)
+        z = restorer.stages.sample(z, restorer.stages.conditioning(settings), settings)
+        results.append(restorer.stages.decode(z))
     assert np.array_equal(*results)
 
 

@@ -91,7 +91,7 @@ def test_a_long_prompt_is_pooled_from_its_first_chunk(restorer):
     settings = restorer.defaults.updated({"quality_words": ""})
     words = "cup " * 75
     short, long = (
-        restorer.conditioning(settings.updated({"prompt": text}))[0] for text in (words, words + "tea " * 75)
+        restorer.stages.conditioning(settings.updated({"prompt": text}))[0] for text in (words, words + "tea " * 75)
     )
     assert long.context.shape[0] == 2 * short.context.shape[0]
     assert np.allclose(long.vector, short.vector, atol=1e-6)
@@ -101,7 +101,7 @@ def test_special_tokens_in_a_prompt_are_plain_text(restorer):
     """As a token, the end of a text would end what the second tower pools."""
     settings = restorer.defaults.updated({"quality_words": ""})
     first, second = (
-        restorer.conditioning(settings.updated({"prompt": f"a cup <|endoftext|> of {end}"}))[0]
+        restorer.stages.conditioning(settings.updated({"prompt": f"a cup <|endoftext|> of {end}"}))[0]
         for end in ("tea", "milk")
     )
     assert not np.allclose(first.vector, second.vector, atol=1e-4)
@@ -122,13 +122,13 @@ def test_the_pull_leads_to_the_encoded_stage_1_image(restorer, photos, monkeypat
     """Not to the degraded photo's latent, which is near it and would hide the mistake."""
     photo = photos[0][:64, :64]
     lq = (photo.transpose(2, 0, 1)[None] * 2 - 1).astype(np.float32)
-    centre = restorer.encode_clean(restorer.decode(restorer.encode(lq)))
+    centre = restorer.stages.encode_clean(restorer.stages.decode(restorer.stages.encode(lq)))
     given = []
     sample = restorer.sample
     monkeypatch.setattr(restorer, "sample", lambda *a, **k: given.append(k["center"]) or sample(*a, **k))
     restorer.restore(photo, restore_pull=2.0)
     assert np.allclose(given[0], centre, atol=1e-5)
-    assert not np.allclose(given[0], restorer.encode(lq), atol=1e-2)
+    assert not np.allclose(given[0], restorer.stages.encode(lq), atol=1e-2)
 
 
 def test_a_number_is_a_scale(restorer, photos):
@@ -162,13 +162,13 @@ def test_noise_and_stages_can_be_given(restorer, photos):
 
     photo = photo_from_array(photos[0])
     settings = restorer.defaults.updated({"color_fix": "none"})
-    size = restorer.working_size(photo, settings)
+    size = restorer.working_size(photo.size, settings)
     lq = (resize(photo.rgb, size).transpose(2, 0, 1)[None] * 2 - 1).astype(np.float32)
-    z_lq = restorer.encode(lq)
-    texts = restorer.conditioning(settings)
+    z_lq = restorer.stages.encode(lq)
+    texts = restorer.stages.conditioning(settings)
     noise = batch_noise([settings.seed], 0, z_lq.shape[1:])
-    z = restorer.sample(z_lq, texts, settings, noise=noise)
-    pixels = restorer.decode(z)[0].transpose(1, 2, 0) / 2 + 0.5
+    z = restorer.stages.sample(z_lq, texts, settings, noise=noise)
+    pixels = restorer.stages.decode(z)[0].transpose(1, 2, 0) / 2 + 0.5
     expected = restorer.restore(photos[0], color_fix="none", noise=noise).photo.rgb
     assert np.array_equal(expected, restorer.restore(photos[0], color_fix="none").photo.rgb)
     assert np.allclose(resize(pixels.clip(0, 1).astype(np.float32), photo.size), expected, atol=1e-6)

@@ -121,7 +121,7 @@ def test_whole_runs(restorer, reference, cases, texts, name):
     else:  # step i uses the reference's noise i - 1; the first and the last step use none
         step_noise = np.concatenate([np.full((1, 1, 4, 16, 24), np.nan), reference["sample/dpmpp2m_eps"]])
         step_noise = step_noise.astype(np.float32)
-    z = restorer.sample(
+    z = restorer.stages.sample(
         reference["sample/z_lq"],
         texts,
         settings,

@@ -28,9 +28,9 @@ def latents(restorer):
 def sampled(restorer, z_lq, texts=None, windows=None, **changes):
     settings = restorer.defaults.updated({**STEPS, **{k: v for k, v in changes.items() if k != "at_once"}})
     center = z_lq * np.float32(0.5)
-    return restorer.sample(
+    return restorer.stages.sample(
         z_lq,
-        restorer.conditioning(settings) if texts is None else texts,
+        restorer.stages.conditioning(settings) if texts is None else texts,
         settings,
         center=center,
         windows=windows,
@@ -64,7 +64,7 @@ def test_the_setting_makes_the_windows(restorer, latents):
 def test_a_prompt_for_a_window_changes_that_window_alone(restorer, latents):
     windows = Tiling(16, 24, 16, 16)
     one, other = (
-        restorer.conditioning(restorer.defaults.updated({**STEPS, "prompt": prompt, "steps": 1}))
+        restorer.stages.conditioning(restorer.defaults.updated({**STEPS, "prompt": prompt, "steps": 1}))
         for prompt in ("a dog", "a tin roof")
     )
     same = sampled(restorer, latents, lambda _: one, windows, steps=1)
@@ -76,20 +76,20 @@ def test_a_prompt_for_a_window_changes_that_window_alone(restorer, latents):
 
 def test_tiles_of_the_vae_lie_where_they_belong(restorer, latents):
     """Tiles of random weights agree where norms see the same; a tile in the wrong place would not correlate."""
-    pixels = restorer.decode(latents)
+    pixels = restorer.stages.decode(latents)
     tiles = Tiling(16, 24, 16, 8)
-    in_tiles = restorer.decode(latents, way=tiles)
+    in_tiles = restorer.stages.decode(latents, way=tiles)
     assert in_tiles.shape == pixels.shape
     assert np.corrcoef(in_tiles.ravel(), pixels.ravel())[0, 1] > 0.9
     assert not np.array_equal(in_tiles, pixels)
-    z = restorer.encode_clean(pixels)
-    z_in_tiles = restorer.encode_clean(pixels, way=tiles)
+    z = restorer.stages.encode_clean(pixels)
+    z_in_tiles = restorer.stages.encode_clean(pixels, way=tiles)
     assert z_in_tiles.shape == z.shape
     assert np.corrcoef(z_in_tiles.ravel(), z.ravel())[0, 1] > 0.9
 
 
 def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
-    assert np.array_equal(restorer.decode(latents), restorer.decode(latents, way=Tiling(16, 24, 64, 48)))
+    assert np.array_equal(restorer.stages.decode(latents), restorer.stages.decode(latents, way=Tiling(16, 24, 64, 48)))
 
 
 @pytest.mark.parametrize("band_bytes", [1, 20_000, 1 << 30])
@@ -97,15 +97,15 @@ def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
 def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
     """To rounding, whatever the bands are: two rows each, some, or everything at once."""
     with Restorer.open(request.getfixturevalue(fixture)) as restorer:
-        pixels = restorer.decode(latents)
-        whole = [pixels, restorer.encode_clean(pixels), restorer.encode(pixels)]
+        pixels = restorer.stages.decode(latents)
+        whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
         restorer.on_tile = lambda stage, done, total: told.append((stage, done, total))
         way = ByRows(band_bytes)
         by_rows = [
-            restorer.decode(latents, way=way),
-            restorer.encode_clean(pixels, way=way),
-            restorer.encode(pixels, way=way),
+            restorer.stages.decode(latents, way=way),
+            restorer.stages.encode_clean(pixels, way=way),
+            restorer.stages.encode(pixels, way=way),
         ]
     for found, expected in zip(by_rows, whole, strict=True):
         assert found.shape == expected.shape
@@ -118,9 +118,9 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
 
 def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
     both = np.concatenate([latents, latents * 3 + 1])
-    by_rows = restorer.decode(both, way=ByRows(1))
-    assert relative_l2(by_rows, restorer.decode(both)) < 1e-5
-    assert relative_l2(by_rows[1:], restorer.decode(both[1:])) < 1e-5
+    by_rows = restorer.stages.decode(both, way=ByRows(1))
+    assert relative_l2(by_rows, restorer.stages.decode(both)) < 1e-5
+    assert relative_l2(by_rows[1:], restorer.stages.decode(both[1:])) < 1e-5
 
 
 def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):

@@ -3,8 +3,9 @@ import shutil
 
 import pytest
 
-from engine.bundle.manifest import GRAPHS, MANIFEST, default_bundle_dir, open_bundle, read_manifest
+from engine.bundle.manifest import MANIFEST, default_bundle_dir, open_bundle, read_manifest
 from engine.errors import BundleError
+from engine.recipe import GRAPHS
 
 
 @pytest.fixture

@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.bundle.graphspec import GraphSpec, TensorSpec
-from engine.bundle.manifest import GRAPHS
 from engine.errors import BackendError
 from engine.memory.residency import (
     PHASES,
     Activations,
-    Need,
+    MemoryRequirements,
     Work,
-    arrange,
     choose_kept,
+    choose_resident_graphs,
     describe,
-    keep_on_host,
     needed_beside,
+    plan_residency,
 )
+from engine.recipe import GRAPHS
 
 weights = st.fixed_dictionaries({graph: st.integers(0, 1000) for graph in GRAPHS})
 needs = st.builds(
-    Need,
+    MemoryRequirements,
     weights=weights,
     activations=st.fixed_dictionaries(
         {graph: st.builds(Activations, st.integers(0, 300), st.integers(0, 50)) for graph in GRAPHS}
@@ -76,7 +76,7 @@ def test_an_example_by_hand():
 @given(needs, st.integers(0, 9000))
 def test_what_is_arranged_fits_every_phase(need, budget):
     try:
-        found = arrange(need, FREE, budget, where="a bundle")
+        found = plan_residency(need, FREE, budget, where="a bundle")
     except BackendError:
         return
     fixed = sum(found.arenas.values()) + need.buffers
@@ -94,14 +94,14 @@ def test_weights_are_streamed_only_where_whole_graphs_do_not_fit(need, budget):
     fixed = sum(need.arenas().values()) + need.buffers
     possible = choose_kept(need.weights, PHASES, budget - fixed)
     if possible is not None:
-        found = arrange(need, FREE, budget, where="a bundle")
+        found = plan_residency(need, FREE, budget, where="a bundle")
         assert (found.kept, found.streamed) == (possible, frozenset())
 
 
 @given(needs, st.integers(0, 9000))
 def test_it_is_refused_only_if_streaming_all_that_can_be_does_not_help(need, budget):
     try:
-        arrange(need, FREE, budget, where="a bundle")
+        plan_residency(need, FREE, budget, where="a bundle")
     except BackendError:
         all_streamed = sum(need.arenas(need.streamable).values()) + need.buffers
         least = [sum(need.weights[graph] for graph in phase if graph not in need.streamable) for phase in PHASES]
@@ -113,7 +113,7 @@ def test_more_memory_never_keeps_less(need, budget):
     kept = []
     for allowed in (budget, budget + 500):
         try:
-            found = arrange(need, FREE, allowed, where="a bundle")
+            found = plan_residency(need, FREE, allowed, where="a bundle")
         except BackendError:
             kept.append(-1)
         else:
@@ -121,7 +121,7 @@ def test_more_memory_never_keeps_less(need, budget):
     assert kept[0] <= kept[1]
 
 
-NEED = Need(
+NEED = MemoryRequirements(
     weights=dict.fromkeys(GRAPHS, 1 << 30),
     activations={graph: Activations(1 << 29) for graph in GRAPHS},
     buffers=1 << 28,
@@ -131,11 +131,11 @@ ONE_PHASE = EVERYTHING - 5 * (1 << 30)
 
 
 def test_without_a_budget_everything_stays_or_nothing_starts():
-    found = arrange(NEED, EVERYTHING, None, where="ours")
+    found = plan_residency(NEED, EVERYTHING, None, where="ours")
     assert found.kept == frozenset(GRAPHS)
     assert found.loaded_by_stage == ()
     with pytest.raises(BackendError, match=r"ours: out of GPU memory: needs 8.25 GiB, 8.25 GiB free") as caught:
-        arrange(NEED, EVERYTHING - 1, None, where="ours")
+        plan_residency(NEED, EVERYTHING - 1, None, where="ours")
     assert "3.25 GiB with --vram-budget" in str(caught.value)
     assert caught.value.fix.startswith("use --vram-budget")
 
@@ -150,32 +150,34 @@ def test_without_a_budget_everything_stays_or_nothing_starts():
 )
 def test_what_helps_is_told(free, budget, words):
     with pytest.raises(BackendError) as caught:
-        arrange(NEED, free, budget, where="ours")
+        plan_residency(NEED, free, budget, where="ours")
     assert words in caught.value.fix
 
 
 def test_a_line_says_what_a_size_needs():
-    found = arrange(NEED, 10 << 30, None, where="ours")
+    found = plan_residency(NEED, 10 << 30, None, where="ours")
     told = describe(NEED, found, 10 << 30)
     assert told["text"] == (
         "needs 8.25 GiB of GPU memory (weights 7 GiB, activations 1 GiB, buffers 256 MiB), 10 GiB free"
     )
     parts = (told[f"{name}_bytes"] for name in ("weights", "activations", "buffers"))
     assert sum(parts) == told["peak_bytes"] == EVERYTHING
-    found = arrange(NEED, 10 << 30, ONE_PHASE, where="ours")
+    found = plan_residency(NEED, 10 << 30, ONE_PHASE, where="ours")
     told = describe(NEED, found, 10 << 30)
     assert told["text"].startswith("needs 3.25 GiB of GPU memory (weights 2 GiB, ")
     assert f"; loaded by stage: {', '.join(told['loaded_by_stage'])}" in told["text"]
     assert set(told["loaded_by_stage"]) == set(GRAPHS) - found.kept
-    unknown = Need(NEED.weights, dict.fromkeys(GRAPHS, Activations(None)))
-    told = describe(unknown, arrange(unknown, 10 << 30, None, where="ours"), 10 << 30)
+    unknown = MemoryRequirements(NEED.weights, dict.fromkeys(GRAPHS, Activations(None)))
+    told = describe(unknown, plan_residency(unknown, 10 << 30, None, where="ours"), 10 << 30)
     assert "activations not known beforehand" in told["text"]
     assert told["activations_bytes"] is None
 
 
 def test_streamed_graphs_share_what_is_left_by_their_sizes():
-    need = Need({**dict.fromkeys(GRAPHS, 0), "controlnet": 100, "unet": 300}, buffers=10, streamable=frozenset(GRAPHS))
-    found = arrange(need, FREE, 210, where="ours")
+    need = MemoryRequirements(
+        {**dict.fromkeys(GRAPHS, 0), "controlnet": 100, "unet": 300}, buffers=10, streamable=frozenset(GRAPHS)
+    )
+    found = plan_residency(need, FREE, 210, where="ours")
     assert (found.on_device["controlnet"], found.on_device["unet"]) == (50, 150)
     assert found.streamed == {"controlnet", "unet"}
     assert "weights streamed: controlnet, unet" in describe(need, found, FREE)["text"]
@@ -183,8 +185,8 @@ def test_streamed_graphs_share_what_is_left_by_their_sizes():
 
 def test_streaming_counts_the_memory_that_it_takes():
     activations = {graph: Activations(0, 40) for graph in GRAPHS}
-    need = Need({**dict.fromkeys(GRAPHS, 0), "unet": 400}, activations, streamable=frozenset({"unet"}))
-    found = arrange(need, FREE, 300, where="ours")
+    need = MemoryRequirements({**dict.fromkeys(GRAPHS, 0), "unet": 400}, activations, streamable=frozenset({"unet"}))
+    found = plan_residency(need, FREE, 300, where="ours")
     assert found.arenas == {"main": 40, "side": 0}
     assert found.on_device["unet"] == 260
 
@@ -240,15 +242,15 @@ def bundle_of(weights):
 
 
 def test_a_computer_keeps_what_leaves_room_for_every_stage_in_float32():
-    assert keep_on_host(bundle_of(SDXL), 64 * GB) == set(GRAPHS)
-    kept = keep_on_host(bundle_of(SDXL), 25 * GB)
+    assert choose_resident_graphs(bundle_of(SDXL), 64 * GB) == set(GRAPHS)
+    kept = choose_resident_graphs(bundle_of(SDXL), 25 * GB)
     assert "unet" in kept
     assert not {"controlnet", "text_encoder_2"} <= kept  # all three would be 18.7 GB
 
 
 def test_a_computer_that_cannot_hold_one_stage_is_told_so():
     with pytest.raises(BackendError, match="out of memory") as caught:
-        keep_on_host(bundle_of(SDXL), 16 * GB)
+        choose_resident_graphs(bundle_of(SDXL), 16 * GB)
     assert caught.value.found == "14.9 GiB"
     assert caught.value.expected.startswith("20.6 GiB for weights")
 

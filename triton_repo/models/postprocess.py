@@ -36,7 +36,7 @@ class TritonPythonModel:
         fixed = fix_colors(restored, stage1, settings.color_fix)
         photo = finish(fixed[0], source, result_size(source.size, settings.upscale))
         size = (restored.shape[3], restored.shape[2])
-        history = history_of(self._bundle, settings, self._serving.size_plan(self._bundle, size, settings))
+        history = history_of(self._bundle, settings, self._serving.plan(self._bundle, size, settings))
         encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", history, IMAGE)
         self._metrics.took("postprocess", time.monotonic() - started)
         return response(restored=strings([encoded], (1,)), settings=strings([json.dumps(history)], (1,)))

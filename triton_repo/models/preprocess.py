@@ -9,7 +9,8 @@ from engine.errors import ImageError
 from engine.image.decoding import decode_photo
 from engine.image.encoding import check_format
 from engine.image.preprocess import frame, size_to_work_at
-from engine.pipeline.text import texts_of
+from engine.pipeline.plan import texts_of
+from engine.sampling.sampler import table_for
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
 from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options
 from triton_repo.serving import Serving
@@ -54,7 +55,7 @@ class TritonPythonModel:
             )
         self._serving.size_plan(self._bundle, size, settings)  # or windows that do not exist are refused by `sample`
         pixels = frame(photo, size)[None]
-        texts = texts_of(settings)
+        texts = texts_of(settings, table_for(settings))
         deadline = None if delivery.timeout_s is None else started + delivery.timeout_s
         run = Run(deadline=deadline, preview_every=delivery.preview_every)
         self._metrics.took("preprocess", time.monotonic() - started)

@@ -138,7 +138,7 @@ class TritonPythonModel:
             )
         if not np.isfinite(z_lq).all():
             raise UsageError("holds values that are not finite", where="z_lq")
-        table = self._restorer.table(settings)
+        table = self._restorer.stages.table(settings)
         needed = 2 if any(step.guided for step in table.steps) else 1
         if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
             raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
@@ -182,7 +182,7 @@ class TritonPythonModel:
         center = self._center(batch)  # by another process, so before this one has its turn
         try:
             with self._turn, times.outside("sampling, outside the graphs"):
-                z = self._restorer.sample(
+                z = self._restorer.stages.sample(
                     np.concatenate([job.z_lq for job in batch]),
                     texts,
                     batch[0].settings,
@@ -220,4 +220,4 @@ class TritonPythonModel:
 
         text = Conditioning(zeros("context")[:, :TOKENS], zeros("vector"))
         settings = bundle.manifest.defaults.updated({"steps": 1, "cfg_scale": (2.0, 2.0), "restore_pull": None})
-        self._restorer.sample(zeros("x"), [text, text], settings)
+        self._restorer.stages.sample(zeros("x"), [text, text], settings)
