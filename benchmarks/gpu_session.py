@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_device, describe_machine
+from engine.bundle.storage import plain_name
 from engine.cli.console import run_command
 from engine.device.cuda import CudaDevice
 from engine.errors import UsageError
@@ -91,11 +92,6 @@ def summary(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
     for test in tests:
         counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
     return dict(sorted(counts.items()))
-
-
-def plain_name(text: str) -> str:
-    """Return a name as files have it, such as "nvidia-h200"."""
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
 
 
 class _Notes:

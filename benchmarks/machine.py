@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.device.cuda import driver_version
 from engine.device.interface import Device
+from engine.memory.host_memory import total_memory_bytes
 
 PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 #: What runs on GPUs; named where it is installed.
@@ -35,7 +36,7 @@ def describe_machine() -> dict[str, object]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(total_memory_bytes() / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
@@ -72,10 +73,3 @@ def _processor() -> str:
     return (
         f"{found.get('model name', platform.machine())} (family {found.get('cpu family')}, model {found.get('model')})"
     )
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None

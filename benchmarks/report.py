@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import paper
 from benchmarks.contenders import ENGINE
 from benchmarks.stages import LABELS, PER_STEP, STEPS
-from benchmarks.summary import AIM_COMPILED, AIM_FASTER, AIM_FLOORS, AIM_MEMORY, AIM_OUTSIDE
+from benchmarks.summary import AIM_COMPILED, AIM_FASTER, AIM_FLOORS, AIM_MEMORY, AIM_OUTSIDE, aim_text
 
 _NUMBER = "---:"
 _STAGE_HEAD = (
@@ -135,27 +135,19 @@ def _aims(contenders: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     if on_gpu:
         over = engine["total"]["median_ms"] / engine["total"]["floor_ms"]
-        lines.append(f"Of the floor's time: {_aim(over, AIM_FLOORS, '{:.2f} ×', less=True)}.")
+        lines.append(f"Of the floor's time: {aim_text(over, AIM_FLOORS, '{:.2f} ×', less=True)}.")
     else:
-        lines.append(f"Outside the graphs: {_aim(engine['outside_share'], AIM_OUTSIDE, '{:.1%}', less=True)}.")
+        lines.append(f"Outside the graphs: {aim_text(engine['outside_share'], AIM_OUTSIDE, '{:.1%}', less=True)}.")
     for name, base in contenders.items():
         if name == ENGINE:
             continue
         faster = base["total"]["median_ms"] / engine["total"]["median_ms"]
         aim = {("torch", False): AIM_FASTER, ("torch-compile", True): AIM_COMPILED}.get((name, on_gpu))
-        lines.append(f"Faster than {name}: {_aim(faster, aim, '{:.2f} ×', less=False)}.")
+        lines.append(f"Faster than {name}: {aim_text(faster, aim, '{:.2f} ×', less=False)}.")
         if name == "torch" and not on_gpu and base["peak_memory_bytes"] and engine["peak_memory_bytes"]:
             memory = engine["peak_memory_bytes"] / base["peak_memory_bytes"]
-            lines.append(f"Of its memory: {_aim(memory, AIM_MEMORY, '{:.0%}', less=True)}.")
+            lines.append(f"Of its memory: {aim_text(memory, AIM_MEMORY, '{:.0%}', less=True)}.")
     return lines
-
-
-def _aim(found: float, aim: float | None, form: str, *, less: bool) -> str:
-    if aim is None:
-        return form.format(found)
-    reached = found <= aim if less else found >= aim
-    bound = "at most" if less else "at least"
-    return f"{form.format(found)} (aim: {bound} {form.format(aim)}, {'reached' if reached else 'missed'})"
 
 
 def _published(results: list[dict[str, Any]]) -> list[str]:

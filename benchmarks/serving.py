@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from benchmarks.summary import aim_text, percentile
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
 from engine.cli.options import path_option, whole_number
@@ -85,12 +85,6 @@ class Load:
             "batch": self.batch,
             "latencies_s": self.latencies_s,
         }
-
-
-def percentile(values: Sequence[float], share: int) -> float:
-    """Return the smallest value that `share` percent of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
 
 
 class Direct:
@@ -274,7 +268,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     for name in BATCHING:
         found = report[f"batching_{name}"]
         one = found["one_client"]
-        longer = _aim(one["overhead"], AIM_OVERHEAD, "{:+.1%}", less=True)
+        longer = aim_text(one["overhead"], AIM_OVERHEAD, "{:+.1%}", less=True)
         lines.append(
             f"Batching {name}: one client waits {longer} longer than a direct "
             f"call takes ({one['served_median_s']:.2f} s and {one['direct_median_s']:.2f} s, medians of "
@@ -282,16 +276,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         )
         for load in found["loads"]:
             if load["clients"] == AIM_CLIENTS:
-                ratio = _aim(load["throughput_over_direct"], 1.0, "{:.2f}", less=False)
+                ratio = aim_text(load["throughput_over_direct"], 1.0, "{:.2f}", less=False)
                 lines.append(f"Batching {name}: at {AIM_CLIENTS} clients, {ratio} times the direct loop's throughput.")
     return "\n".join(lines)
-
-
-def _aim(found: float, aim: float, form: str, *, less: bool) -> str:
-    reached = found <= aim if less else found >= aim
-    return f"{form.format(found)} (aim: {'at most' if less else 'at least'} {form.format(aim)}, " + (
-        "reached)" if reached else "missed)"
-    )
 
 
 def _say(line: str) -> None:

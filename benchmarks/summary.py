@@ -22,6 +22,22 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(np.percentile(values, share))
 
 
+def aim_text(found: float, aim: float | None, form: str, *, less: bool) -> str:
+    """Return a figure beside what the project aims at.
+
+    Args:
+        found: the figure.
+        aim: None where there is none.
+        form: how numbers are written, as "{:.2f}".
+        less: whether less than the aim is better.
+    """
+    if aim is None:
+        return form.format(found)
+    reached = found <= aim if less else found >= aim
+    bound = "at most" if less else "at least"
+    return f"{form.format(found)} (aim: {bound} {form.format(aim)}, {'reached' if reached else 'missed'})"
+
+
 def summarize(
     contender: Mapping[str, Any], works: Mapping[str, Any], rates_tflops: Mapping[Precision, float], batch: int
 ) -> dict[str, Any]:

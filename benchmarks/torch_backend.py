@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +21,11 @@ import torch
 
 from benchmarks.networks import bundle_builders, load_weights
 from engine.backends.base import Backend, Runner
-from engine.backends.buffers import BufferRunner
+from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle
-from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
-from engine.errors import BackendError
-from engine.memory.residency import Activations
+from engine.device.interface import Array, Buffer, Device, Stream
+from engine.errors import BackendError, OutOfMemoryError
 from engine.recipe import stream_of
 from export.graphs.builder import call_arguments
 
@@ -178,7 +177,7 @@ class _CudaArray:
         }
 
 
-class TorchDeviceBackend:
+class TorchDeviceBackend(SelfAllocatingBackend):
     """PyTorch on a device's buffers, in the bundle's precision, its VAE in bf16 where that is fp16.
 
     Args:
@@ -197,8 +196,8 @@ class TorchDeviceBackend:
                 where=bundle.path,
                 fix="measure a bundle built with --precision fp16, or fp32",
             )
-        self.device, self._memory, self._compiled = device, memory, compiled
-        self.streams = {name: device.stream() for name in STREAMS}
+        super().__init__(device)
+        self._memory, self._compiled = memory, compiled
         self._builders = bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, 0))
         torch.backends.cudnn.benchmark = True  # sizes stay what they are: let it choose the fastest
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in the engine
@@ -210,25 +209,6 @@ class TorchDeviceBackend:
         with _translated(graph), self._memory.on(stream):
             module = _ready(load_weights(builder, bundle, self._memory.place), self._compiled)
         return _TorchBufferRunner(builder.spec, self.device, stream, module, self._memory)
-
-    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
-        """Tell that PyTorch's own allocator grows as it runs, and that nobody knows how far."""
-        return Activations(None)
-
-    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
-        """PyTorch has all weights on the device."""
-        return False
-
-    def limit_weights(self, on_device: Mapping[str, int]) -> None:
-        """See `DeviceBackend`; there is nothing that could be limited."""
-        assert not on_device, "no graph's weights can be streamed"
-
-    def reserve(self, stream: str, nbytes: int) -> None:
-        """See `DeviceBackend`; PyTorch takes its memory itself."""
-
-    def close(self) -> None:
-        """Give the device back."""
-        self.device.close()
 
 
 class _TorchBufferRunner(BufferRunner):
@@ -266,7 +246,7 @@ def _translated(graph: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise BackendError(
+        raise OutOfMemoryError(
             "out of GPU memory",
             where=f"PyTorch: {graph}",
             found=str(error).split(".")[0],

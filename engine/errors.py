@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Literal
 
 
 class RestoreError(Exception):
@@ -89,12 +90,23 @@ class BackendError(RestoreError):
     """A backend is missing, cannot run a graph, or was called with wrong tensors."""
 
 
+class OutOfMemoryError(BackendError):
+    """A computer or a GPU has less memory left than was asked for: less at a time may help.
+
+    Backends raise it whatever their libraries raise, log or return, so that it can be told from other failures.
+    """
+
+
 class DoesNotFitError(BackendError):
     """A size that memory does not hold, or that a plan was not compiled for; a smaller one may fit."""
 
 
 class ImageError(RestoreError):
     """An image cannot be read or is of a kind that is not restored."""
+
+
+class InputError(RestoreError):
+    """A file or folder cannot be read."""
 
 
 class OutputError(RestoreError):
@@ -107,27 +119,58 @@ class UnexpectedError(RestoreError):
     exit_code = 70
 
 
-def from_os_error(error: OSError, path: object, action: str) -> RestoreError:
-    """Translate an operating-system error about `path` into an `OutputError`.
+#: What one may be doing with a file or folder: then the same error has another remedy.
+Access = Literal["read", "write", "either"]
+
+
+def from_os_error(error: OSError, path: object, action: str, access: Access = "write") -> RestoreError:
+    """Translate an operating-system error about `path`: an `InputError` where it was read, else an `OutputError`.
 
     Args:
         error: as caught.
-        path: the file or folder that was being written.
+        path: the file or folder.
         action: what was being done, as in "write the image".
+        access: whether the path was being read or written; "either" where the caller does not know.
     """
-    reasons = {
-        errno.ENOSPC: ("the disk is full", "free some space or choose another disk"),
-        errno.EDQUOT: ("the disk quota is used up", "free some space or choose another disk"),
-        errno.EFBIG: ("the file is too large for this disk or limit", "raise the limit (ulimit -f)"),
-        errno.EACCES: ("no permission", "choose a place that you may write to"),
-        errno.EPERM: ("not permitted", "choose a place that you may write to"),
-        errno.EROFS: ("the file system is read-only", "choose a place that you may write to"),
+    number = error.errno or 0
+    default = (os.strerror(number) if number else str(error), None)
+    reason, fix = {**_REASONS, **_REASONS_BY_ACCESS[access]}.get(number, default)
+    kind = InputError if access == "read" else OutputError
+    return kind(f"cannot {action}: {reason}", where=path, fix=fix)
+
+
+_FREE_SPACE = "free some space or choose another disk"
+_WRITABLE = "choose a place that you may write to"
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EFBIG: ("the file is too large for this disk or limit", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", _WRITABLE),
+    errno.ENOTDIR: ("a part of the path is not a folder", "correct the path"),
+    errno.EISDIR: ("it is a folder", "name a file"),
+    errno.EEXIST: ("something else has that name", "choose another name"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+}
+_GONE = ("no such file or folder", "check the path: it may have been moved or removed meanwhile")
+_REASONS_BY_ACCESS: dict[Access, dict[int, tuple[str, str]]] = {
+    "read": {
+        errno.EACCES: ("no permission", "allow this user to read it, and to enter its folders"),
+        errno.EPERM: ("not permitted", "allow this user to read it, and to enter its folders"),
+        errno.ENOENT: _GONE,
+    },
+    "write": {
+        errno.EACCES: ("no permission", _WRITABLE),
+        errno.EPERM: ("not permitted", _WRITABLE),
         errno.ENOENT: ("no such folder", "create it first"),
-        errno.ENOTDIR: ("a part of the path is not a folder", "correct the path"),
-        errno.EISDIR: ("it is a folder", "name a file"),
-        errno.EEXIST: ("something else has that name", "choose another name"),
-        errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
-    }
-    default = (os.strerror(error.errno) if error.errno else str(error), None)
-    reason, fix = reasons.get(error.errno or 0, default)
-    return OutputError(f"cannot {action}: {reason}", where=path, fix=fix)
+    },
+    "either": {
+        errno.EACCES: ("no permission", "check who may read and write it"),
+        errno.EPERM: ("not permitted", "check who may read and write it"),
+        errno.ENOENT: _GONE,
+    },
+}
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, which is enough to know it by."""
+    return str(error).strip().split("\n")[0][:300]

@@ -96,7 +96,7 @@ def _read(path: Path) -> bytes:
     except IsADirectoryError:
         raise UsageError("is a folder", where=path, fix="name a photo") from None
     except OSError as error:
-        raise from_os_error(error, path, "read the photo") from error
+        raise from_os_error(error, path, "read the photo", "read") from error
 
 
 def _parser() -> argparse.ArgumentParser:

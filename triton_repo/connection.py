@@ -6,12 +6,10 @@ never where it may have been worked on in vain.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import queue
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,14 @@ import grpc
 import numpy as np
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from tenacity import (
+    AsyncRetrying,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
 from tritonclient.utils import InferenceServerException
 
 from engine.errors import ImageError, UsageError
@@ -38,6 +44,7 @@ from triton_repo.protocol import (
 DEFAULT_URL = "localhost:8001"
 DEFAULT_TIMEOUT_S = 300.0
 DEFAULT_RETRIES = 4
+#: What the pause before the second attempt is at most, each later one twice that, and all of them.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _ENSEMBLE = f"in ensemble '{RESTORE}', "
 #: A restored photo may be larger than gRPC's default of 4 MB.
@@ -131,20 +138,16 @@ class Client:
             BusyError: it has no room, or is not there, after all retries.
             StoppedError: the deadline has passed. ServerError: it failed.
         """
-
-        def attempt(left_s: float) -> triton.InferResult:
-            inputs = _inputs(triton, image, {"timeout_s": self._timeout_s, **options})
-            return self._client.infer(RESTORE, inputs, client_timeout=left_s)
-
         deadline = time.monotonic() + self._timeout_s
-        for pause_s in _pauses(self._retries):
-            try:
-                return _result(attempt(_left(deadline)))
-            except InferenceServerException as error:
-                if not _may_retry(error) or pause_s is None or time.monotonic() + pause_s > deadline:
-                    raise _translated(error, self._url) from None
-                time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+
+        def attempt() -> Result:
+            inputs = _inputs(triton, image, {"timeout_s": self._timeout_s, **options})
+            return _result(self._client.infer(RESTORE, inputs, client_timeout=_left(deadline)))
+
+        try:
+            return Retrying(**_retry_rules(self._retries, self._timeout_s))(attempt)
+        except InferenceServerException as error:
+            raise _translated(error, self._url) from None
 
     def stream(self, image: bytes, **options: Any) -> Iterator[Event]:
         """Restore one photo and tell how it goes; who stops iterating stops the restoration.
@@ -199,21 +202,16 @@ class AsyncClient:
 
     async def restore(self, image: bytes, **options: Any) -> Result:
         """Restore one photo; as `Client.restore`. A cancelled task takes its request back."""
-
-        def attempt(left_s: float) -> Awaitable[Any]:
-            inputs = _inputs(triton_aio, image, {"timeout_s": self._timeout_s, **options})
-            answer: Awaitable[Any] = self._client.infer(RESTORE, inputs, client_timeout=left_s)
-            return answer
-
         deadline = time.monotonic() + self._timeout_s
-        for pause_s in _pauses(self._retries):
-            try:
-                return _result(await attempt(_left(deadline)))
-            except InferenceServerException as error:
-                if not _may_retry(error) or pause_s is None or time.monotonic() + pause_s > deadline:
-                    raise _translated(error, self._url) from None
-                await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+
+        async def attempt() -> Result:
+            inputs = _inputs(triton_aio, image, {"timeout_s": self._timeout_s, **options})
+            return _result(await self._client.infer(RESTORE, inputs, client_timeout=_left(deadline)))
+
+        try:
+            return await AsyncRetrying(**_retry_rules(self._retries, self._timeout_s))(attempt)
+        except InferenceServerException as error:
+            raise _translated(error, self._url) from None
 
 
 def _inputs(library: Any, image: bytes, options: dict[str, Any]) -> list[Any]:
@@ -241,15 +239,18 @@ def _left(deadline: float) -> float:
     return max(0.001, deadline - time.monotonic())
 
 
-def _pauses(retries: int) -> Iterator[float | None]:
-    """Yield how long to wait after each attempt: longer each time, and not all clients alike; None is not again."""
-    for number in range(retries):
-        yield min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**number) * random.uniform(0.5, 1.5)
-    yield None
+def _retry_rules(retries: int, timeout_s: float) -> dict[str, Any]:
+    """Return when a request is sent again: after pauses that grow and are not those of other clients."""
+    return {
+        "retry": retry_if_exception(_may_retry),
+        "wait": wait_random_exponential(_FIRST_PAUSE_S, _LONGEST_PAUSE_S),
+        "stop": stop_after_attempt(retries + 1) | stop_before_delay(timeout_s),
+        "reraise": True,
+    }
 
 
-def _may_retry(error: InferenceServerException) -> bool:
-    return bool(error.status() == str(grpc.StatusCode.UNAVAILABLE))
+def _may_retry(error: BaseException) -> bool:
+    return isinstance(error, InferenceServerException) and error.status() == str(grpc.StatusCode.UNAVAILABLE)
 
 
 def _translated(error: InferenceServerException, url: str) -> Exception:

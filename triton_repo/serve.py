@@ -9,13 +9,14 @@ Where NVIDIA's container does not bring the server, it is installed from a wheel
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +39,107 @@ def main(arguments: Sequence[str]) -> int:
         repository = options.repository or Path(folder) / "repository"
         render(request_of(options, options.bundle or default_bundle_dir(), repository))
         programs = find_programs(_say)  # behind what can be wrong: the first time it takes a minute
-        log = options.log or Path(tempfile.gettempdir()) / f"restoration-triton-{os.getpid()}.log"
+        # Nobody else can enter this folder, or put a link where the log will be.
+        log = options.log or Path(tempfile.mkdtemp(prefix="restoration-triton-log-")) / "server.log"
         ports = Ports(options.grpc_port, options.http_port, options.metrics_port)
         _say("starting: every network is opened and run once")
         cache_mib = 0 if options.no_cache else 64
         with Server(programs, repository, log, options.address, ports, cache_mib) as server:
             try:
-                _watch(server, log)
+                keep_running(server, Restarts(log))
             except KeyboardInterrupt:
                 _say("stopping")
         if options.log is None:
-            log.unlink()  # it went well: nobody will read it
+            shutil.rmtree(log.parent)  # it went well: nobody will read it
     return 0
 
 
-def _watch(server: Server, log: Path) -> None:
-    """Keep a server as it should be, until the program is interrupted.
+@dataclass
+class Restarts:
+    """How soon, and how often, a server that has died is started again.
 
-    Raises:
-        BackendError: the server has ended by itself.
+    Attributes:
+        log: of the server, for the error.
+        limit: of restarts within `within_s`.
+        longest_s: of the pauses, each of which is twice the last.
+        clock: tells the time in seconds.
     """
-    address, ports = server.address, server.ports
+
+    log: Path
+    limit: int = 5
+    within_s: float = 600.0
+    longest_s: float = 60.0
+    clock: Callable[[], float] = time.monotonic
+    _times: list[float] = field(default_factory=list)
+
+    def pause_s(self, reason: str) -> float:
+        """Note that the server has died, and return how long to wait before it is started again.
+
+        Args:
+            reason: why it has died.
+        Raises:
+            BackendError: it has died too often.
+        """
+        now = self.clock()
+        self._times = [before for before in self._times if now - before < self.within_s]
+        if len(self._times) >= self.limit:
+            raise BackendError(
+                "the server dies again and again",
+                expected=f"at most {self.limit} restarts within {self.within_s / 60:.0f} minutes",
+                found=reason,
+                fix=f"see {self.log}, which holds what every start wrote",
+            )
+        self._times.append(now)
+        return min(self.longest_s, 2.0 ** (len(self._times) - 1))
+
+
+def keep_running(server: Server, restarts: Restarts, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Start a server again whenever it or a member dies, until the program is interrupted.
+
+    Args:
+        server: that has been started.
+        restarts: how soon and how often.
+        sleep: waits for some seconds.
+    Raises:
+        BackendError: the server has ended without a fault, or dies too often.
+    """
     while True:
+        address, ports = server.address, server.ports
         _say(
             f"ready: gRPC {address}:{ports.grpc}, HTTP {address}:{ports.http}, metrics {address}:{ports.metrics}; "
             "Ctrl-C ends it"
         )
-        assert server.process is not None
-        while not server.has_lost_a_member():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = server.process.wait(_LOOK_EVERY_S)
-                raise BackendError("the server has ended by itself", found=f"status {status}", fix=f"see {log}")
-        _say("a member has died; starting again")
-        server.stop()
-        server.start()
+        reason = _wait_for_death(server, restarts.log)
+        while True:
+            pause_s = restarts.pause_s(reason)
+            _say(f"{reason}; starting again in {pause_s:.0f} s")
+            server.stop()
+            sleep(pause_s)
+            try:
+                server.start()
+                break
+            except BackendError as error:  # counts as another death
+                reason = error.problem + (f" ({error.found})" if error.found else "")
+
+
+def _wait_for_death(server: Server, log: Path) -> str:
+    """Wait until a server or one of its members dies, and return what happened.
+
+    Raises:
+        BackendError: the server has ended without a signal: somebody stopped it, or it gave up.
+    """
+    assert server.process is not None
+    while True:
+        has_lost_a_member = server.has_lost_a_member()
+        try:
+            status = server.process.wait(_LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            if has_lost_a_member:  # and not because the server itself has ended
+                return "a member has died"
+            continue
+        if status < 0:
+            return f"the server has died of signal {-status} ({signal.strsignal(-status)})"
+        raise BackendError("the server has ended by itself", found=f"status {status}", fix=f"see {log}")
 
 
 def _say(line: str) -> None:

@@ -15,14 +15,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 from engine.errors import BackendError, UsageError
 from triton_repo.environment import Programs
 from triton_repo.meeting import folder_of
 
-#: Interfaces that read this computer's memory, write files or change models: nobody has the key to them.
+#: Interfaces that read this computer's memory, write files or change models: closed to everybody.
 RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
+#: tritonserver cannot turn an interface off, but asks for a header of any name. Command lines are public
+#: (/proc/PID/cmdline), so a secret value would not close anything. A line break within the name does: HTTP ends the
+#: header there, and gRPC refuses the request.
+_HEADER_THAT_CANNOT_BE_SENT = "closed\nto-everybody"
 _STOP_S = 20
 
 
@@ -54,7 +59,7 @@ class Server:
     Attributes:
         programs: from `find_programs`.
         repository: from `render`.
-        log: that the server writes.
+        log: that the server writes; what is in it from earlier starts stays.
         address: of the interface that it listens on; the default is for this computer alone.
         ports: that it listens on.
         cache_mib: of the response cache; 0 is none.
@@ -70,10 +75,11 @@ class Server:
     start_s: float = 600.0
     process: subprocess.Popen[bytes] | None = None
     _members: frozenset[int] = frozenset()
+    _log_start: int = 0
 
     def command(self) -> list[str]:
         """Return the server's command line."""
-        key = secrets.token_hex(16)
+        closed = f"{','.join(RESTRICTED)}:{_HEADER_THAT_CANNOT_BE_SENT}={secrets.token_hex(16)}"
         options = {
             "model-repository": self.repository,
             "backend-directory": self.programs.backends,
@@ -85,8 +91,8 @@ class Server:
             "metrics-port": self.ports.metrics,
             "rate-limit": "execution_count",
             "exit-timeout-secs": _STOP_S // 2,
-            "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:admin={key}",
-            "http-restricted-api": f"{','.join(RESTRICTED)}:admin={key}",
+            "grpc-restricted-protocol": closed,
+            "http-restricted-api": closed,
         }
         if self.cache_mib:
             options["cache-config"] = f"local,size={self.cache_mib << 20}"
@@ -106,7 +112,10 @@ class Server:
             UsageError: a port is taken. BackendError: it ends, or takes too long.
         """
         self._check_ports()
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
+            log.write(f"--- started at {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
+            log.flush()
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, env=self.programs.environment, start_new_session=True
             )
@@ -167,8 +176,10 @@ class Server:
         self._kill_group()
 
     def why(self) -> str:
-        """Return what the log says of a member that could not be loaded, or its last error."""
-        text = self.log.read_text(errors="replace").replace("\\n", "\n")
+        """Return what the log says, since the last start, of a member that could not be loaded, or its last error."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            text = log.read().decode(errors="replace").replace("\\n", "\n")
         found = re.search(r"Failed to initialize Python stub: (?:\w+Error: )?(.*?)\n\nAt:", text, re.DOTALL)
         if found:
             return found[1]

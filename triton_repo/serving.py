@@ -75,12 +75,7 @@ class Serving(BaseModel):
 
     def pixels_allowed(self, bundle: Bundle) -> int:
         """Return how many pixels a photo may be worked at, on this computer."""
-        memory = total_memory_bytes()
-        return (
-            self.max_pixels
-            if memory is None
-            else min(self.max_pixels, pixels_in_memory(bundle, memory // _ATTENTION_SHARE))
-        )
+        return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
 
     def plan(self, bundle: Bundle, size: Size, settings: Settings, chunks: int = 1) -> RestorationPlan:
         """Return the plan of one photo of (width, height) pixels; see `size_plan`."""

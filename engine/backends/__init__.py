@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from engine.backends.base import Backend
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
+from engine.device.interface import Device
 from engine.errors import UsageError
 
 BACKENDS = ("onnxruntime", *PLAN_BACKENDS)
@@ -36,15 +39,21 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backen
         from engine.backends.ort_cuda import OrtCudaBackend, check_provider
 
         check_provider()  # before the GPU is asked for: what is missing here is missing anyway
-        from engine.device.cuda import CudaDevice
-
-        return OrtCudaBackend(CudaDevice(index), index)
+        return _on_gpu(index, lambda device: OrtCudaBackend(device, index))
     from engine.backends.trt import TrtBackend
 
     library = open_library(name)
+    return _on_gpu(index, lambda device: TrtBackend(library, device))
+
+
+def _on_gpu(index: int, make: Callable[[Device], Backend]) -> Backend:
+    """Open a GPU and return the backend that is made of it; where that fails, the GPU is given back."""
     from engine.device.cuda import CudaDevice
 
-    return TrtBackend(library, CudaDevice(index))
+    with ExitStack() as opened:
+        backend = make(opened.enter_context(CudaDevice(index)))
+        opened.pop_all()  # from here on, the backend closes it
+    return backend
 
 
 def gpu_index(name: str, device: str = "auto") -> int | None:

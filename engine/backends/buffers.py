@@ -10,7 +10,8 @@ import numpy as np
 
 from engine.backends.base import Runner
 from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
-from engine.device.interface import Array, Buffer, Device, Stream
+from engine.bundle.manifest import Bundle
+from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
 from engine.memory.residency import Activations
 
 
@@ -85,3 +86,34 @@ class BufferRunner(Runner):
             self.enqueue(self._stream, sources, results)
             downloads = {name: self._stream.download(result) for name, result in results.items()}
             return {name: download.result() for name, download in downloads.items()}
+
+
+class SelfAllocatingBackend:
+    """A device's backend whose library takes its memory itself; see `DeviceBackend`.
+
+    Args:
+        device: that everything is on; closed with the backend.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.streams = {name: device.stream() for name in STREAMS}
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Tell that the library's allocator grows as it runs, and that nobody knows how far."""
+        return Activations(None)
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """Tell that all weights are on the device."""
+        return False
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """Do nothing: there is nothing that could be limited."""
+        assert not on_device, "no graph's weights can be streamed"
+
+    def reserve(self, stream: str, nbytes: int) -> None:
+        """Do nothing: the library takes its memory when it needs it."""
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.device.close()

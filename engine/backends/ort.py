@@ -18,7 +18,7 @@ from engine.backends.base import Runner
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle, Piece
 from engine.device.interface import Array
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, OutOfMemoryError, first_line
 from engine.units import format_bytes
 
 #: Errors come as exceptions; the log would say them a second time, in colours.
@@ -26,6 +26,8 @@ _FATAL_ONLY = 4
 #: The exporter has folded what can be folded. What is left are weights, turned over or widened, which the
 #: CPU provider would hold twice while it folds them: 16.2 instead of 10.7 GiB for SDXL's UNet in fp16.
 _WITHOUT = ("ConstantFolding",)
+#: What ONNX Runtime, the C++ library and CUDA's libraries say where memory runs out.
+_NO_MEMORY = re.compile(r"allocate|bad_alloc|out of memory|ALLOC_FAILED|OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def open_session(
         without: ONNX Runtime's names of optimizations that are left out.
     Raises:
         BackendError: it is not a graph that the providers can run.
+        OutOfMemoryError: memory does not hold it.
     """
     options = options or ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
@@ -151,8 +154,13 @@ def open_session(
         source = str(graph) if isinstance(graph, Path) else graph
         return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        where = name or graph
-        raise BackendError("ONNX Runtime cannot open the graph", where=where, found=_first_line(error)) from error
+        where = name or (graph if isinstance(graph, Path) else None)
+        if _is_out_of_memory(error):
+            fix = "close other programs, or use a bundle of smaller weights: --precision fp16"
+            raise OutOfMemoryError(
+                "out of memory while the graph is opened", where=where, found=first_line(error), fix=fix
+            ) from error
+        raise BackendError("ONNX Runtime cannot open the graph", where=where, found=first_line(error)) from error
 
 
 @lru_cache(maxsize=1)
@@ -168,19 +176,18 @@ def _share_arena() -> None:
 
 def translated(error: Exception, graph: str) -> Exception:
     """Return an error of ONNX Runtime in our words; others as they are."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
-        asked = re.search(r"buffer of size (\d+)", text)
-        return BackendError(
+    if _is_out_of_memory(error):
+        asked = re.search(r"buffer of size (\d+)", str(error))
+        return OutOfMemoryError(
             "out of memory",
             where=graph,
-            found=f"{format_bytes(int(asked[1]))} more are not to be had" if asked else _first_line(error),
+            found=f"{format_bytes(int(asked[1]))} more were asked for" if asked else first_line(error),
             fix="restore at a smaller size: a lower --upscale or --min-size",
         )
     if type(error).__module__.startswith("onnxruntime"):
-        return BackendError("ONNX Runtime failed", where=graph, found=_first_line(error))
+        return BackendError("ONNX Runtime failed", where=graph, found=first_line(error))
     return error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from engine.backends.buffers import BufferRunner
+from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.backends.ort import open_session, translated
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle
-from engine.device.interface import STREAMS, Buffer, Device, Stream
+from engine.device.interface import Buffer, Device, Stream
 from engine.errors import BackendError
-from engine.memory.residency import Activations
 from engine.recipe import stream_of
 
 _CUDA = "CUDAExecutionProvider"
 #: Both packages own one folder, so that each damages the other's files: none may be there before, or stay.
 INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+#: Operators that do the work of a graph. Others may stay on the CPU: ONNX Runtime computes shapes there on purpose, so
+#: that its own refusal of the CPU (`session.disable_cpu_ep_fallback`) would refuse every graph that takes any size.
+_WORK = frozenset(
+    (
+        "Conv",
+        "FusedConv",
+        "NhwcConv",
+        "NhwcFusedConv",
+        "MatMul",
+        "FusedMatMul",
+        "Gemm",
+        "Attention",
+        "MultiHeadAttention",
+        "Softmax",
+        "Resize",
+        "InstanceNormalization",
+        "GroupNorm",
+        "LayerNormalization",
+        "SkipLayerNormalization",
+    )
+)
 
 
 def check_provider() -> None:
@@ -53,7 +75,7 @@ def load_cuda_libraries() -> str:
     return " ".join(said.getvalue().split())
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(SelfAllocatingBackend):
     """ONNX Runtime's CUDA provider, on the streams of the loop.
 
     Args:
@@ -62,8 +84,8 @@ class OrtCudaBackend:
     """
 
     def __init__(self, device: Device, index: int) -> None:
-        self.device, self._index = device, index
-        self.streams = {name: device.stream() for name in STREAMS}
+        super().__init__(device)
+        self._index = index
 
     def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
         """Open a bundle's graph on the GPU; see `Backend`."""
@@ -82,7 +104,9 @@ class OrtCudaBackend:
             "use_tf32": "0",  # float32 means float32
         }
         missing = load_cuda_libraries()
-        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"])
+        recording = ort.SessionOptions()
+        recording.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"], recording)
         if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
             raise BackendError(
                 "ONNX Runtime's CUDA provider does not load",
@@ -90,26 +114,31 @@ class OrtCudaBackend:
                 found=missing[:300] or None,
                 fix=f"{INSTALL}, which brings the CUDA and cuDNN that it asks for; without them, --device cpu",
             )
+        check_placement(session, graph)
         return OrtBufferRunner(session, entry.spec, self.device, stream, "cuda", self._index)
 
-    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
-        """Tell that ONNX Runtime's own arena grows as it runs, and that nobody knows how far."""
-        return Activations(None)
 
-    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
-        """ONNX Runtime has all weights on the device."""
-        return False
+def check_placement(session: Any, graph: str) -> None:
+    """Find out whether ONNX Runtime left a graph's work on the CPU, which it does without a word.
 
-    def limit_weights(self, on_device: Mapping[str, int]) -> None:
-        """See `DeviceBackend`; there is nothing that could be limited."""
-        assert not on_device, "no graph's weights can be streamed"
-
-    def reserve(self, stream: str, nbytes: int) -> None:
-        """See `DeviceBackend`; ONNX Runtime takes its memory itself."""
-
-    def close(self) -> None:
-        """Give the device back."""
-        self.device.close()
+    Args:
+        session: opened with "session.record_ep_graph_assignment_info"; versions that do not record are believed.
+        graph: its name.
+    Raises:
+        BackendError: operators that do the work run on the CPU.
+    """
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    placed = ask() if ask is not None else ()
+    nodes = [node for part in placed if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+    left = [node for node in nodes if node.op_type in _WORK]
+    if left:
+        raise BackendError(
+            "ONNX Runtime left a part of the graph on the CPU",
+            where=graph,
+            expected="all of its work on the GPU",
+            found=f"{len(left)} of {', '.join(sorted({node.op_type for node in left}))}, such as {left[0].name!r}",
+            fix="use the newest onnxruntime-gpu, build the bundle with --precision fp16, or restore with --device cpu",
+        )
 
 
 class OrtBufferRunner(BufferRunner):

@@ -15,7 +15,7 @@ from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, r
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, Plan
 from engine.bundle.profiles import choose_profile
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import plain_name, whole_file
 from engine.device.interface import STREAMS, Buffer, Device, Stream
 from engine.errors import OutputError
 from engine.memory.residency import Activations
@@ -54,11 +54,13 @@ class TrtBackend:
         Raises:
             BundleError: the bundle has no plan for this library and GPU.
             BackendError: the plan does not open.
+            OutOfMemoryError: memory does not hold it.
         """
         entry = bundle.manifest.graphs[graph]
         self.device.activate()
         plan = check_plan(bundle, entry, self.library, self.device)
         file = bundle.file(plan.file)
+        self._log.last = ""  # of something else, which was no failure
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise failed("open the plan", file, self._log, fix=rebuild(bundle))
@@ -121,8 +123,7 @@ class TrtBackend:
 
     def _notes_of(self, bundle: Bundle) -> MemoryNotes:
         # GPUs of one capability differ in how much they run at once, and so in what they need.
-        name = "-".join("".join(letter if letter.isalnum() else " " for letter in self.device.name).split())
-        file = self._beside(bundle, f"{name}.memory")
+        file = self._beside(bundle, f"{plain_name(self.device.name)}.memory")
         if file not in self._notes:
             self._notes[file] = MemoryNotes(file)
         return self._notes[file]
@@ -248,6 +249,7 @@ class TrtRunner(BufferRunner):
         if context is None:
             self._drop_contexts()
             index = choose_profile(self._plan.profiles, symbols, where=self.spec.name)
+            self._log.last = ""
             raw = self._engine.create_execution_context(self._config)
             if raw is None:
                 raise failed("make a context", self.spec.name, self._log)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import BackendError
+from engine.errors import BackendError, first_line
 
 #: Backends that run plans, with the module of each and what installs it.
 _MODULES = {
@@ -16,6 +17,12 @@ _MODULES = {
 PLAN_BACKENDS = tuple(_MODULES)
 #: The builder's flag of plans whose weights may lie on the host.
 WEIGHT_STREAMING = "WEIGHT_STREAMING"
+#: How the libraries say that memory was missing, such as "Cuda Runtime (out of memory)" or "OutOfMemory".
+_NO_MEMORY = re.compile(
+    r"out.?of.?memory|(insufficient|not enough) memory|bad_alloc|allocat\w* fail|"
+    r"(fail\w* to|could not|cannot|unable to) (be )?allocate",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,22 @@ def open_library(backend: str) -> TrtLibrary:
     except ModuleNotFoundError as error:
         raise BackendError(f"--backend {backend} needs {module}, which is not installed", fix=fix) from error
     except (ImportError, OSError, RuntimeError) as error:  # the package is there, its libraries are not
-        raise BackendError(f"{module} does not load", found=str(error).strip().split("\n")[0], fix=fix) from error
+        raise BackendError(f"{module} does not load", found=first_line(error), fix=fix) from error
     if not hasattr(api, "Builder"):  # the stub that pip finds on the public index
         raise BackendError(f"{module} is a stub without a library", found=getattr(api, "__file__", module), fix=fix)
     return TrtLibrary(backend, api, str(api.__version__))
 
 
+def is_lack_of_memory(message: str) -> bool:
+    """Tell whether a library's message says that memory was missing."""
+    return _NO_MEMORY.search(message) is not None
+
+
 def make_log(api: Any) -> Any:
-    """Return a logger that keeps the last error, for ours to tell it."""
+    """Return a logger that keeps the last error, for ours to tell it.
+
+    Errors that follow one about memory are its consequences and do not replace it.
+    """
 
     class Log(api.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -73,7 +88,9 @@ def make_log(api: Any) -> Any:
             self.last = ""
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+            if severity not in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+                return
+            if not is_lack_of_memory(self.last) or is_lack_of_memory(message):
                 self.last = " ".join(message.split())[:500]
 
     return Log()

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 
 from engine.backends.base import Runner
-from engine.backends.trt_library import TrtLibrary
+from engine.backends.trt_library import TrtLibrary, is_lack_of_memory
 from engine.bundle.manifest import Bundle, Graph, Plan, plan_key
+from engine.bundle.verification import relative_l2
 from engine.device.interface import Device
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, OutOfMemoryError
 
 #: Relative L2 of a refitted plan against the merged weights in float32, by the graph's precision.
 _PROBE_BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 4e-2}
 
 
 def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> BackendError:
-    """Return the error of a library that could not do something, by what it logged last.
+    """Return the error of a library that could not do something, by what it logged.
+
+    The library tells by `None` or `False` that something failed, and by its log alone that memory was missing.
 
     Args:
         action: as in "open the plan".
@@ -26,8 +29,9 @@ def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> B
         fix: what helps, unless memory is what is missing.
     """
     reason, log.last = log.last or "no reason given", ""  # the next failure has its own
-    if "memory" in reason.lower():
+    if is_lack_of_memory(reason):
         fix = "try --vram-budget, a smaller --min-size or --upscale, or close other programs on the GPU"
+        return OutOfMemoryError(f"out of GPU memory: TensorRT could not {action}", where=where, found=reason, fix=fix)
     return BackendError(f"TensorRT could not {action}", where=where, found=reason, fix=fix)
 
 
@@ -84,18 +88,21 @@ def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None
 
     Raises:
         BackendError: the library refuses, or a weight is missing.
+        OutOfMemoryError: memory does not hold the weights.
     """
     refitter = api.Refitter(engine, log)
     parser = api.OnnxParserRefitter(refitter, log)
     done = parser.refit_from_file(str(bundle.file(graph.file)))
     missing = refitter.get_missing_weights() if done else ()
-    if not done or missing or not refitter.refit_cuda_engine():
+    if missing:
         raise BackendError(
             "the plan could not be filled with the bundle's weights",
             where=graph.spec.name,
-            found=f"without {missing[0]} and {len(missing) - 1} others" if missing else log.last,
+            found=f"without {missing[0]} and {len(missing) - 1} others",
             fix=rebuild(bundle),
         )
+    if not done or not refitter.refit_cuda_engine():
+        raise failed("fill the plan with the bundle's weights", graph.spec.name, log, fix=rebuild(bundle))
 
 
 def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
@@ -111,7 +118,7 @@ def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
     found = runner.infer(inputs)
     bound = _PROBE_BOUNDS[graph.spec.precision]
     for name, wanted in expected.items():
-        error = float(np.linalg.norm(found[name].astype(np.float64) - wanted) / np.linalg.norm(wanted))
+        error = relative_l2(found[name], wanted)
         if not error <= bound:
             raise BackendError(
                 "the refitted plan disagrees with the bundle's weights",

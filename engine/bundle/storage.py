@@ -54,6 +54,11 @@ def remove_parts(folder: Path) -> None:
                 part.unlink()
 
 
+def plain_name(text: str) -> str:
+    """Return a name as files have it, such as "nvidia-h200" of "NVIDIA H200"."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
+
+
 APP_NAME = "restoration-engine"
 
 

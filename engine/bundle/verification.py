@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+
+
+def relative_l2(found: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    """Return |found - expected| / |expected|, in float64; NaN if either holds one or expected is 0."""
+    wide = np.asarray(expected, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.linalg.norm(np.asarray(found, np.float64) - wide) / np.linalg.norm(wide))
 
 
 class _Model(BaseModel):

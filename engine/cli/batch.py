@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.cli.jobs import Job, is_made
-from engine.errors import RestoreError, UnexpectedError, from_os_error
+from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
 from engine.image.photo import Photo
 from engine.image.preview import preview
@@ -242,9 +242,9 @@ def _told(error: BaseException, job: Job, watch: Watch) -> RestoreError:
         return error if str(job.photo) in str(error) else error.at(job.photo)
     if isinstance(error, MemoryError):
         fix = "close other programs, or work at a smaller size"
-        return RestoreError("out of memory", where=job.photo, fix=fix)
+        return OutOfMemoryError("out of memory", where=job.photo, fix=fix)
     if isinstance(error, OSError):
-        return from_os_error(error, job.photo, "read or write")
+        return from_os_error(error, job.photo, "read or write", "either")
     watch.note("".join(traceback.format_exception(error)))
     fix = "report the lines above and the command"
     return UnexpectedError("this is a bug", where=job.photo, found=f"{type(error).__name__}: {error}", fix=fix)

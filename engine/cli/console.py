@@ -51,7 +51,7 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interru
     except OSError as error:
         # The machine's, not a bug: a full disk, a name too long, a missing permission.
         place = error.filename if error.filename is not None else "the output"
-        print(f"error: {from_os_error(error, place, 'read or write')}", file=sys.stderr)
+        print(f"error: {from_os_error(error, place, 'read or write', 'either')}", file=sys.stderr)
         _drop_output()
         return RestoreError.exit_code
     except Exception:

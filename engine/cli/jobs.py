@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ImageError, OutputError, RestoreError, UsageError
+from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.image.decoding import READ_SUFFIXES
 from engine.image.files import check_output, list_images, read_history
 
@@ -57,23 +57,32 @@ def find_photos(names: Sequence[Path], placement: Placement, *, recursive: bool 
 
     Raises:
         ImageError: there is no such file, or a folder without images.
+        InputError: a file or folder cannot be looked at.
     """
     results = placement.output.resolve() if placement.output is not None else None
     found: dict[Path, Found] = {}
     for name in names:
-        if name.is_dir():
-            images = [path for path in list_images(name, recursive=recursive) if _RESULT not in path.suffixes]
-            if results is not None and results != name.resolve():
-                images = [path for path in images if results not in path.resolve().parents]
-            if not images:
-                fix = None if recursive else "look into its subfolders with --recursive"
-                raise ImageError("holds no images", where=name, expected=", ".join(READ_SUFFIXES), fix=fix)
-            found.update((path, Found(path, name)) for path in images if path not in found)
-        elif name.exists():
-            found.setdefault(name, Found(name))
-        else:
-            raise ImageError("no such file", where=name, fix="check the path")
+        try:
+            for item in _found_at(name, results, recursive=recursive):
+                found.setdefault(item.photo, item)
+        except OSError as error:  # as where a folder above it may not be entered
+            raise from_os_error(error, name, "look at it", "read") from error
     return list(found.values())
+
+
+def _found_at(name: Path, results: Path | None, *, recursive: bool) -> list[Found]:
+    """Return the photos that one file or folder stands for; those in the folder of results are left out."""
+    if not name.is_dir():
+        if not name.exists():
+            raise ImageError("no such file", where=name, fix="check the path")
+        return [Found(name)]
+    images = [path for path in list_images(name, recursive=recursive) if _RESULT not in path.suffixes]
+    if results is not None and results != name.resolve():
+        images = [path for path in images if results not in path.resolve().parents]
+    if not images:
+        fix = None if recursive else "look into its subfolders with --recursive"
+        raise ImageError("holds no images", where=name, expected=", ".join(READ_SUFFIXES), fix=fix)
+    return [Found(path, name) for path in images]
 
 
 def plan_jobs(

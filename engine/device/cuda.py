@@ -24,7 +24,7 @@ from engine.device import interface as promises
 from engine.device.interface import Array
 from engine.device.kernels import KERNELS, cuda_source
 from engine.device.pinned import PinnedPool
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 from engine.units import format_memory
 
 _THREADS_PER_BLOCK = 256
@@ -133,7 +133,7 @@ class CudaDevice:
                 self._allocations.synchronize()  # from here on, any stream may use it
         except OutOfMemoryError:
             free, _ = self.memory_bytes()
-            raise BackendError(
+            raise OutOfMemoryError(
                 f"out of GPU memory: needs {format_memory(nbytes)} more, {format_memory(free)} free",
                 where=self.name,
                 expected=f"{format_memory(nbytes)} more",
@@ -339,10 +339,6 @@ class CudaDownload:
         return self._found
 
 
-class OutOfMemoryError(BackendError):
-    """The GPU has less memory left than was asked for."""
-
-
 def compile_kernels(architecture: str) -> Any:
     """Return the sampler's kernels for an architecture such as "sm_89"; needs NVRTC, but no GPU.
 
@@ -397,7 +393,10 @@ def _cuda_driver() -> Any:
 def _check(driver: Any, status: Any, action: str) -> None:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(status)
-        raise BackendError(f"the GPU could not {action}", found=name.decode() if name else status)
+        found = name.decode() if name else str(status)
+        if "OUT_OF_MEMORY" in found:
+            raise OutOfMemoryError("out of GPU memory", found=f"the GPU could not {action}: {found}")
+        raise BackendError(f"the GPU could not {action}", found=found)
 
 
 def _give_back_at_once(memory: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import ExifTags
 
 from engine.bundle.storage import whole_file
-from engine.errors import ImageError, OutputError
+from engine.errors import ImageError, OutputError, from_os_error
 from engine.image.decoding import READ_SUFFIXES, damage_told, decode, open_image
 from engine.image.encoding import HISTORY_TAG, check_format, encode_photo, format_of
 from engine.image.photo import Photo
@@ -81,11 +81,11 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
         folder: to look in.
         recursive: whether its subfolders are looked through too; hidden ones and links are not.
     Raises:
-        OSError: a folder cannot be read.
+        InputError: a folder cannot be read.
     """
 
     def unreadable(error: OSError) -> None:  # which `os.walk` would take for an empty folder
-        raise error
+        raise from_os_error(error, error.filename or folder, "read the folder", "read") from error
 
     found: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=unreadable):

@@ -1,22 +1,107 @@
-"""The computer's memory: how much there is, how much was held, and giving back what is free."""
+"""The computer's memory: how much this process may use, how much it has held, and giving back what is free.
+
+A container or a service often may use less than the computer has: Linux calls that the limit of a control group.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import psutil
 
 #: glibc's number of this parameter; setting it also ends that it changes by itself.
 _M_MMAP_THRESHOLD = -3
 
 
-def total_memory_bytes() -> int | None:
-    """Return how much memory the computer has, None where the system does not tell."""
+def total_memory_bytes(root: Path = Path("/")) -> int:
+    """Return how much memory this process may use in all: the computer's, or the smallest limit of its groups.
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    return min([psutil.virtual_memory().total, *(group.limit for group in _control_groups(root))])
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Return how much more memory this process may take now, without pushing anything out to the disk.
+
+    That is what the computer has left, or less where a control group is nearer to its limit. Copies of files
+    that nobody has used lately count as free: Linux drops them where memory is needed.
+
+    Args:
+        root: as for `total_memory_bytes`.
+    """
+    left = (max(0, group.limit - group.in_use) for group in _control_groups(root))
+    return min([psutil.virtual_memory().available, *left])
+
+
+@dataclass(frozen=True)
+class _ControlGroup:
+    """A group of processes with a limit, in bytes, and what they use of it that cannot be dropped."""
+
+    limit: int
+    in_use: int
+
+
+#: For each version of control groups: where its hierarchy lies, and the files of limit, use and what can be dropped.
+_VERSIONS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _control_groups(root: Path) -> Iterator[_ControlGroup]:
+    """Yield the groups with a limit that this process belongs to: its own, and those that hold it."""
+    paths = _group_paths(root / "proc/self/cgroup")
+    for path, (mount, limit_file, use_file, dropped) in zip(paths, _VERSIONS, strict=True):
+        if path is None:
+            continue
+        # Inside a container the path may be the host's; what is not there under that name is the mount itself.
+        for place in (path, *path.parents):
+            folder = root / mount / place
+            limit, in_use = _number(folder / limit_file), _number(folder / use_file)
+            if limit is not None:
+                yield _ControlGroup(limit, max(0, (in_use or 0) - _statistic(folder / "memory.stat", dropped)))
+
+
+def _group_paths(file: Path) -> list[PurePosixPath | None]:
+    """Return this process's group under version 2 and under version 1, None where there is none."""
+    found: list[PurePosixPath | None] = [None, None]
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        lines = file.read_text().splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # Outside of what a container sees, a path begins with "/..".
+        inside = PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", "..")))
+        if not controllers:
+            found[0] = inside
+        elif "memory" in controllers.split(","):
+            found[1] = inside
+    return found
+
+
+def _number(file: Path) -> int | None:
+    """Return the number in a group's file; None where there is no such file, or no limit ("max")."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
         return None
+
+
+def _statistic(file: Path, name: str) -> int:
+    """Return a line's number of a group's statistics, 0 where there is none."""
+    try:
+        lines = (line.split() for line in file.read_text().splitlines())
+        return next((int(number) for key, number in lines if key == name), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def peak_memory_bytes() -> int | None:

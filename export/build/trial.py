@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from engine.backends.ort import OrtBackend
 from engine.bundle.graphspec import GraphSpec, Precision, TensorSpec
 from engine.bundle.manifest import Piece
-from engine.bundle.verification import Trial
+from engine.bundle.verification import Trial, relative_l2
 from engine.errors import BuildError
 from engine.memory.vae_slices import ByRows, run_pieces
 from export.build.weights import WEIGHTS
@@ -103,13 +103,6 @@ def try_graph(definition: GraphDefinition, file: Path, pieces: tuple[Sequence[Pi
 def trial_symbols(spec: GraphSpec) -> dict[str, int]:
     """Return the size at which a graph is tried."""
     return {symbol: TRIAL_SYMBOLS[symbol] for symbol in spec.symbols}
-
-
-def relative_l2(found: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Return |found - expected| / |expected|, in float64; NaN if either holds one or expected is 0."""
-    wide = np.asarray(expected, np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.linalg.norm(np.asarray(found, np.float64) - wide) / np.linalg.norm(wide))
 
 
 def _check_parameters(spec: GraphSpec, file: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from engine.bundle.verification import Agreement
+from engine.bundle.verification import Agreement, relative_l2
 from engine.errors import BuildError
-from export.build.trial import BOUNDS, METHODS, TrialRun, relative_l2, trial_symbols
+from export.build.trial import BOUNDS, METHODS, TrialRun, trial_symbols
 from export.build.weights import WEIGHTS
 from export.graphs.builder import GraphBuilder, as_tensor, call_arguments
 

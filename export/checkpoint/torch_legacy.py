@@ -28,12 +28,12 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
             "the pickle holds more than tensors, so it is not loaded: it could run any code",
             where=path,
             expected="a dictionary of tensors",
-            found=_first_line(error),
+            found=_first_sentence(error),
             fix="convert it to .safetensors where you trust it",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            "not a whole checkpoint", where=path, found=_first_line(error), fix=DOWNLOAD_AGAIN
+            "not a whole checkpoint", where=path, found=_first_sentence(error), fix=DOWNLOAD_AGAIN
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -63,6 +63,6 @@ def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.numpy()
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """Return the first sentence of torch's message, which colours its advice, without the colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0].split(". ")[0]

@@ -13,8 +13,7 @@ from engine import Restorer
 from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import open_bundle
 from engine.cli.command import restore
-from engine.device.cuda import OutOfMemoryError
-from engine.errors import BackendError, DoesNotFitError, UsageError
+from engine.errors import BackendError, DoesNotFitError, OutOfMemoryError, UsageError
 from engine.memory.residency import Activations
 from engine.memory.size_plan import SizePlan
 from engine.pipeline.device_loop import LOOK_AHEAD

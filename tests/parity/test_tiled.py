@@ -5,7 +5,7 @@ import pytest
 from golden import relative_l2
 
 from engine import Restorer
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, OutOfMemoryError, UsageError
 from engine.memory.size_plan import SizePlan
 from engine.memory.vae_slices import ByRows
 from engine.pipeline.plan import recorded_size_plan
@@ -141,7 +141,7 @@ def short_of_memory(bundle_fp32, monkeypatch):
             def run(graph, inputs, stage, times):
                 if graph == "unet" and inputs["x"].shape[3] > limit:
                     refused.append(inputs["x"].shape)
-                    raise BackendError("out of memory", where=graph)
+                    raise OutOfMemoryError("out of memory", where=graph)
                 return inner(graph, inputs, stage, times)
 
             monkeypatch.setattr(opened.stages, "_run", run)

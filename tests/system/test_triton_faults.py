@@ -322,7 +322,7 @@ def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
             reader.join()
     assert status == 0
     assert f"ready: gRPC 127.0.0.1:{ports.grpc}" in "".join(said)
-    assert "a member has died; starting again\n" in said
+    assert "a member has died; starting again in 1 s\n" in said
     assert said[-1] == "stopping\n"
     assert "4/4" in done.stderr
     assert '"steps": 4' in done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.device import cuda
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, OutOfMemoryError, UsageError
 
 
 class CudaError(Exception):
@@ -37,7 +37,7 @@ def test_errors_of_the_library_are_told_in_our_words(error, words):
 
 
 def test_out_of_memory_is_told_apart_because_its_remedy_is_known():
-    with pytest.raises(cuda.OutOfMemoryError), cuda._translated("allocate"):
+    with pytest.raises(OutOfMemoryError), cuda._translated("allocate"):
         raise CudaError("CUDA_ERROR_OUT_OF_MEMORY: the API call failed")
 
 
@@ -204,7 +204,7 @@ def test_transfers_reuse_host_memory_and_give_it_back_at_the_end(library):
 
 
 def test_a_gpu_that_is_full_is_told_with_what_is_needed_and_what_there_is(library):
-    with cuda.CudaDevice(0) as device, pytest.raises(BackendError) as caught:
+    with cuda.CudaDevice(0) as device, pytest.raises(OutOfMemoryError) as caught:
         device.buffer((12 << 28,), "float32")
     assert str(caught.value).startswith("a GPU: out of GPU memory: needs 12 GiB more, 10 GiB free")
     assert "try --vram-budget, a smaller --min-size" in str(caught.value)

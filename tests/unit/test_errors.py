@@ -4,8 +4,10 @@ import signal
 import pytest
 
 from engine.cli.console import EXIT_BUG, EXIT_INTERRUPTED, run_command
-from engine.errors import BundleError, RestoreError, UsageError, from_os_error
+from engine.errors import BundleError, InputError, OutputError, RestoreError, UsageError, from_os_error
 from engine.units import format_bytes
+
+ACCESS = ("read", "write", "either")
 
 
 def test_an_error_tells_where_what_and_what_to_do():
@@ -30,6 +32,19 @@ def test_an_error_tells_where_what_and_what_to_do():
 )
 def test_system_errors_are_translated(number, text):
     assert str(from_os_error(OSError(number, "x"), "out.png", "write the image")).startswith(f"out.png: {text}")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOENT])
+def test_reading_has_another_remedy_than_writing(number):
+    fixes = {access: from_os_error(OSError(number, "x"), "in.png", "open it", access).fix for access in ACCESS}
+    assert fixes["write"] not in (fixes["read"], fixes["either"])
+    assert "write" not in fixes["read"]
+    assert "create" not in fixes["read"] + fixes["either"]
+
+
+def test_the_class_tells_reading_from_writing():
+    kinds = [type(from_os_error(OSError(errno.EIO, "x"), "a", "open it", access)) for access in ACCESS]
+    assert kinds == [InputError, OutputError, OutputError]
 
 
 def command(raised):
@@ -60,6 +75,17 @@ def test_exit_status_and_traceback(raised, status, capsys):
     assert ("Traceback" in output.err) is (status == EXIT_BUG)
     if isinstance(raised, RestoreError):
         assert output.err == f"error: {raised}\n"
+
+
+def test_a_file_that_has_vanished_is_not_to_be_created(capsys, tmp_path):
+    def main(arguments):
+        (tmp_path / "gone.png").read_bytes()
+        return 0
+
+    assert run_command(main, []) == 1
+    error = capsys.readouterr().err
+    assert "gone.png" in error
+    assert "create" not in error
 
 
 def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(capsys):

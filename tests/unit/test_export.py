@@ -12,12 +12,13 @@ import onnx
 from onnx import TensorProto
 from safetensors import safe_open
 
+from engine.bundle.verification import relative_l2
 from engine.errors import BuildError, CheckpointError, OutputError, UsageError
 from export.build import verify
 from export.build.build_plan import make_plan
 from export.build.presets import PRESETS
 from export.build.request import BuildRequest, LoraRequest
-from export.build.trial import TRIAL_SYMBOLS, relative_l2, try_graph, widen
+from export.build.trial import TRIAL_SYMBOLS, try_graph, widen
 from export.build.verify import compare_with_torch
 from export.build.weights import Weight, plan_layout, write_weights
 from export.checkpoint.architecture import TextArch

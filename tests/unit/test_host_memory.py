@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
-from engine.memory.host_memory import peak_memory_bytes, total_memory_bytes
+from engine.memory.host_memory import available_memory_bytes, peak_memory_bytes, total_memory_bytes
 
 #: Blocks that malloc takes from its heap, with one above them that keeps the heap from shrinking by itself.
 FREE_BLOCKS = """
@@ -41,7 +44,118 @@ print(held - me.memory_info().rss)
 
 
 def test_peak_memory_is_bytes():
-    assert 10e6 < (peak_memory_bytes() or 0) < (total_memory_bytes() or 1e13)
+    assert 10e6 < (peak_memory_bytes() or 0) < total_memory_bytes()
+
+
+# -- limits of control groups ---------------------------------------------------------------------
+
+MIB = 1 << 20
+#: Names of files in both versions: limit, use, and what can be dropped, in "memory.stat".
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+#: What version 1 writes where there is no limit.
+NO_LIMIT = 9223372036854771712
+
+
+def group(folder, version, limit, in_use=0, dropped=0):
+    """Write a control group's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_file, use_file, key = version
+    (folder / limit_file).write_text(f"{limit}\n")
+    (folder / use_file).write_text(f"{in_use}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{key} {dropped}\nfile 7\n")
+
+
+def belongs_to(root, *lines):
+    """Say which groups the process belongs to, as Linux does."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
+    return root
+
+
+def test_without_control_groups_all_of_the_computers_memory_may_be_used(tmp_path):
+    assert total_memory_bytes(tmp_path) == psutil.virtual_memory().total
+    assert 0 < available_memory_bytes(tmp_path) <= psutil.virtual_memory().total
+
+
+def test_a_containers_limit_bounds_the_memory(tmp_path):
+    """Under version 2, with a namespace of its own, a container sees its group as the root."""
+    root = belongs_to(tmp_path, "0::/")
+    group(root / "sys/fs/cgroup", V2, 64 * MIB, 24 * MIB, 4 * MIB)
+    assert total_memory_bytes(root) == 64 * MIB
+    assert available_memory_bytes(root) == 44 * MIB
+
+
+def test_the_smallest_limit_of_a_group_and_those_that_hold_it_counts(tmp_path):
+    root = belongs_to(tmp_path, "0::/pods/one/worker")
+    place = root / "sys/fs/cgroup"
+    group(place / "pods", V2, 64 * MIB, 60 * MIB)
+    group(place / "pods/one", V2, 32 * MIB, 2 * MIB)
+    group(place / "pods/one/worker", V2, "max", 1 * MIB)
+    group(place / "pods/other", V2, 1 * MIB)
+    assert total_memory_bytes(root) == 32 * MIB
+    assert available_memory_bytes(root) == 4 * MIB  # others of `pods` have taken the rest
+
+
+@pytest.mark.parametrize("path", ["/docker/0123", "/../../elsewhere"])
+def test_a_path_that_the_container_does_not_see_is_its_own_root(tmp_path, path):
+    root = belongs_to(tmp_path, f"0::{path}")
+    group(root / "sys/fs/cgroup", V2, 64 * MIB)
+    assert total_memory_bytes(root) == 64 * MIB
+
+
+def test_version_1_has_a_hierarchy_of_its_own_for_memory(tmp_path):
+    root = belongs_to(tmp_path, "5:cpu,cpuacct:/cpu", "4:memory:/jobs/one", "1:name=systemd:/", "0::/")
+    place = root / "sys/fs/cgroup/memory"
+    group(place, V1, NO_LIMIT, 900 * MIB)
+    group(place / "jobs", V1, NO_LIMIT, 90 * MIB)
+    group(place / "jobs/one", V1, 48 * MIB, 40 * MIB, 30 * MIB)
+    group(place / "cpu", V1, 1 * MIB)
+    assert total_memory_bytes(root) == 48 * MIB
+    assert available_memory_bytes(root) == 38 * MIB
+
+
+def test_more_in_use_than_the_limit_leaves_nothing(tmp_path):
+    root = belongs_to(tmp_path, "0::/")
+    group(root / "sys/fs/cgroup", V2, 8 * MIB, 9 * MIB)
+    assert available_memory_bytes(root) == 0
+
+
+#: Joins a real control group, and tells what it may use there.
+JOIN = """
+import sys
+from pathlib import Path
+from engine.memory.host_memory import available_memory_bytes, total_memory_bytes
+Path(sys.argv[1], "cgroup.procs").write_text("0")
+held = bytearray(64 << 20)
+print(total_memory_bytes(), available_memory_bytes())
+"""
+
+
+@pytest.fixture
+def real_group():
+    """A control group of this computer, with 512 MiB; skipped where this user may make none."""
+    version, mount = (V1, "memory") if Path("/sys/fs/cgroup/memory").is_dir() else (V2, "")
+    folder = Path("/sys/fs/cgroup", mount, f"restore-test-{os.getpid()}")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        (folder / version[0]).write_text(str(512 * MIB))
+    except OSError as error:
+        folder.rmdir()
+        pytest.skip(f"no limit can be set here: {error}")
+    yield folder
+    folder.rmdir()
+
+
+def test_a_process_under_a_real_limit_knows_it(real_group):
+    command = [sys.executable, "-c", JOIN, str(real_group)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    total, available = map(int, done.stdout.split())
+    assert total == 512 * MIB
+    assert 256 * MIB < available < (512 - 64) * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.bundle.storage import remove_parts
-from engine.errors import ImageError, OutputError
+from engine.errors import ImageError, InputError, OutputError
 from engine.image.files import check_output, list_images, read_history, read_photo, write_photo
 from engine.image.photo import Photo, photo_from_array, resize
 
@@ -488,7 +488,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     if root:  # who may read everything
         os.seteuid(65534)
     try:
-        with pytest.raises(PermissionError, match="closed"):
+        with pytest.raises(InputError, match="closed: cannot read the folder: no permission"):
             list_images(Path("."), recursive=True)
     finally:
         if root:

@@ -12,7 +12,7 @@ from layouts import our_shapes
 
 from engine.bundle.manifest import Bundle
 from engine.cli.options import add_settings, given_settings
-from engine.errors import BackendError, ImageError, UsageError
+from engine.errors import BackendError, ImageError, OutOfMemoryError, UsageError
 from engine.memory.size_plan import (
     SizePlan,
     choose_plan,
@@ -126,7 +126,7 @@ def test_smaller_plans_end(sdxl):
 
 def test_only_lack_of_memory_is_tried_again():
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(BackendError("out of memory", where="unet"))
+    assert is_out_of_memory(OutOfMemoryError("out of memory", where="unet"))
     assert not is_out_of_memory(BackendError("ONNX Runtime failed"))
     assert not is_out_of_memory(ValueError("out of memory"))
 

@@ -7,12 +7,12 @@ import pytest
 
 from engine.backends import trt, trt_plan
 from engine.backends.trt import Arena, TrtBackend, TrtRunner, stream_weights
-from engine.backends.trt_library import TrtLibrary
+from engine.backends.trt_library import TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
 from engine.backends.trt_plan import check_probe, refit
 from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.bundle.profiles import Profile, Range
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 from engine.memory.residency import Activations
 
 SPEC = GraphSpec(
@@ -145,7 +145,8 @@ def test_a_size_without_a_profile_a_wrong_type_and_a_failure_are_told(runner, en
         runner.enqueue(STREAM, inputs, outputs)
     runner.enqueue(STREAM, *tensors(2, 8, 8))
     engine.contexts[0].works = False
-    with pytest.raises(BackendError, match="unet: TensorRT could not run the graph") as caught:
+    runner._log.last = "out of memory"
+    with pytest.raises(OutOfMemoryError, match="unet: .*TensorRT could not run the graph") as caught:
         runner.enqueue(STREAM, *tensors(2, 8, 8))
     assert "--vram-budget" in str(caught.value)
 
@@ -348,7 +349,7 @@ def test_what_a_plan_needs_is_known_after_it_was_opened_once_and_next_time_too(b
     assert backend.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
     again = TrtBackend(backend.library, Streams())
     assert again.known_activations(planned, "unet", SIZES) == Activations(4096, 64)
-    (file,) = planned.path.parent.glob(f".{planned.path.name}.10.sm8.9.a-GPU.memory")
+    (file,) = planned.path.parent.glob(f".{planned.path.name}.10.sm8.9.a-gpu.memory")
     file.write_text("damaged")
     assert TrtBackend(backend.library, Streams()).known_activations(planned, "unet", SIZES) is None
     file.unlink()
@@ -432,9 +433,73 @@ def test_a_refit_takes_all_weights_of_the_graph_at_once(bundle):
     ],
 )
 def test_a_refit_that_fails_is_told_and_nothing_runs(bundle, failure, words):
-    with pytest.raises(BackendError, match="could not be filled") as caught:
+    with pytest.raises(BackendError, match="fill") as caught:
         refit("engine", bundle, GRAPH, library_that(**failure), SimpleNamespace(last="no such layer"))
     assert words in str(caught.value)
+
+
+def test_a_refit_that_memory_does_not_hold_is_told_apart(bundle):
+    with pytest.raises(OutOfMemoryError):
+        refit("engine", bundle, GRAPH, library_that(refits=False), SimpleNamespace(last="Error Code 2: OutOfMemory"))
+
+
+#: Errors as TensorRT has logged them, in their order.
+NO_MEMORY = (
+    ["[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"],
+    ["[executionContext.cpp::initializeExecutionContext::612] Error Code 2: OutOfMemory (Requested size was 9 bytes.)"],
+    ["Requested amount of GPU memory (9 bytes) could not be allocated."],
+    ["Error Code 1: Cuda Runtime (out of memory)", "IRuntime::deserializeCudaEngine: Error Code 1: Internal Error"],
+    ["std::bad_alloc"],
+)
+OTHERS = (
+    [],
+    ["Error Code 4: the engine plan file is not compatible with this version"],
+    ["Error Code 3: setDeviceMemory: memory must be aligned"],
+)
+
+
+def log_of(messages):
+    """Return a log in which the library has written errors."""
+
+    class Severity:
+        ERROR, INTERNAL_ERROR, WARNING = "error", "internal error", "warning"
+
+    log = make_log(SimpleNamespace(ILogger=Severity))
+    log.log("warning", "Skipping a tactic due to insufficient memory")
+    for message in messages:
+        log.log("error", message)
+    return log
+
+
+@pytest.mark.parametrize(("messages", "is_memory"), [(m, True) for m in NO_MEMORY] + [(m, False) for m in OTHERS])
+def test_a_context_that_memory_does_not_hold_is_told_apart(runner, engine, monkeypatch, messages, is_memory):
+    """The library returns None whatever was wrong; only its log knows."""
+    runner._log = log = log_of(["Error Code 1: Cuda Runtime (out of memory)"])  # of something that went on without
+
+    def make(config):
+        for message in messages:
+            log.log("error", message)
+
+    monkeypatch.setattr(engine, "create_execution_context", make)
+    with pytest.raises(BackendError) as caught:
+        runner.enqueue(STREAM, *tensors(2, 8, 8))
+    assert isinstance(caught.value, OutOfMemoryError) is is_memory
+    assert "vram-budget" in (caught.value.fix or "") or not is_memory
+
+
+@pytest.mark.parametrize(("messages", "is_memory"), [(NO_MEMORY[3], True), (OTHERS[1], False)])
+def test_a_plan_that_memory_does_not_hold_is_told_apart(backend, planned, messages, is_memory):
+    log = backend._log = log_of([])
+
+    def deserialize(data):
+        for message in messages:
+            log.log("error", message)
+
+    backend._runtime.deserialize_cuda_engine = deserialize
+    with pytest.raises(BackendError) as caught:
+        backend.open(planned, "unet")
+    assert isinstance(caught.value, OutOfMemoryError) is is_memory
+    assert is_memory or "build_engines.py" in caught.value.fix
 
 
 def test_a_refitted_plan_must_agree_with_the_probe(bundle):
