@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo traces plans serve gpu test slow full-size lint format benchmark serving quality train clean
+.PHONY: help demo traces plans serve gpu test slow full-size lint format docs benchmark serving quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ lint: ## Check style, types and the direction of imports
 format: ## Bring the code into style
 	ruff check --fix .
 	ruff format .
+
+docs: ## Write the pages of --help again, and build the documentation into build/site
+	python docs/make_help.py
+	mkdocs build --strict
 
 benchmark: ## Measure a restoration by stage, against the floor and eager PyTorch
 	python benchmarks/latency.py --baseline torch --size 256 512
