@@ -14,14 +14,16 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from engine.bundle.graphspec import Axis, DType, TensorSpec, parse_axis, resolve
 from engine.bundle.manifest import Bundle
+from engine.recipe import RECIPE
+from triton_repo.chain import chain
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, RESTORED, SETTINGS
 from triton_repo.serving import PARAMETER, Serving
 
 ServedBy = Literal["python", "onnxruntime", "tensorrt"]
 SERVED_BY: tuple[ServedBy, ...] = get_args(ServedBy)
 
-#: Graphs that are members of their own. ControlNet and UNet run inside `sample`.
-MEMBERS = ("text_encoder", "text_encoder_2", "denoise_encoder", "vae_encoder", "vae_decoder")
+#: Graphs that are models of their own. ControlNet and UNet run inside `sample`.
+MEMBERS = tuple(dict.fromkeys(graph for operation in RECIPE if operation.kind != "steps" for graph in operation.graphs))
 #: Members that are Python, whatever serves the graphs.
 PYTHON_MEMBERS = ("preprocess", "text", "sample", "postprocess", RESTORE_STREAM)
 
@@ -32,7 +34,6 @@ BACKEND_FILES: dict[ServedBy, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "model.plan"),
 }
 #: Passes of the VAE are what needs most memory for a while: one at a time, on each device.
-_VAE = ("denoise_encoder", "vae_encoder", "vae_decoder")
 _VAE_RESOURCE = "vae"
 
 _TYPES: dict[DType, Any] = {
@@ -93,7 +94,7 @@ class _Maker:
     def graph(self, name: str) -> pb.ModelConfig:
         spec = self._bundle.spec(name)
         backend, _ = BACKEND_FILES[self._layout.served_by]
-        photos = name in _VAE
+        photos = spec.role == "vae"
         config = pb.ModelConfig(name=name, backend=backend, max_batch_size=self._serving.max_batch if photos else 0)
         # Rows of the towers are chunks of text, not requests: they have no batch of the server's.
         skip = 1 if photos else 0
@@ -172,10 +173,10 @@ class _Maker:
             config.input.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
         for name in (RESTORED, SETTINGS):
             config.output.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
-        for member, inputs, outputs in _STEPS:
-            step = config.ensemble_scheduling.step.add(model_name=member, model_version=-1)
-            step.input_map.update(inputs)
-            step.output_map.update(outputs)
+        for link in chain():
+            step = config.ensemble_scheduling.step.add(model_name=link.model, model_version=-1)
+            step.input_map.update(link.inputs)
+            step.output_map.update(link.outputs)
         # A result depends on photo, settings and seed alone, and a request without a seed has the bundle's.
         config.response_cache.enable = self._layout.cache
         return config
@@ -216,45 +217,6 @@ class _Maker:
             given = warm_up.inputs[tensor.name]
             given.data_type, given.zero_data = _TYPES[tensor.dtype], True
             given.dims.extend(shape[1:] if config.max_batch_size else shape)
-
-
-#: The ensemble: member, its inputs and its outputs by the ensemble's names.
-#:
-#: Exactly one member follows each, never two at once. Where two follow and the first is not let in, because the
-#: request was cancelled or a queue is full, Triton 2.51 answers the request twice, which ends the server with SIGSEGV,
-#: or never. So `text` hands the latent on to the decoder, which needs nothing of it but its place in the order.
-_STEPS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
-    (
-        "preprocess",
-        {IMAGE: IMAGE, OPTIONS: OPTIONS},
-        {"pixels": "lq", "texts": "texts", "settings": "checked", "run": "run", "format": "format"},
-    ),
-    ("denoise_encoder", {"pixels": "lq"}, {"z": "z_lq"}),
-    (
-        "text",
-        {"texts": "texts", "z_lq": "z_lq"},
-        {"context": "context", "vector": "vector", "z_after_text": "z_after_text"},
-    ),
-    ("vae_decoder", {"z": "z_after_text"}, {"pixels": "stage1"}),
-    (
-        "sample",
-        {
-            "z_lq": "z_lq",
-            "stage1": "stage1",
-            "context": "context",
-            "vector": "vector",
-            "settings": "checked",
-            "run": "run",
-        },
-        {"z": "z"},
-    ),
-    ("vae_decoder", {"z": "z"}, {"pixels": "pixels"}),
-    (
-        "postprocess",
-        {"pixels": "pixels", "stage1": "stage1", IMAGE: IMAGE, "settings": "checked", "format": "format"},
-        {RESTORED: RESTORED, SETTINGS: SETTINGS},
-    ),
-)
 
 
 def _dims(tensor: TensorSpec, skip: int = 1) -> list[int]:

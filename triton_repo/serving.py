@@ -12,7 +12,9 @@ from engine.errors import BundleError, UsageError
 from engine.image.preprocess import Size, pixels_in_memory
 from engine.memory.host_memory import total_memory_bytes
 from engine.memory.size_plan import SizePlan, choose_plan
-from engine.pipeline.plan import RestorationPlan, make_plan
+from engine.pipeline.plan import RestorationPlan, make_plan, texts_of
+from engine.pipeline.text import Prompts
+from engine.sampling.sampler import table_for
 from engine.settings import Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
@@ -77,8 +79,9 @@ class Serving(BaseModel):
         """Return how many pixels a photo may be worked at, on this computer."""
         return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
 
-    def plan(self, bundle: Bundle, size: Size, settings: Settings, chunks: int = 1) -> RestorationPlan:
+    def plan(self, bundle: Bundle, size: Size, settings: Settings, prompts: Prompts) -> RestorationPlan:
         """Return the plan of one photo of (width, height) pixels; see `size_plan`."""
+        chunks = prompts.count_chunks(texts_of(settings, table_for(settings)))
         return make_plan(bundle, size, settings, self.size_plan(bundle, size, settings), chunks)
 
     def size_plan(self, bundle: Bundle, size: Size, settings: Settings) -> SizePlan:

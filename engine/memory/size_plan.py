@@ -16,7 +16,7 @@ import numpy as np
 from engine.bundle.graphspec import parse_axis, resolve
 from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
-from engine.errors import BackendError, ImageError, OutOfMemoryError, UsageError
+from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.image.preprocess import Size
 from engine.memory.vae_slices import ByRows, peak_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian
@@ -275,6 +275,4 @@ def sampling_bytes(bundle: Bundle, size: Size) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether a smaller plan may help."""
-    return isinstance(error, (MemoryError, OutOfMemoryError)) or (
-        isinstance(error, BackendError) and error.problem.startswith("out of GPU memory")  # the residency's refusal
-    )
+    return isinstance(error, (MemoryError, OutOfMemoryError))

@@ -10,6 +10,7 @@ from engine.image.decoding import decode_photo
 from engine.image.encoding import encode_photo
 from engine.image.preprocess import finish, fix_colors, result_size
 from engine.pipeline.provenance import history_of
+from engine.pipeline.text import Prompts
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
 from triton_repo.protocol import IMAGE
@@ -22,6 +23,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._serving = Serving.of(args)
         self._bundle = self._serving.open_bundle()
+        self._prompts = Prompts(self._bundle)
         self._metrics = Metrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -36,7 +38,7 @@ class TritonPythonModel:
         fixed = fix_colors(restored, stage1, settings.color_fix)
         photo = finish(fixed[0], source, result_size(source.size, settings.upscale))
         size = (restored.shape[3], restored.shape[2])
-        history = history_of(self._bundle, settings, self._serving.plan(self._bundle, size, settings))
+        history = history_of(self._bundle, settings, self._serving.plan(self._bundle, size, settings, self._prompts))
         encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", history, IMAGE)
         self._metrics.took("postprocess", time.monotonic() - started)
         return response(restored=strings([encoded], (1,)), settings=strings([json.dumps(history)], (1,)))

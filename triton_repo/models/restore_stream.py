@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,12 @@ from numpy.typing import NDArray
 from engine.image.encoding import encode_photo
 from engine.image.photo import Photo
 from engine.image.preprocess import finish
+from triton_repo.chain import chain
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
 from triton_repo.serving import Serving
 from triton_repo.watch import Watch
 
-#: What `preprocess` gives.
-_PREPARED = ("pixels", "texts", "settings", "run", "format")
 #: Previews of a stream that wait for their decoding; more are left out.
 _PREVIEWS_WAITING = 4
 #: How soon a client that leaves is noticed.
@@ -102,31 +102,30 @@ class Stream:
             StoppedError: the client is gone.
             ForwardedError: a member's error.
         """
-        ready = call("preprocess", {IMAGE: self._image, OPTIONS: self._options}, _PREPARED)
-        self._tell({"kind": "accepted", "size": [ready["pixels"].shape[3], ready["pixels"].shape[2]]})
-        z_lq = call("denoise_encoder", {"pixels": ready["pixels"]}, ["z"])["z"]
-        stage1 = call("vae_decoder", {"z": z_lq}, ["pixels"])["pixels"]
-        texts = call("text", {"texts": ready["texts"], "z_lq": z_lq}, ["context", "vector"])
-        z = self._sample({"z_lq": z_lq, "stage1": stage1, **texts, "settings": ready["settings"]}, ready["run"])
-        pixels = call("vae_decoder", {"z": z}, ["pixels"])["pixels"]
-        final = {"pixels": pixels, "stage1": stage1, IMAGE: self._image}
-        final |= {"settings": ready["settings"], "format": ready["format"]}
-        result = call("postprocess", final, [RESTORED, SETTINGS])
-        history = json.loads(result[SETTINGS].reshape(-1)[0])
-        self._tell({"kind": "result", "history": history}, result[RESTORED].reshape(-1)[0])
+        values: Arrays = {IMAGE: self._image, OPTIONS: self._options}
+        for link in chain():
+            inputs = {tensor: values[value] for tensor, value in link.inputs.items()}
+            run = self._sample if link.model == "sample" else partial(call, link.model)
+            made = run(inputs, list(link.outputs))
+            values |= {value: made[tensor] for tensor, value in link.outputs.items()}
+            if link.model == "preprocess":
+                _, _, height, width = values["lq"].shape
+                self._tell({"kind": "accepted", "size": [width, height]})
+        history = json.loads(values[SETTINGS].reshape(-1)[0])
+        self._tell({"kind": "result", "history": history}, values[RESTORED].reshape(-1)[0])
 
-    def _sample(self, inputs: Arrays, run: NDArray[Any]) -> NDArray[Any]:
+    def _sample(self, inputs: Arrays, outputs: list[str]) -> Arrays:
         """Have the latent sampled, and tell of each step."""
         watch = Watch()
         over = threading.Event()
-        told = Run.model_validate_json(run.reshape(-1)[0]).model_copy(update={"watch": watch.name})
+        told = Run.model_validate_json(inputs["run"].reshape(-1)[0]).model_copy(update={"watch": watch.name})
         inputs = {**inputs, "run": strings([told.model_dump_json()], (1, 1))}
         looker = threading.Thread(target=self._look, args=(watch, over), daemon=True)
         try:
             looker.start()
-            sampling = self._samplers.submit(call, "sample", inputs, ["z"])
+            sampling = self._samplers.submit(call, "sample", inputs, outputs)
             self._follow(watch, sampling, inputs["z_lq"].shape[1:])
-            return sampling.result()["z"]
+            return sampling.result()
         finally:
             over.set()
             looker.join()
