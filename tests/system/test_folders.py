@@ -160,13 +160,13 @@ def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, t
             read_b.set()
         return photo
 
-    def restoring(self, photo, seed, watch):
+    def restoring(self, *arguments):
         if len(seen) == 0:
             seen.append(read_b.wait(60))
         elif len(seen) == 1:
             restoring_b.set()
             seen.append(wrote_a.wait(60))
-        return work(self, photo, seed, watch)
+        return work(self, *arguments)
 
     def writing(self, output, result):
         if output.name == "a.png":
