@@ -241,7 +241,7 @@ class _Contender:
         from engine.memory.host_memory import peak_memory_bytes
 
         restorer, configuration = self._restorer, self._configuration
-        restorer.stages.forget_texts()
+        restorer.stages.clear_prompt_cache()
         with self._memory.turn(watched=watched) if self._memory else nullcontext():
             started = time.perf_counter()
             result = restorer.restore_batch(self._photos, **configuration.settings)[0]

@@ -24,7 +24,7 @@ _CONSTANT_OF_A_RUN = ("attn2.to_k", "attn2.to_v", "time_embedding", "add_embeddi
 
 
 @dataclass(frozen=True)
-class Work:
+class GraphCost:
     """What the launches of a stage do in one restoration.
 
     Attributes:
@@ -58,7 +58,7 @@ class WorkCounter:
         self._builders = builders
         self._counted: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[int, int]] = {}
 
-    def work(self, launches: Iterable[Launch]) -> Work:
+    def work(self, launches: Iterable[Launch]) -> GraphCost:
         """Return what some launches do together."""
         flops: dict[Precision, int] = {}
         moved = total = 0
@@ -72,7 +72,7 @@ class WorkCounter:
             flops[precision] = flops.get(precision, 0) + launch.count * each_flops
             moved += launch.count * each_bytes
             total += launch.count
-        return Work(flops, moved, total)
+        return GraphCost(flops, moved, total)
 
 
 def graph_flops(builder: GraphBuilder, symbols: Mapping[str, int]) -> int:

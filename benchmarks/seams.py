@@ -24,9 +24,9 @@ from benchmarks.machine import describe_machine
 from engine import Restorer
 from engine.cli.console import run_command
 from engine.cli.options import path_option, whole_number
-from engine.image.preprocess import as_photo, frame
+from engine.image.preprocess import frame, load_photo
 from engine.memory.size_plan import SizePlan, default_window
-from engine.memory.vae_slices import ByRows
+from engine.memory.vae_slices import SlicedVae
 from engine.sampling.tiling import Tiling
 
 #: How far from a border its error is looked at, in cells, or in as many pixels of the picture.
@@ -78,9 +78,9 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
     bundle = restorer.bundle
     settings = restorer.defaults.updated({"steps": steps, "tile": "off", "vae_tiles": "off"})
     factor = bundle.pixels_per_cell
-    lq = frame(as_photo(image), (side, side))[None]
+    lq = frame(load_photo(image), (side, side))[None]
     cells = side // factor
-    tiles, windows = plan.vae_way(bundle, cells, cells), plan.windows(bundle, cells, cells)
+    tiles, windows = plan.vae_mode(bundle, cells, cells), plan.windows(bundle, cells, cells)
     assert isinstance(tiles, Tiling)
     in_pixels = tiles.scaled(factor)
     z_lq = restorer.stages.encode(lq)
@@ -90,7 +90,7 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
     z = restorer.stages.sample(z_lq, texts, settings, center=center)
     in_windows = restorer.stages.sample(z_lq, texts, settings, center=center, windows=windows)
     band = _BAND_CELLS
-    rows = ByRows()
+    rows = SlicedVae()
     return {
         "denoise encoder, exact": {"psnr_db": psnr(restorer.stages.encode(lq, way=rows), z_lq)},
         "vae decoder, exact": {"psnr_db": psnr(restorer.stages.decode(z_lq, way=rows), pixels)},

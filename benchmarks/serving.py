@@ -38,7 +38,7 @@ from engine.pipeline.restorer import Restorer
 from triton_repo.client import Client
 from triton_repo.environment import find_programs
 from triton_repo.render import Request, render
-from triton_repo.repository import Layout
+from triton_repo.repository import DeploymentConfig
 from triton_repo.server import Server, free_ports
 
 #: What the project aims at; see the issue on serving.
@@ -183,7 +183,7 @@ def overhead(
 def served(bundle: Path, max_batch: int, delay_ms: int) -> Iterator[Server]:
     """Run a server of a bundle, without a cache."""
     with tempfile.TemporaryDirectory(prefix="serving-benchmark-") as folder:
-        layout = Layout(cache=False, queue_delay_us=delay_ms * 1000, max_queue=1000)
+        layout = DeploymentConfig(cache=False, queue_delay_us=delay_ms * 1000, max_queue=1000)
         repository = Path(folder) / "repository"
         render(Request(bundle, repository, layout=layout, limits={"max_batch": max_batch}))
         log = Path(folder) / "server.log"

@@ -213,13 +213,13 @@ def triton_programs():
 def serve_bundle(triton_programs, tmp_path_factory):
     """Return a server of a bundle that is about to start, on free ports of the loopback interface."""
     from triton_repo.render import Request, render
-    from triton_repo.repository import Layout
+    from triton_repo.repository import DeploymentConfig
     from triton_repo.server import Server, free_ports
 
-    def make(bundle: Path, *, layout: Layout | None = None, **limits) -> Server:
+    def make(bundle: Path, *, layout: DeploymentConfig | None = None, **limits) -> Server:
         folder = tmp_path_factory.mktemp("served")
         repository = folder / "repository"
-        render(Request(bundle, repository, layout=layout or Layout(), limits=limits))
+        render(Request(bundle, repository, layout=layout or DeploymentConfig(), limits=limits))
         return Server(triton_programs, repository, folder / "server.log", ports=free_ports())
 
     return make

@@ -27,8 +27,8 @@ from engine.errors import BundleError, OutputError, UsageError, from_os_error
 from engine.memory.host_memory import total_memory_bytes
 from engine.memory.residency import host_weights
 from engine.units import format_memory
-from triton_repo.repository import BACKEND_FILES, MEMBERS, PYTHON_MEMBERS, SERVED_BY, Layout, configurations
-from triton_repo.serving import Serving
+from triton_repo.repository import BACKEND_FILES, MEMBERS, PYTHON_MEMBERS, SERVED_BY, DeploymentConfig, configurations
+from triton_repo.serving import ServingConfig
 
 #: Says that a folder is ours, and may be rendered again.
 _MARK = ".rendered"
@@ -68,7 +68,7 @@ class Request:
     bundle: Path
     output: Path
     served_from: Path | None = None
-    layout: Layout = field(default_factory=Layout)
+    layout: DeploymentConfig = field(default_factory=DeploymentConfig)
     limits: Mapping[str, Any] | None = None
     memory_bytes: int | None = None
 
@@ -89,7 +89,7 @@ def render(request: Request) -> list[str]:
     side = max(1024, 2 * bundle.manifest.defaults.min_size)
     limits = {"max_pixels": side * side, **(request.limits or {})}
     place = (request.served_from or bundle.path).absolute()
-    serving = Serving(bundle=place, digest=bundle.digest, backend=bundle.manifest.backend, **limits)
+    serving = ServingConfig(bundle=place, digest=bundle.digest, backend=bundle.manifest.backend, **limits)
     configs = configurations(bundle, serving, layout)
     temporary = _emptied(request.output)
     try:
@@ -111,7 +111,7 @@ def render(request: Request) -> list[str]:
     return list(configs)
 
 
-def _check(bundle: Bundle, layout: Layout) -> None:
+def _check(bundle: Bundle, layout: DeploymentConfig) -> None:
     manifest = bundle.manifest
     if manifest.precision == "bf16":
         raise BundleError(
@@ -128,12 +128,13 @@ def _check(bundle: Bundle, layout: Layout) -> None:
         return
     for name in MEMBERS:
         plan = manifest.graphs[name].plan
-        if manifest.backend != "tensorrt" or plan is None or plan.weightless:
+        if manifest.backend != "tensorrt" or plan is None or plan.weight_stripped:
             raise BundleError(
                 "the server's tensorrt backend runs whole TensorRT plans",
                 where=f"{bundle.path}: {name}",
-                expected="a bundle of --backend tensorrt, without --weightless",
-                found=f"backend {manifest.backend}" + (", weightless" if plan is not None and plan.weightless else ""),
+                expected="a bundle of --backend tensorrt, without --strip-weights",
+                found=f"backend {manifest.backend}"
+                + (", weight-stripped" if plan is not None and plan.weight_stripped else ""),
                 fix="build such a bundle, or render with --backend python",
             )
 
@@ -163,7 +164,7 @@ def _check_memory(bundle: Bundle, request: Request) -> None:
         )
 
 
-def _link_graph(bundle: Bundle, name: str, folder: Path, layout: Layout) -> None:
+def _link_graph(bundle: Bundle, name: str, folder: Path, layout: DeploymentConfig) -> None:
     """Put a graph where the server's backend looks for it, without a second copy where the disk allows."""
     graph = bundle.manifest.graphs[name]
     _, target = BACKEND_FILES[layout.served_by]
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a bundle is served."""
-    default = Layout()
+    default = DeploymentConfig()
     serving = parser.add_argument_group("serving")
     serving.add_argument(
         "--backend",
@@ -258,7 +259,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--no-cache", action="store_true", help="compute equal requests again")
     bounds = parser.add_argument_group("bounds of a request")
     for name, low, high, meaning in _LIMITS:
-        standard = Serving.model_fields[name].default
+        standard = ServingConfig.model_fields[name].default
         bounds.add_argument(
             f"--{name.replace('_', '-')}",
             type=whole_number(low, high),
@@ -271,7 +272,7 @@ def request_of(options: argparse.Namespace, bundle: Path, output: Path, served_f
     """Return what the options of `add_layout` ask for."""
     limits = {name: value for name, *_ in _LIMITS if (value := getattr(options, name)) is not None}
     memory = None if options.memory is None else int(options.memory * 2**30)
-    layout = Layout(
+    layout = DeploymentConfig(
         options.backend,
         options.instances,
         options.gpus,

@@ -17,7 +17,7 @@ from engine.bundle.manifest import Bundle
 from engine.recipe import RECIPE
 from triton_repo.chain import chain
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, RESTORED, SETTINGS
-from triton_repo.serving import PARAMETER, Serving
+from triton_repo.serving import PARAMETER, ServingConfig
 
 ServedBy = Literal["python", "onnxruntime", "tensorrt"]
 SERVED_BY: tuple[ServedBy, ...] = get_args(ServedBy)
@@ -47,7 +47,7 @@ _ANY = -1
 
 
 @dataclass(frozen=True)
-class Layout:
+class DeploymentConfig:
     """How a bundle is served.
 
     Attributes:
@@ -67,7 +67,7 @@ class Layout:
     cache: bool = True
 
 
-def configurations(bundle: Bundle, serving: Serving, layout: Layout) -> dict[str, pb.ModelConfig]:
+def configurations(bundle: Bundle, serving: ServingConfig, layout: DeploymentConfig) -> dict[str, pb.ModelConfig]:
     """Return every member's configuration by its name."""
     made = _Maker(bundle, serving, layout)
     return {
@@ -82,7 +82,7 @@ def configurations(bundle: Bundle, serving: Serving, layout: Layout) -> dict[str
 
 
 class _Maker:
-    def __init__(self, bundle: Bundle, serving: Serving, layout: Layout) -> None:
+    def __init__(self, bundle: Bundle, serving: ServingConfig, layout: DeploymentConfig) -> None:
         self._bundle, self._serving, self._layout = bundle, serving, layout
         unet = bundle.spec("unet")
         self._pixels = _dims(bundle.spec("vae_decoder").tensor("pixels"))

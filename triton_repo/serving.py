@@ -23,7 +23,7 @@ PARAMETER = "engine"
 _ATTENTION_SHARE = 4
 
 
-class Serving(BaseModel):
+class ServingConfig(BaseModel):
     """What every model is given.
 
     Attributes:
@@ -53,7 +53,7 @@ class Serving(BaseModel):
     max_streams: int = 16
 
     @classmethod
-    def of(cls, arguments: dict[str, str]) -> Serving:
+    def of(cls, arguments: dict[str, str]) -> ServingConfig:
         """Return what the server's `initialize` was given."""
         parameters = json.loads(arguments["model_config"])["parameters"]
         return cls.model_validate_json(parameters[PARAMETER]["string_value"])

@@ -13,9 +13,9 @@ from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
 from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, refit
 from engine.bundle.graphspec import GraphSpec, resolve
-from engine.bundle.manifest import Bundle, Graph, Plan
+from engine.bundle.manifest import Bundle, Graph, TrtEngine
 from engine.bundle.profiles import choose_profile
-from engine.bundle.storage import plain_name, whole_file
+from engine.bundle.storage import atomic_write, plain_name
 from engine.device.interface import STREAMS, Buffer, Device, Stream
 from engine.errors import OutputError
 from engine.memory.residency import Activations
@@ -83,7 +83,7 @@ class TrtBackend:
             self._log,
             memory,
         )
-        if plan.weightless:
+        if plan.weight_stripped:
             refit(engine, bundle, entry, self.library.api, self._log)
             once = (bundle.digest, graph)
             if once not in self._checked:
@@ -186,7 +186,7 @@ class TrtRunner(BufferRunner):
         self,
         engine: Any,
         spec: GraphSpec,
-        plan: Plan,
+        plan: TrtEngine,
         library: TrtLibrary,
         device: Device,
         stream: Stream,
@@ -299,7 +299,7 @@ class TrtRunner(BufferRunner):
         self._runtime_cache = None
         if kernels is None:
             return
-        with contextlib.suppress(OutputError), whole_file(file, "keep the kernels") as whole:
+        with contextlib.suppress(OutputError), atomic_write(file, "keep the kernels") as whole:
             whole.write(bytes(kernels))
 
 
@@ -312,7 +312,7 @@ class _Context:
     is_recorded: bool = False
 
 
-def plan_memory(engine: Any, plan: Plan) -> PlanMemory:
+def plan_memory(engine: Any, plan: TrtEngine) -> PlanMemory:
     """Return what an engine that was just opened says of its memory."""
     return PlanMemory(
         profiles=tuple(int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(plan.profiles))),

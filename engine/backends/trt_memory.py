@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from engine.bundle.manifest import Plan
+from engine.bundle.manifest import TrtEngine
 from engine.bundle.profiles import choose_profile
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import atomic_write
 from engine.errors import OutputError
 from engine.memory.residency import Activations
 
@@ -29,7 +29,7 @@ class PlanMemory(BaseModel):
     profiles: tuple[int, ...]
     streaming_bytes: int = 0
 
-    def at(self, plan: Plan, sizes: Sequence[Mapping[str, int]], *, where: str) -> Activations:
+    def at(self, plan: TrtEngine, sizes: Sequence[Mapping[str, int]], *, where: str) -> Activations:
         """Return what the largest of some sizes needs.
 
         Args:
@@ -58,12 +58,12 @@ class MemoryNotes:
         with contextlib.suppress(OSError, ValidationError):
             self._notes = self._TYPE.validate_json(file.read_bytes())
 
-    def get(self, plan: Plan) -> PlanMemory | None:
+    def get(self, plan: TrtEngine) -> PlanMemory | None:
         """Return the note of a plan, None if it was not opened yet."""
         found = self._notes.get(plan.key)
         return found if found is not None and len(found.profiles) == len(plan.profiles) else None
 
-    def keep(self, plan: Plan, memory: PlanMemory, keys: Collection[str]) -> None:
+    def keep(self, plan: TrtEngine, memory: PlanMemory, keys: Collection[str]) -> None:
         """Note what a plan needs.
 
         Args:
@@ -75,5 +75,5 @@ class MemoryNotes:
             return
         self._notes = {key: note for key, note in self._notes.items() if key in keys} | {plan.key: memory}
         plain = {key: note.model_dump(mode="json") for key, note in self._notes.items()}
-        with contextlib.suppress(OutputError), whole_file(self._file, "keep the notes") as file:
+        with contextlib.suppress(OutputError), atomic_write(self._file, "keep the notes") as file:
             file.write(json.dumps(plain).encode())

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.backends.base import Runner
 from engine.backends.trt_library import TrtLibrary, is_lack_of_memory
-from engine.bundle.manifest import Bundle, Graph, Plan, plan_key
+from engine.bundle.manifest import Bundle, Graph, TrtEngine, plan_key
 from engine.bundle.verification import relative_l2
 from engine.device.interface import Device
 from engine.errors import BackendError, BundleError, OutOfMemoryError
@@ -35,7 +35,7 @@ def failed(action: str, where: object, log: Any, *, fix: str | None = None) -> B
     return BackendError(f"TensorRT could not {action}", where=where, found=reason, fix=fix)
 
 
-def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> Plan:
+def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device) -> TrtEngine:
     """Return the plan of a graph, if this library can run it on this GPU.
 
     Raises:
@@ -60,11 +60,11 @@ def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device
             where=where,
             expected=f"{device.name}, compute capability {capability}",
             found=f"{plan.device or 'any GPU'}, compute capability {', '.join(plan.targets)}",
-            fix=rebuild(bundle, library.backend, capability if library.is_rtx and not plan.weightless else None),
+            fix=rebuild(bundle, library.backend, capability if library.is_rtx and not plan.weight_stripped else None),
         )
     key = plan_key(
         graph.file,
-        None if plan.weightless else bundle.manifest.weights,
+        None if plan.weight_stripped else bundle.manifest.weights,
         library=plan.library,
         targets=plan.targets,
         device=plan.device,
@@ -84,7 +84,7 @@ def check_plan(bundle: Bundle, graph: Graph, library: TrtLibrary, device: Device
 
 
 def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None:
-    """Fill a weightless plan with all weights of the bundle at once, never with a difference.
+    """Fill a weight-stripped plan with all weights of the bundle at once, never with a difference.
 
     Raises:
         BackendError: the library refuses, or a weight is missing.
@@ -111,7 +111,7 @@ def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
     Raises:
         BackendError: it disagrees with the merged weights.
     """
-    assert graph.probe is not None, "a weightless plan comes with a probe"
+    assert graph.probe is not None, "a weight-stripped plan comes with a probe"
     with np.load(bundle.file(graph.probe)) as probe:
         inputs = {tensor.name: probe[tensor.name] for tensor in graph.spec.inputs}
         expected = {tensor.name: probe[f"expected {tensor.name}"] for tensor in graph.spec.outputs}
@@ -125,7 +125,7 @@ def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
                 where=f"{graph.spec.name}.{name}",
                 expected=f"relative L2 up to {bound:g}",
                 found=f"{error:.3g}",
-                fix=f"{rebuild(bundle)}, without --weightless",
+                fix=f"{rebuild(bundle)}, without --strip-weights",
             )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from engine.bundle.storage import cache_dir, whole_file
+from engine.bundle.storage import atomic_write, cache_dir
 from engine.errors import OutputError
 
 #: Smaller files are hashed in a tenth of a second.
@@ -84,5 +84,5 @@ def _hash(path: Path) -> str:
 
 def _keep(memory: Path, entry: _Entry) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(memory, "keep the hash") as file:
+    with atomic_write(memory, "keep the hash") as file:
         file.write(entry.model_dump_json().encode())

@@ -70,7 +70,7 @@ class Audit(_Model):
     inspected_share: float = 0.0
 
 
-class Plan(_Model):
+class TrtEngine(_Model):
     """A graph compiled for GPUs.
 
     Attributes:
@@ -78,7 +78,7 @@ class Plan(_Model):
         targets: compute capabilities that it is for, such as "8.9".
         device: the one kind of GPU that it is for; None where all of a capability can run it.
         profiles: sizes that it takes; the first that holds an input is used.
-        weightless: whether weights are filled in when it is opened, from the bundle's weights file.
+        weight_stripped: whether weights are filled in when it is opened, from the bundle's weights file.
         flags: that it was compiled with.
         key: of all that it depends on, see `plan_key`.
     """
@@ -88,7 +88,7 @@ class Plan(_Model):
     targets: tuple[str, ...]
     device: str | None
     profiles: tuple[Profile, ...]
-    weightless: bool
+    weight_stripped: bool
     flags: tuple[str, ...]
     audit: Audit
     key: str
@@ -140,7 +140,7 @@ class Graph(_Model):
 
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
-        probe: inputs, and what the graph must make of them: a weightless plan is checked by it.
+        probe: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
         pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
         pieces_file: a zip file of the pieces' graphs.
     """
@@ -149,7 +149,7 @@ class Graph(_Model):
     file: File
     verification: Verification
     weights_bytes: int
-    plan: Plan | None = None
+    plan: TrtEngine | None = None
     probe: File | None = None
     pieces: tuple[Piece, ...] = ()
     pieces_file: File | None = None
@@ -347,7 +347,7 @@ def plan_key(
     """Return the SHA-256 of all that a plan depends on; another key means another plan.
 
     Args:
-        graph: the ONNX file. weights: that are compiled in; None for a weightless plan.
+        graph: the ONNX file. weights: that are compiled in; None for a weight-stripped plan.
         library, targets, device, profiles, flags: as in `Plan`.
         precision: of the graph.
     """

@@ -15,11 +15,11 @@ from engine.errors import DoesNotFitError
 
 
 class Range(NamedTuple):
-    """The least and the most that a symbol may stand for, and what kernels are chosen for."""
+    """TensorRT's bounds of a symbol: the least and the most it may stand for, and what kernels are chosen for."""
 
-    least: int
-    best: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
 
 class Profile(BaseModel):
@@ -31,15 +31,15 @@ class Profile(BaseModel):
 
     def holds(self, symbols: Mapping[str, int]) -> bool:
         """Tell whether an input of this size may run under the profile."""
-        return all(bounds.least <= symbols[name] <= bounds.most for name, bounds in self.ranges.items())
+        return all(bounds.min <= symbols[name] <= bounds.max for name, bounds in self.ranges.items())
 
     def at(self, place: str) -> dict[str, int]:
-        """Return every symbol's "least", "best" or "most"."""
+        """Return every symbol's "min", "opt" or "max"."""
         return {name: getattr(bounds, place) for name, bounds in self.ranges.items()}
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{name} = {bounds.least}" if bounds.least == bounds.most else f"{name} = {bounds.least} … {bounds.most}"
+            f"{name} = {bounds.min}" if bounds.min == bounds.max else f"{name} = {bounds.min} … {bounds.max}"
             for name, bounds in self.ranges.items()
         )
 

@@ -22,7 +22,7 @@ _PART_IS_STALE_S = 600.0
 
 
 @contextmanager
-def whole_file(path: Path, action: str) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, action: str) -> Iterator[BinaryIO]:
     """Give a file to write to, which gets its name when it is whole, whatever ends the program or the computer.
 
     Args:
@@ -46,7 +46,7 @@ def whole_file(path: Path, action: str) -> Iterator[BinaryIO]:
         raise from_os_error(error, path, action) from error
 
 
-def remove_parts(folder: Path) -> None:
+def clean_stale_temp_files(folder: Path) -> None:
     """Remove what writers that were killed left in a folder; a part that may still be written to is left."""
     for part in folder.glob(f".{'[0-9a-f]' * 32}{_PART}"):
         with contextlib.suppress(OSError):  # somebody else's, or just now moved to its place

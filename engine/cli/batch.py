@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.cli.jobs import Job, is_made
+from engine.cli.jobs import PhotoJob, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
 from engine.image.photo import Photo
@@ -24,10 +24,10 @@ from engine.settings import Settings
 from engine.units import format_duration
 
 
-class Watch(Protocol):
+class ProgressListener(Protocol):
     """Who is told how the work goes; always from the thread that asks for the outcomes."""
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: PhotoJob) -> None:
         """Hear that the networks turn to a photo."""
 
     def step(self) -> None:
@@ -51,7 +51,7 @@ class Outcome:
         before, after: the photo and its first result as small WebPs, if they were asked for.
     """
 
-    job: Job
+    job: PhotoJob
     reports: tuple[dict[str, Any], ...] = ()
     error: RestoreError | None = None
     before: bytes | None = None
@@ -59,7 +59,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Work:
+class BatchRunner:
     """How photos are restored.
 
     Attributes:
@@ -76,11 +76,11 @@ class Work:
     previews: bool = False
     like: dict[str, Any] | None = None
 
-    def read(self, job: Job) -> Photo | None:
+    def read(self, job: PhotoJob) -> Photo | None:
         """Read a photo, unless nothing is to be done about it."""
         return read_photo(job.photo) if job.outputs or self.previews else None
 
-    def restore(self, photo: Photo, plan: RestorationPlan, seed: int, watch: Watch) -> Restored:
+    def restore(self, photo: Photo, plan: RestorationPlan, seed: int, watch: ProgressListener) -> Restored:
         """Restore a photo as planned, from a seed's noise."""
         return self.restorer.restore(
             photo,
@@ -95,20 +95,20 @@ class Work:
         """Write a result."""
         write_photo(output, result.photo, result.history, overwrite=self.overwrite)
 
-    def remaining(self, job: Job) -> Job:
+    def remaining(self, job: PhotoJob) -> PhotoJob:
         """Return a job without what was made since it was planned: by a worker that was lost, or another run."""
         if self.overwrite:
             return job
         made = [(seed, output) for seed, output in job.outputs if self._is_made(job, seed, output)]
         outputs = tuple(item for item in job.outputs if item not in made)
-        return Job(job.photo, outputs, (*job.done, *(output for _, output in made)))
+        return PhotoJob(job.photo, outputs, (*job.done, *(output for _, output in made)))
 
-    def _is_made(self, job: Job, seed: int, output: Path) -> bool:
+    def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
         history = history_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
         return is_made(output, job.photo, history)
 
 
-def restore_all(jobs: Sequence[Job], work: Work, watch: Watch) -> Iterator[Outcome]:
+def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
     """Restore photos one after the other, and yield what became of each, in order.
 
     One photo is decoded ahead and one result encoded behind, each in a thread of its own, so memory holds three
@@ -143,7 +143,7 @@ def restore_all(jobs: Sequence[Job], work: Work, watch: Watch) -> Iterator[Outco
 class _Open:
     """A photo whose results may still be being written."""
 
-    job: Job
+    job: PhotoJob
     reports: list[dict[str, Any]] = field(default_factory=list)
     writes: list[Future[None]] = field(default_factory=list)
     pictures: list[Future[bytes]] = field(default_factory=list)
@@ -154,7 +154,7 @@ class _Open:
         pending: list[Future[Any]] = [*self.writes, *self.pictures]
         wait(pending)
 
-    def outcome(self, watch: Watch) -> Outcome:
+    def outcome(self, watch: ProgressListener) -> Outcome:
         """Wait until everything is written, and return what became of the photo."""
         written = []
         for report, write in zip(self.reports, self.writes, strict=True):
@@ -173,8 +173,8 @@ class _Open:
 def _restore_one(
     current: _Open,
     source: Future[Photo | None],
-    work: Work,
-    watch: Watch,
+    work: BatchRunner,
+    watch: ProgressListener,
     writer: ThreadPoolExecutor,
     behind: _Open | None,
 ) -> None:
@@ -236,7 +236,7 @@ def _make_folder(folder: Path) -> None:
         raise from_os_error(error, folder, "create the folder") from error
 
 
-def _told(error: BaseException, job: Job, watch: Watch) -> RestoreError:
+def _told(error: BaseException, job: PhotoJob, watch: ProgressListener) -> RestoreError:
     """Return any error as one of a photo; a bug comes with its traceback as a note, and does not stop the others."""
     if isinstance(error, RestoreError):
         return error if str(job.photo) in str(error) else error.at(job.photo)
@@ -251,7 +251,7 @@ def _told(error: BaseException, job: Job, watch: Watch) -> RestoreError:
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """Counts of a run, from its start.
 
     Attributes:

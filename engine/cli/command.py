@@ -17,12 +17,12 @@ from typing import Any
 from engine import Restorer
 from engine.backends import BACKENDS, MAX_THREADS
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
-from engine.bundle.storage import remove_parts
-from engine.cli.batch import Outcome, Tally, Watch, Work, restore_all
-from engine.cli.jobs import Job, Placement, check_folder, find_photos, is_folder, plan_jobs
+from engine.bundle.storage import clean_stale_temp_files
+from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
+from engine.cli.jobs import PhotoJob, Placement, check_folder, find_photos, is_folder, plan_jobs
 from engine.cli.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.cli.progress import StepBar
-from engine.cli.ray_cluster import Plan, gpu_is_used, restore_on_cluster
+from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError, RestoreError
 from engine.image.files import read_history
@@ -54,10 +54,10 @@ def restore(arguments: Sequence[str]) -> int:
 
         jobs = plan_jobs(found, placement, settings.seed, history)
         for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
-            remove_parts(folder)
+            clean_stale_temp_files(folder)
         bar = opened.enter_context(StepBar(jobs, settings.steps, quiet=options.quiet))
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
-        tally = Tally()
+        tally = RunSummary()
         reports: list[dict[str, Any]] = []
         for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, bar):
             if outcome.error is not None:
@@ -76,27 +76,27 @@ def restore(arguments: Sequence[str]) -> int:
 
 
 def _outcomes(
-    jobs: Sequence[Job],
+    jobs: Sequence[PhotoJob],
     restorer: Restorer | None,
     bundle: Bundle,
     settings: Settings,
     like: dict[str, Any] | None,
     options: argparse.Namespace,
-    watch: Watch,
+    watch: ProgressListener,
 ) -> Iterator[Outcome]:
     previews = options.report is not None
     chosen = options.tile is not None or options.vae_tiles is not None
     tiles = None if chosen else like  # what the command line says of tiles holds
     if restorer is not None:
-        return restore_all(jobs, Work(restorer, settings, options.overwrite, previews, tiles), watch)
+        return restore_all(jobs, BatchRunner(restorer, settings, options.overwrite, previews, tiles), watch)
     engine = {**_engine(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     return restore_on_cluster(
-        jobs, Plan(engine, settings, options.overwrite, previews, tiles), uses_gpu, options.ray, watch
+        jobs, WorkerConfig(engine, settings, options.overwrite, previews, tiles), uses_gpu, options.ray, watch
     )
 
 
-def _tell(tally: Tally, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _tell(tally: RunSummary, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print what a run came to.
 
     Raises:

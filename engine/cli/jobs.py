@@ -27,7 +27,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Job:
+class PhotoJob:
     """A photo, the seeds and files of results that are to be made, and results that are there already."""
 
     photo: Path
@@ -87,7 +87,7 @@ def _found_at(name: Path, results: Path | None, *, recursive: bool) -> list[Foun
 
 def plan_jobs(
     found: Sequence[Found], placement: Placement, seed: int, history: Callable[[int], dict[str, Any]]
-) -> list[Job]:
+) -> list[PhotoJob]:
     """Return what to restore into which files, all of them checked before any work.
 
     Args:
@@ -126,7 +126,7 @@ def plan_jobs(
             if output.parent.is_dir() or not is_folder(placement.output):  # else it is made when it is needed
                 check_output(output, overwrite=placement.overwrite)
             outputs.append((seed + index, output))
-        jobs.append(Job(item.photo, tuple(outputs), tuple(done)))
+        jobs.append(PhotoJob(item.photo, tuple(outputs), tuple(done)))
     return jobs
 
 

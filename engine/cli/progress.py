@@ -8,11 +8,11 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from engine.cli.jobs import Job
+from engine.cli.jobs import PhotoJob
 
 
 class StepBar:
-    """Watches work (see `engine.cli.batch.Watch`) and draws it: which photo of how many, and all their steps.
+    """A `engine.cli.batch.ProgressListener` that draws: which photo of how many, and all their steps.
 
     Args:
         jobs: that are to come.
@@ -20,7 +20,7 @@ class StepBar:
         quiet: draw nothing, and leave details out.
     """
 
-    def __init__(self, jobs: Sequence[Job], steps: int, *, quiet: bool) -> None:
+    def __init__(self, jobs: Sequence[PhotoJob], steps: int, *, quiet: bool) -> None:
         self._jobs = sum(bool(job.outputs) for job in jobs)
         self._begun = 0
         self._steps, self._quiet = steps, quiet
@@ -36,7 +36,7 @@ class StepBar:
             self._settle()
         self._bar.close()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: PhotoJob) -> None:
         self._settle()
         self._begun += 1
         self._owed = self._steps * len(job.outputs)

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.cli.batch import Outcome, Watch, Work, restore_all
-from engine.cli.jobs import Job
+from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
+from engine.cli.jobs import PhotoJob
 from engine.errors import BackendError, UsageError
 from engine.pipeline.restorer import Restorer
 from engine.settings import Settings
@@ -28,12 +28,12 @@ _KNOCK_S = 10.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerConfig:
     """What an actor is made from.
 
     Attributes:
         engine: what `Restorer.open` is called with.
-        settings, overwrite, previews, like: as `engine.cli.batch.Work` has them.
+        settings, overwrite, previews, like: as `engine.cli.batch.BatchRunner` has them.
     """
 
     engine: dict[str, Any]
@@ -44,7 +44,7 @@ class Plan:
 
 
 def restore_on_cluster(
-    jobs: Sequence[Job], plan: Plan, uses_gpu: bool, address: str, watch: Watch
+    jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, address: str, watch: ProgressListener
 ) -> Iterator[Outcome]:
     """Restore photos on a Ray cluster, and yield what became of each as it is done.
 
@@ -53,7 +53,7 @@ def restore_on_cluster(
         plan: what its actors are made from.
         uses_gpu: whether each of them needs a GPU.
         address: of the cluster, as `ray.init` takes it.
-        watch: is told how it goes (see `engine.cli.batch.Watch`), a photo at a time.
+        watch: is told how it goes (see `engine.cli.batch.ProgressListener`), a photo at a time.
     Raises:
         BackendError: Ray is missing, the cluster is not reached, has no GPU, or gives up.
     """
@@ -97,7 +97,7 @@ def _output_to_errors() -> Iterator[None]:
         os.close(kept)
 
 
-def _stream(jobs: Sequence[Job], plan: Plan, uses_gpu: bool, watch: Watch) -> Iterator[Outcome]:
+def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch: ProgressListener) -> Iterator[Outcome]:
     import ray
 
     cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
@@ -127,16 +127,16 @@ def _stream(jobs: Sequence[Job], plan: Plan, uses_gpu: bool, watch: Watch) -> It
         yield _told(notes, outcome, job, plan.settings.steps, watch)
 
 
-def _is_work(job: Job, plan: Plan) -> bool:
+def _is_work(job: PhotoJob, plan: WorkerConfig) -> bool:
     return bool(job.outputs) or plan.previews
 
 
 class _Actor:
     """Restores photos on one machine of the cluster."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: WorkerConfig) -> None:
         restorer = Restorer.open(**plan.engine)
-        self._work = Work(restorer, plan.settings, plan.overwrite, plan.previews, plan.like)
+        self._work = BatchRunner(restorer, plan.settings, plan.overwrite, plan.previews, plan.like)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()
@@ -150,7 +150,7 @@ class _Notes:
 
     texts: list[tuple[str, bool]] = field(default_factory=list)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: PhotoJob) -> None:
         pass
 
     def step(self) -> None:
@@ -163,7 +163,9 @@ class _Notes:
         self.texts.append((text, detail))
 
 
-def _told(notes: list[tuple[str, bool]], outcome: Outcome, job: Job, steps: int, watch: Watch) -> Outcome:
+def _told(
+    notes: list[tuple[str, bool]], outcome: Outcome, job: PhotoJob, steps: int, watch: ProgressListener
+) -> Outcome:
     if job.outputs:
         watch.begin(job)
         for _ in range(steps * len(outcome.reports)):
@@ -203,15 +205,15 @@ def _share(nodes: Sequence[dict[str, Any]], uses_gpu: bool, threads: int) -> tup
     return cpus, sum(count // cpus for count in counts)
 
 
-def _absolute(job: Job) -> Job:
+def _absolute(job: PhotoJob) -> PhotoJob:
     outputs = tuple((seed, output.absolute()) for seed, output in job.outputs)
-    return Job(job.photo.absolute(), outputs, tuple(path.absolute() for path in job.done))
+    return PhotoJob(job.photo.absolute(), outputs, tuple(path.absolute() for path in job.done))
 
 
-def _named(done: Job, job: Job) -> Job:
+def _named(done: PhotoJob, job: PhotoJob) -> PhotoJob:
     """Return a job as it came back, under the names that it was given."""
     names = {path.absolute(): path for path in (*job.done, *(output for _, output in job.outputs))}
-    return Job(
+    return PhotoJob(
         job.photo, tuple((seed, names[path]) for seed, path in done.outputs), tuple(map(names.__getitem__, done.done))
     )
 

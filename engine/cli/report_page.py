@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import Image
 
-from engine.bundle.storage import APP_NAME, whole_file
-from engine.cli.batch import Outcome, Tally, reason
+from engine.bundle.storage import APP_NAME, atomic_write
+from engine.cli.batch import Outcome, RunSummary, reason
 from engine.errors import OutputError
 from engine.units import format_duration
 
@@ -83,7 +83,7 @@ class ReportPage:
         if outcome.before is not None and outcome.after is not None:
             self._cards.write(_card(outcome, outcome.before, outcome.after).encode())
 
-    def write(self, tally: Tally, facts: Mapping[str, Any]) -> None:
+    def write(self, tally: RunSummary, facts: Mapping[str, Any]) -> None:
         """Write the page, whole or not at all.
 
         Args:
@@ -106,7 +106,7 @@ class ReportPage:
             cards=marker,
         ).rsplit(marker, 1)
         self._cards.seek(0)
-        with whole_file(self._path, "write the report") as file:
+        with atomic_write(self._path, "write the report") as file:
             file.write(head.encode())
             shutil.copyfileobj(self._cards, file)
             file.write(tail.encode())
@@ -135,7 +135,7 @@ def _meta(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _failures(tally: Tally) -> str:
+def _failures(tally: RunSummary) -> str:
     if not tally.failed:
         return ""
     rows = "".join(f"<li><b>{escape(photo)}</b>: {escape(reason(error))}</li>" for photo, error in tally.failed)

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import ExifTags
 
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import atomic_write
 from engine.errors import ImageError, OutputError, from_os_error
 from engine.image.decoding import READ_SUFFIXES, damage_told, decode, open_image
 from engine.image.encoding import HISTORY_TAG, check_format, encode_photo, format_of
@@ -116,7 +116,7 @@ def write_file(path: Path, encoded: bytes) -> None:
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
-    with whole_file(path, "write the image") as file:
+    with atomic_write(path, "write the image") as file:
         file.write(encoded)
 
 

@@ -25,7 +25,7 @@ MAX_WORKING_PIXELS = 1 << 26
 PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 
 
-def as_photo(photo: PhotoLike) -> Photo:
+def load_photo(photo: PhotoLike) -> Photo:
     """Return whatever a caller calls a photo as one.
 
     Raises:

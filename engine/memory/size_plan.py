@@ -18,13 +18,13 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.image.preprocess import Size
-from engine.memory.vae_slices import ByRows, peak_bytes
+from engine.memory.vae_slices import SlicedVae, peak_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian
 from engine.settings import Settings
 from engine.units import format_memory
 
 #: How a graph of the VAE works at an image: by rows, or in tiles, of which the whole may be one.
-VaeWay = Tiling | ByRows
+VaeMode = Tiling | SlicedVae
 
 #: Of the computer's memory, what activations may take if nobody asks for more.
 _SHARE = 0.5
@@ -63,10 +63,10 @@ class SizePlan:
         size = self.window_px // bundle.pixels_per_cell
         return Tiling(height, width, size, size // 2, gaussian)
 
-    def vae_way(self, bundle: Bundle, height: int, width: int) -> VaeWay:
+    def vae_mode(self, bundle: Bundle, height: int, width: int) -> VaeMode:
         """Return how the VAE works: by rows, or in these tiles of a latent of `height` × `width` cells."""
         if self.vae_by_rows:
-            return ByRows()
+            return SlicedVae()
         if self.vae_px is None:
             return Tiling.whole(height, width)
         size = self.vae_px // bundle.pixels_per_cell

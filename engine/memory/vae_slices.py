@@ -42,7 +42,7 @@ _FLOAT = np.dtype(np.float32).itemsize
 
 
 @dataclass(frozen=True)
-class ByRows:
+class SlicedVae:
     """Work exactly, in bands of rows.
 
     Attributes:
@@ -55,7 +55,7 @@ class ByRows:
 
 
 def peak_bytes(pieces: Sequence[Piece], shape: Sequence[int]) -> int:
-    """Return what `run_pieces` holds at most for an image of a shape."""
+    """Return what `run_slices` holds at most for an image of a shape."""
     most = 0
     shapes = _shapes(pieces, shape)
     sizes = {name: math.prod(shape) * _FLOAT for name, shape in shapes.items()}
@@ -68,11 +68,11 @@ def peak_bytes(pieces: Sequence[Piece], shape: Sequence[int]) -> int:
     return most + _BESIDE_BYTES
 
 
-def run_pieces(
+def run_slices(
     pieces: Sequence[Piece],
     image: Array,
     open_piece: OpenPiece,
-    way: ByRows,
+    way: SlicedVae,
     on_band: Callable[[int, int], None] | None = None,
 ) -> Array:
     """Run a graph's pieces, one after the other.
@@ -146,7 +146,7 @@ class _Band:
 class _Bands:
     """The bands of a piece over its maps."""
 
-    def __init__(self, piece: Piece, shapes: Mapping[str, tuple[int, ...]], way: ByRows) -> None:
+    def __init__(self, piece: Piece, shapes: Mapping[str, tuple[int, ...]], way: SlicedVae) -> None:
         self._piece = piece
         names = piece.maps
         result = shapes[piece.spec.outputs[0].name]

@@ -14,17 +14,17 @@ from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.device.interface import Array
 from engine.errors import UsageError
 from engine.pipeline.text import Conditioning
-from engine.sampling.sampler import Latent, Network, Step
+from engine.sampling.sampler import Denoiser, Latent, Step
 from engine.sampling.tiling import Tiling, Window
 
 #: Runs a graph, by its name, on named inputs.
 RunGraph = Callable[[str, Mapping[str, Array]], dict[str, Array]]
 #: Makes the network of some rows of latents: z_lq f32[R,4,h,w], and texts with a leading axis of R.
-MakeNetwork = Callable[[Latent, Sequence[Conditioning]], Network]
+MakeDenoiser = Callable[[Latent, Sequence[Conditioning]], Denoiser]
 TextsAt = Callable[[Window], Sequence[Conditioning]]
 
 
-class GuidedNetwork:
+class CFGDenoiser:
     """Runs the positive and, where a step is guided, the negative text in one batch.
 
     Args:
@@ -72,7 +72,7 @@ class GuidedNetwork:
         return (eps[: len(x)], eps[len(x) :]) if step.guided else (eps, None)
 
 
-class TiledNetwork:
+class TiledDenoiser:
     """Runs a network in windows and blends the noise that it predicts, at every step.
 
     What surrounds the network stays whole: noise is one field, and guidance, the restoration pull and the
@@ -84,7 +84,7 @@ class TiledNetwork:
         make: the network of some rows.
         tiling: of the latent, in cells.
         z_lq: f32[B,4,h,w], latents of the degraded photos.
-        texts: as `GuidedNetwork` takes them, or a function from a window to its own.
+        texts: as `CFGDenoiser` takes them, or a function from a window to its own.
         at_once: windows that go through the networks together.
         on_tile: told how many windows of a step are done, and how many there are.
     Raises:
@@ -93,7 +93,7 @@ class TiledNetwork:
 
     def __init__(
         self,
-        make: MakeNetwork,
+        make: MakeDenoiser,
         tiling: Tiling,
         z_lq: Latent,
         texts: Sequence[Conditioning] | TextsAt,
@@ -103,7 +103,7 @@ class TiledNetwork:
     ) -> None:
         self._tiling, self._on_tile = tiling, on_tile
         windows = tuple(tiling)
-        self._batches: list[tuple[tuple[Window, ...], Network]] = []
+        self._batches: list[tuple[tuple[Window, ...], Denoiser]] = []
         for first in range(0, len(windows), at_once):
             batch = windows[first : first + at_once]
             found = [texts(window) if callable(texts) else texts for window in batch]
@@ -111,7 +111,7 @@ class TiledNetwork:
             self._batches.append((batch, make(rows, _join_texts(found, len(z_lq)))))
 
     def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
-        """Return the blended noise for the positive and, where guided, the negative text; see `GuidedNetwork`."""
+        """Return the blended noise for the positive and, where guided, the negative text; see `CFGDenoiser`."""
         pos, neg = np.zeros_like(x), np.zeros_like(x) if step.guided else None
         index = 0
         for batch, network in self._batches:

@@ -3,7 +3,7 @@
 Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
 or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
 keeps the number of the step. Of a latent that is worked at in windows, what is recorded is a window, and
-the device keeps its number as well. Progress comes from events that the stream passes.
+the device keeps its number as well. StepOutput comes from events that the stream passes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
 from engine.device.kernels import COLUMNS, pack_table
 from engine.errors import ScheduleError
 from engine.pipeline.device_windows import Arrays, WindowTables
-from engine.sampling.sampler import Latent, Progress, Step, StepTable
+from engine.sampling.sampler import Latent, Step, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
 
 #: Steps that lie on the stream beyond the last one that is known to be done: enough that it never
@@ -63,7 +63,7 @@ class DeviceLoop:
     def __init__(self, device: Device, stream: Stream, controlnet: BufferRunner, unet: BufferRunner) -> None:
         self._device, self._stream = device, stream
         self._controlnet, self._unet = controlnet, unet
-        self._work: _Work | None = None
+        self._work: LoopBuffers | None = None
 
     def close(self) -> None:
         """Give the buffers back."""
@@ -84,11 +84,11 @@ class DeviceLoop:
             raise ScheduleError("too many steps", expected=f"up to {_MAX_STEPS}", found=len(table.steps))
         self._prepare(table, inputs)
 
-    def run(self, table: StepTable) -> Iterator[Progress]:
+    def run(self, table: StepTable) -> Iterator[StepOutput]:
         """Run the table that was prepared, from noise to a clean latent.
 
         Yields:
-            Progress after each step, in order, without latents: they stay where they are. An
+            StepOutput after each step, in order, without latents: they stay where they are. An
             exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
         Raises:
             BackendError: a graph fails.
@@ -103,10 +103,10 @@ class DeviceLoop:
                 while pending and (len(pending) > LOOK_AHEAD or pending[0][1].is_done):
                     done, event = pending.pop(0)
                     event.synchronize()
-                    yield Progress(done, None, None)
+                    yield StepOutput(done, None, None)
             for done, event in pending:
                 event.synchronize()
-                yield Progress(done, None, None)
+                yield StepOutput(done, None, None)
 
     def time_networks(self, repeats: int, *, guided: bool) -> float:
         """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
@@ -140,7 +140,7 @@ class DeviceLoop:
         key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.windows)
         if self._work is None or self._work.key != key:
             self.close()
-            self._work = _Work(self._device, self._stream, self._controlnet, self._unet, key)
+            self._work = LoopBuffers(self._device, self._stream, self._controlnet, self._unet, key)
         work, stream = self._work, self._stream
         stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
         for place, index in enumerate(draws):
@@ -197,7 +197,7 @@ def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
     return own, {**tensors, "lq": ((rows, *part), "float32")}
 
 
-class _Work:
+class LoopBuffers:
     """Buffers of one size, and the steps that were recorded on them."""
 
     def __init__(

@@ -17,18 +17,18 @@ from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle
 from engine.device.interface import Array
 from engine.image.photo import Pixels
-from engine.memory.size_plan import VaeWay
-from engine.memory.vae_slices import ByRows, run_pieces
-from engine.pipeline.denoiser import GuidedNetwork, TextsAt, TiledNetwork
+from engine.memory.size_plan import VaeMode
+from engine.memory.vae_slices import SlicedVae, run_slices
+from engine.pipeline.denoiser import CFGDenoiser, TextsAt, TiledDenoiser
 from engine.pipeline.plan import RestorationPlan, texts_of
 from engine.pipeline.text import Conditioning, Prompts
 from engine.sampling.noise import noise_source
-from engine.sampling.sampler import Latent, Network, Progress, StepTable, sample, table_for
+from engine.sampling.sampler import Denoiser, Latent, StepOutput, StepTable, sample, table_for
 from engine.sampling.tiling import Tiling, run_tiled
 from engine.settings import Settings
 from engine.timings import Timings
 
-OnStep = Callable[[Progress], None]
+OnStep = Callable[[StepOutput], None]
 #: Told a stage, how many of its tiles are done, and how many there are; for a step, of that step.
 OnTile = Callable[[str, int, int], None]
 #: Told a line that a person should read while it happens.
@@ -134,7 +134,7 @@ class HostExecutor:
 
     # -- stages on their own ---------------------------------------------------------------------
 
-    def forget_texts(self) -> None:
+    def clear_prompt_cache(self) -> None:
         """Drop the conditioning of earlier texts, so that the next restoration computes its own."""
         self._texts.clear()
 
@@ -161,13 +161,13 @@ class HostExecutor:
         self,
         lq: Pixels,
         *,
-        way: VaeWay | None = None,
+        way: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Latent:
         """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5.
 
-        `way`, here and below: None runs the graph on the whole; `ByRows` is exact as well, and needs less memory.
+        `way`, here and below: None runs the graph on the whole; `SlicedVae` is exact as well, and needs less memory.
         Tiles of the latent let the graph see a part at a time, which is approximate: its norms and its attention
         then see no more than a tile.
         """
@@ -177,7 +177,7 @@ class HostExecutor:
         self,
         pixels: Pixels,
         *,
-        way: VaeWay | None = None,
+        way: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Latent:
@@ -189,7 +189,7 @@ class HostExecutor:
         z: Latent,
         *,
         stage: str = "vae decoder",
-        way: VaeWay | None = None,
+        way: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Pixels:
@@ -251,19 +251,19 @@ class HostExecutor:
         at_once: int,
         on_tile: OnTile,
         times: Timings,
-    ) -> Network:
+    ) -> Denoiser:
         def run(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
             return self._run(graph, inputs, graph, times)
 
-        def make(rows: Latent, row_texts: Sequence[Conditioning]) -> Network:
-            return GuidedNetwork(run, self.bundle.spec("unet"), rows, row_texts)
+        def make(rows: Latent, row_texts: Sequence[Conditioning]) -> Denoiser:
+            return CFGDenoiser(run, self.bundle.spec("unet"), rows, row_texts)
 
         if windows.is_whole and not callable(texts):
             return make(z_lq, texts)
-        return TiledNetwork(make, windows, z_lq, texts, at_once=at_once, on_tile=partial(on_tile, "step"))
+        return TiledDenoiser(make, windows, z_lq, texts, at_once=at_once, on_tile=partial(on_tile, "step"))
 
     def _run_vae(
-        self, graph: str, image: Array, stage: str, way: VaeWay | None, on_tile: OnTile, times: Timings | None
+        self, graph: str, image: Array, stage: str, way: VaeMode | None, on_tile: OnTile, times: Timings | None
     ) -> NDArray[np.float32]:
         """Run a graph of the VAE on an image, f32[B,C,H,W]."""
         spec = self.bundle.spec(graph)
@@ -272,10 +272,10 @@ class HostExecutor:
         def run(part: Array) -> Array:
             return self._run(graph, {source: part}, stage, times)[target]
 
-        if isinstance(way, ByRows):
+        if isinstance(way, SlicedVae):
             open_piece = self.runners.open_piece(graph)
             with (times or Timings()).graph(stage):
-                return run_pieces(
+                return run_slices(
                     self.bundle.manifest.graphs[graph].pieces, image, open_piece, way, partial(on_tile, stage)
                 )
         if way is None or way.is_whole:

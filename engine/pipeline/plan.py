@@ -10,8 +10,8 @@ from typing import Any
 from engine.bundle.manifest import Bundle
 from engine.image.preprocess import Size
 from engine.memory.residency import MemoryPlan, Workload
-from engine.memory.size_plan import SizePlan, VaeWay
-from engine.memory.vae_slices import ByRows
+from engine.memory.size_plan import SizePlan, VaeMode
+from engine.memory.vae_slices import SlicedVae
 from engine.recipe import Conditions, Operation, operations
 from engine.sampling.sampler import StepTable, table_for
 from engine.sampling.tiling import Tiling
@@ -44,7 +44,7 @@ class RestorationPlan:
     photos: int
     latent: tuple[int, int]
     windows: Tiling
-    vae: VaeWay
+    vae: VaeMode
     memory: MemoryPlan | None = field(default=None, compare=False)
 
     @property
@@ -60,7 +60,7 @@ class RestorationPlan:
     @cached_property
     def workload(self) -> Workload:
         """The sizes that graphs run at."""
-        assert not isinstance(self.vae, ByRows), "slices are for the host"
+        assert not isinstance(self.vae, SlicedVae), "slices are for the host"
         passes = tuple(sorted({2 if step.guided else 1 for step in self.table.steps}))
         windows, tiles = (None if each.is_whole else each for each in (self.windows, self.vae))
         draws = len(self.table.noisy_steps)
@@ -126,7 +126,7 @@ def make_plan(
         photos,
         latent,
         size_plan.windows(bundle, *latent),
-        size_plan.vae_way(bundle, *latent),
+        size_plan.vae_mode(bundle, *latent),
     )
 
 

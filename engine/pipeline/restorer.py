@@ -25,10 +25,10 @@ from engine.image.preprocess import (
     MAX_WORKING_PIXELS,
     PhotoLike,
     Size,
-    as_photo,
     finish,
     fix_colors,
     frame,
+    load_photo,
     result_size,
     size_to_work_at,
 )
@@ -238,7 +238,7 @@ class Restorer:
             BackendError: a graph fails, for one because memory runs out.
         """
         listener = Listener(on_step, on_tile, on_note)
-        source = as_photo(photo)
+        source = load_photo(photo)
         settings = (self.defaults if plan is None else plan.settings).updated(changes)
         if plan is None:
             plan = self.plan(source.size, settings)
@@ -279,7 +279,7 @@ class Restorer:
             raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
         listener = Listener(on_step, on_tile, on_note)
-        sources = [as_photo(photo) for photo in photos]
+        sources = [load_photo(photo) for photo in photos]
         groups: dict[Size, list[int]] = {}
         for index, source in enumerate(sources):
             groups.setdefault(self.working_size(source.size, settings), []).append(index)

@@ -113,7 +113,7 @@ class StepTable:
         return any(step.update.center != 0.0 for step in self.steps)
 
 
-class Network(Protocol):
+class Denoiser(Protocol):
     """ControlNet and UNet at one step."""
 
     def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
@@ -129,7 +129,7 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepOutput:
     """What the loop reports after each step.
 
     Attributes:
@@ -253,12 +253,12 @@ def dpmpp2m_table(
 
 def sample(
     table: StepTable,
-    network: Network,
+    network: Denoiser,
     noise: Callable[[int], Latent],
     *,
     center: Latent | None = None,
     estimates: bool = False,
-) -> Iterator[Progress]:
+) -> Iterator[StepOutput]:
     """Run a table from noise to a clean latent, one yield per step.
 
     Args:
@@ -269,7 +269,7 @@ def sample(
         center: f32[B,C,h,w], the stage-1 latent; needed only if `table.uses_center`.
         estimates: whether every step tells its estimate of the clean latent, which costs a sum.
     Yields:
-        Progress after each step; the last one's `x` is the result, f32[B,C,h,w].
+        StepOutput after each step; the last one's `x` is the result, f32[B,C,h,w].
     Raises:
         ScheduleError: the table needs `center` and there is none.
     """
@@ -287,7 +287,7 @@ def sample(
         denoised = weighted_sum(step.denoised, terms) if estimates or table.keeps_denoised(step.index) else None
         x = weighted_sum(step.update, terms)
         previous = denoised
-        yield Progress(step, x, denoised)
+        yield StepOutput(step, x, denoised)
 
 
 def weighted_sum(weights: Weights, terms: dict[str, Latent | None]) -> Latent:

@@ -22,7 +22,7 @@ from engine.settings import Settings, validated
 from export.build.presets import PRESETS
 from export.build.request import BuildRequest
 from export.build.trial import trial_symbols
-from export.build.weights import Layout, Weight, plan_layout
+from export.build.weights import Weight, WeightsLayout, plan_layout
 from export.checkpoint.architecture import Architecture, Shapes, infer_architecture, missing_tensor
 from export.checkpoint.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
 from export.checkpoint.lora import LoadedLora, open_lora
@@ -102,7 +102,7 @@ class BuildPlan:
     arch: Architecture
     tensors: dict[str, LazyTensor]
     graphs: dict[str, PlannedGraph]
-    layout: Layout
+    layout: WeightsLayout
     defaults: Settings
     compiling: PlanOptions | None
 
@@ -120,7 +120,7 @@ class BuildPlan:
             _ROOM_PER_KERNELS_BYTES * len(self.compiling.targets or ("",)) * len(profiles)
             for profiles in self.compiling.profiles.values()
         )
-        return plain + kernels + (0 if self.compiling.weightless else self.layout.bytes)
+        return plain + kernels + (0 if self.compiling.weight_stripped else self.layout.bytes)
 
     @property
     def input_files(self) -> tuple[Path, ...]:
@@ -179,7 +179,7 @@ class BuildPlan:
             "targets": ", ".join(options.targets),
             "device": options.device,
             "profiles": {name: "; ".join(map(str, profiles)) for name, profiles in options.profiles.items()},
-            "weightless": options.weightless,
+            "weight_stripped": options.weight_stripped,
             "weight_streaming": options.weight_streaming,
         }
 
@@ -321,7 +321,7 @@ def _plan_options(
         for option, given in (
             ("--compute-capability", request.targets),
             ("--shapes", request.shapes),
-            ("--weightless", request.weightless),
+            ("--strip-weights", request.weight_stripped),
             ("--weight-streaming", request.weight_streaming),
             ("--batch", request.batch != 1),
         ):
@@ -334,31 +334,31 @@ def _plan_options(
         )
     if not 1 <= request.batch <= MAX_BATCH:
         raise UsageError("impossible batch", where="--batch", expected=f"1 to {MAX_BATCH}", found=request.batch)
-    if request.weightless and request.weight_streaming:
+    if request.weight_stripped and request.weight_streaming:
         # A refit of weights that lie on the host has never been tried: it needs a GPU.
-        raise UsageError("--weightless and --weight-streaming exclude each other", fix="use one of them")
+        raise UsageError("--strip-weights and --weight-streaming exclude each other", fix="use one of them")
     library = open_library(request.backend)
     gpu, missing = _gpu_at_hand()
     device = None
-    if library.is_rtx and not request.weightless:
+    if library.is_rtx and not request.weight_stripped:
         targets = check_targets(library, request.targets or DEFAULT_TARGETS)
     else:
         if request.targets:
             raise UsageError(
                 "TensorRT, and plans without weights, are compiled for the GPU at hand",
                 where="--compute-capability",
-                fix="leave it out, or use --backend tensorrt-rtx without --weightless",
+                fix="leave it out, or use --backend tensorrt-rtx without --strip-weights",
             )
         if gpu is None:
             assert missing is not None
-            raise missing.at("--weightless" if request.weightless else f"--backend {request.backend}")
+            raise missing.at("--strip-weights" if request.weight_stripped else f"--backend {request.backend}")
         targets, device = (gpu.compute_capability,), None if library.is_rtx else gpu.name
     shapes = parse_shapes(request.shapes) if request.shapes else default_shapes(min_size)
     profiles = {
         name: profiles_for(definition.spec, shapes, request.batch, pixels_per_cell)
         for name, definition in definitions.items()
     }
-    if request.weightless:
+    if request.weight_stripped:
         _check_probe_fits(definitions, profiles)
     timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
     return PlanOptions(
@@ -366,7 +366,7 @@ def _plan_options(
         targets,
         device,
         profiles,
-        request.weightless,
+        request.weight_stripped,
         request.weight_streaming,
         None if gpu is None else gpu.compute_capability,
         timings,
@@ -384,12 +384,12 @@ def _gpu_at_hand() -> tuple[DeviceInfo | None, RestoreError | None]:
 
 
 def _check_probe_fits(definitions: Mapping[str, GraphDefinition], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
-    """Refuse weightless plans that could not be checked once they have weights."""
+    """Refuse weight-stripped plans that could not be checked once they have weights."""
     for name, definition in definitions.items():
         symbols = trial_symbols(definition.spec)
         if not any(profile.holds(symbols) for profile in profiles[name]):
             raise UsageError(
-                "weightless plans are checked at a small size",
+                "weight-stripped plans are checked at a small size",
                 where="--shapes",
                 expected="a range from 64, such as 64-1024",
                 found="; ".join(map(str, profiles[name])),

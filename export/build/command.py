@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plans.add_argument("--batch", type=int, default=1, metavar="N", help="photos restored together (default: 1)")
     plans.add_argument(
-        "--weightless",
+        "--strip-weights",
         action="store_true",
         help="plans without weights: small, and another LoRA or checkpoint needs no compiling; "
         "compiled for the GPU at hand",
@@ -226,7 +226,7 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "targets": tuple(part.strip() for part in options.compute_capability.split(",") if part.strip()),
         "shapes": options.shapes,
         "batch": options.batch,
-        "weightless": options.weightless,
+        "weight_stripped": options.weight_stripped,
         "weight_streaming": options.weight_streaming,
         "verify": options.verify,
         "retrace": options.retrace,

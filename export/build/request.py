@@ -38,7 +38,7 @@ class BuildRequest:
         targets: compute capabilities to compile for; none means the backend's own choice.
         shapes: sizes to compile for, as `export.trt.shapes.parse_shapes` reads them; "" means by `min_size`.
         batch: photos that plans can restore together.
-        weightless: plans without weights, which any weights of the bundle's shapes fit.
+        weight_stripped: plans without weights, which any weights of the bundle's shapes fit.
         weight_streaming: plans whose weights may lie on the host, where GPU memory is short.
         verify: "trial" runs every graph once; "torch" compares it with its torch module as well.
         retrace: take traces that were made on this computer, never those that ship with the project.
@@ -57,7 +57,7 @@ class BuildRequest:
     targets: tuple[str, ...] = ()
     shapes: str = ""
     batch: int = 1
-    weightless: bool = False
+    weight_stripped: bool = False
     weight_streaming: bool = False
     verify: Verify = "trial"
     retrace: bool = False

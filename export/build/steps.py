@@ -28,11 +28,11 @@ from engine.bundle.manifest import (
     Lora,
     Manifest,
     Piece,
-    Plan,
     Tokenizer,
+    TrtEngine,
     describe_file,
 )
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import atomic_write
 from engine.bundle.verification import Verification
 from engine.errors import from_os_error
 from engine.memory.host_memory import release_free_memory, return_large_blocks_at_once
@@ -231,7 +231,7 @@ def _pack_and_verify(
 
         agreement, expected = compare_with_torch(GraphBuilder(planned.definition), file, run)
     probe = None
-    if plan.compiling is not None and plan.compiling.weightless:
+    if plan.compiling is not None and plan.compiling.weight_stripped:
         probe = partial / f"{spec.name}.probe.npz"
         arrays = {**run.inputs, **{f"expected {name}": value for name, value in expected.items()}}
         np.savez(probe, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
@@ -286,10 +286,10 @@ def _write_pieces(
     return tuple(each.piece for each in planned.pieces), file
 
 
-def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> Plan | None:
+def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> TrtEngine | None:
     """Take over a plan of the bundle that is replaced, if it is the one that is wanted.
 
-    So another LoRA costs a weightless bundle no compiling: its plans do not depend on the weights.
+    So another LoRA costs a weight-stripped bundle no compiling: its plans do not depend on the weights.
     """
     assert plan.compiling is not None
     old = present.graphs[graph.spec.name].plan if present else None
@@ -399,5 +399,5 @@ def _drop_unfinished(partial: Path, state: _State) -> None:
 
 
 def _save(partial: Path, state: _State) -> None:
-    with whole_file(partial / _STATE, "keep the state of the build") as file:
+    with atomic_write(partial / _STATE, "keep the state of the build") as file:
         file.write(state.model_dump_json().encode())

@@ -23,7 +23,7 @@ from engine.bundle.graphspec import GraphSpec, Precision, TensorSpec
 from engine.bundle.manifest import Piece
 from engine.bundle.verification import Trial, relative_l2
 from engine.errors import BuildError
-from engine.memory.vae_slices import ByRows, run_pieces
+from engine.memory.vae_slices import SlicedVae, run_slices
 from export.build.weights import WEIGHTS
 from export.checkpoint.mapped import StoredTensor
 from export.checkpoint.safetensors_file import read_safetensors
@@ -149,7 +149,7 @@ def _is_bf16(value: NDArray[Any]) -> bool:
 
 def _run_pieces(pieces: Sequence[Piece], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
     """Run a graph's pieces, every map in several bands: one in the middle has neighbours on both sides."""
-    return run_pieces(pieces, image, partial(OrtBackend().open_piece, file), ByRows(min_bands=4))
+    return run_slices(pieces, image, partial(OrtBackend().open_piece, file), SlicedVae(min_bands=4))
 
 
 # -- bf16 as float32 --------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightsLayout:
     """The weights file before it is written: its header and every tensor's place."""
 
     header: bytes
@@ -61,7 +61,7 @@ class Layout:
         return len(self.header) + sum(weight.bytes for weight in self.weights.values())
 
 
-def plan_layout(wanted: Iterable[Weight]) -> Layout:
+def plan_layout(wanted: Iterable[Weight]) -> WeightsLayout:
     """Return where each tensor will lie.
 
     Args:
@@ -82,12 +82,12 @@ def plan_layout(wanted: Iterable[Weight]) -> Layout:
     text += b" " * (-(8 + len(text)) % _PAGE_BYTES)  # trailing spaces are allowed, and meant for this
     header = struct.pack("<Q", len(text)) + text
     placed = {weight.name: replace(weight, offset=len(header) + start) for weight, start in starts.items()}
-    return Layout(header, placed)
+    return WeightsLayout(header, placed)
 
 
 def write_weights(
     path: Path,
-    layout: Layout,
+    layout: WeightsLayout,
     sources: Mapping[str, LazyTensor],
     loras: Sequence[LoadedLora],
     progress: Callable[[int], None] = lambda _: None,
@@ -120,7 +120,9 @@ def write_weights(
     return digest.hexdigest()
 
 
-def _merged(layout: Layout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]) -> Iterator[memoryview]:
+def _merged(
+    layout: WeightsLayout, sources: Mapping[str, LazyTensor], loras: Sequence[LoadedLora]
+) -> Iterator[memoryview]:
     """Yield the bytes of every weight, in order; the next ones are computed while one is written."""
     workers = cpu_count() or 1
     with ThreadPoolExecutor(workers, "merging") as pool:

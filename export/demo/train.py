@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import atomic_write
 from engine.cli.console import run_command
 from engine.errors import UsageError
 from export.checkpoint.tokenizer import END_TOKEN, FILE
@@ -205,7 +205,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
 
 
 def _save_state(file: Path, model: DemoModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    with whole_file(file, "keep the state of the training") as whole:
+    with atomic_write(file, "keep the state of the training") as whole:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, whole)
 
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.bundle import graphspec, sdxl
 from engine.bundle.graphspec import Precision
-from engine.bundle.storage import cache_dir, whole_file
+from engine.bundle.storage import atomic_write, cache_dir
 from engine.bundle.verification import Agreement
 from engine.errors import BuildError, from_os_error
 from export.checkpoint import architecture
@@ -285,7 +285,7 @@ def write_trace(trace: Trace, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise from_os_error(error, file, "keep the trace") from error
-    with whole_file(file, "keep the trace") as whole:
+    with atomic_write(file, "keep the trace") as whole:
         whole.write(data)
 
 

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.bundle.graphspec import DType, GraphSpec, parse_axis, resolve
-from engine.bundle.manifest import File, Graph, Plan, describe_file, plan_key
+from engine.bundle.manifest import File, Graph, TrtEngine, describe_file, plan_key
 from engine.bundle.profiles import Profile
-from engine.bundle.storage import whole_file
+from engine.bundle.storage import atomic_write
 from engine.errors import BuildError, UsageError
 from export.trt.audit import HeavyLayer, audit, heavy_layers, inspect_engine
 
@@ -41,7 +41,7 @@ class PlanOptions:
         targets: compute capabilities.
         device: the kind of GPU, where the library compiles for one alone.
         profiles: by graph.
-        weightless: leave the weights out; they are filled in when the plan is opened.
+        weight_stripped: leave the weights out; they are filled in when the plan is opened.
         weight_streaming: let weights lie on the host, where GPU memory is short.
         gpu: compute capability of the GPU at hand, None where there is none.
         timing_cache: where TensorRT keeps what it has measured, for the next build; None for
@@ -52,7 +52,7 @@ class PlanOptions:
     targets: tuple[str, ...]
     device: str | None
     profiles: dict[str, tuple[Profile, ...]]
-    weightless: bool
+    weight_stripped: bool
     weight_streaming: bool = False
     gpu: str | None = None
     timing_cache: Path | None = None
@@ -62,14 +62,14 @@ class PlanOptions:
         known = dir(self.library.api.BuilderFlag)
         # Streaming allocates as it runs: TensorRT-RTX refuses the two together, and no such step can be recorded.
         memory = (WEIGHT_STREAMING,) if self.weight_streaming else _FLAGS
-        wanted = (*memory, *(_WEIGHTLESS_FLAGS if self.weightless else ()))
+        wanted = (*memory, *(_WEIGHTLESS_FLAGS if self.weight_stripped else ()))
         return tuple(flag for flag in wanted if flag in known)
 
     def key(self, graph: Graph, weights: File) -> str:
         """Return the key of a graph's plan."""
         return plan_key(
             graph.file,
-            None if self.weightless else weights,
+            None if self.weight_stripped else weights,
             library=self.library.label,
             targets=self.targets,
             device=self.device,
@@ -100,7 +100,7 @@ def known_targets(library: TrtLibrary) -> list[str]:
     return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda target: float(target))
 
 
-def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions) -> Plan:
+def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions) -> TrtEngine:
     """Compile a graph.
 
     Args:
@@ -120,13 +120,13 @@ def compile_plan(graph: Graph, folder: Path, weights: File, options: PlanOptions
         _Compiler(options.library, spec, folder).compile(options, file)
     if options.gpu in options.targets:
         found = audit(layers, spec, inspect_plan(options.library, path))
-    return Plan(
+    return TrtEngine(
         file=describe_file(path),
         library=options.library.label,
         targets=options.targets,
         device=options.device,
         profiles=options.profiles[graph.spec.name],
-        weightless=options.weightless,
+        weight_stripped=options.weight_stripped,
         flags=options.flags,
         audit=found,
         key=options.key(graph, weights),
@@ -200,7 +200,7 @@ class _Compiler:
     def _profile(self, profile: Profile) -> Any:
         shapes = self._builder.create_optimization_profile()
         for tensor in self._spec.inputs:
-            bounds = (resolve(tensor.shape, profile.at(place)) for place in ("least", "best", "most"))
+            bounds = (resolve(tensor.shape, profile.at(place)) for place in ("min", "opt", "max"))
             shapes.set_shape(tensor.name, *bounds)
         return shapes
 
@@ -248,7 +248,7 @@ def read_timing_cache(config: Any, file: Path) -> None:
 
 def keep_timing_cache(config: Any, file: Path) -> None:
     """Write what has been measured so far."""
-    with whole_file(file, "keep the timing cache") as whole:
+    with atomic_write(file, "keep the timing cache") as whole:
         whole.write(bytes(config.get_timing_cache().serialize()))
 
 

@@ -376,8 +376,8 @@ def test_the_audit_asks_the_plan_itself(on_gpu, record_property):
 @pytest.mark.parametrize("backend", PLAN_BACKENDS)
 def test_weightless_plans_are_filled_and_agree(gpu, backend, build_bundle, tmp_path_factory, photo, restorer):
     _skip_without(backend, gpu)
-    folder = tmp_path_factory.mktemp("weightless") / backend
-    path = build_bundle(folder, backend=backend, precision="fp16", weightless=True, shapes="64-192")
+    folder = tmp_path_factory.mktemp("weight_stripped") / backend
+    path = build_bundle(folder, backend=backend, precision="fp16", weight_stripped=True, shapes="64-192")
     with Restorer.open(path) as opened:
         found, expected = (r.restore(photo, steps=4).photo.rgb for r in (opened, restorer))
     assert psnr(found, expected) > 45.0

@@ -61,7 +61,7 @@ def recorded(bundle_fp32):
 def test_what_is_planned_is_what_is_launched(recorded, name, batch):
     restorer, launched = recorded
     launched.clear()
-    restorer.stages.forget_texts()
+    restorer.stages.clear_prompt_cache()
     photos = [np.random.default_rng(seed).random((64, 64, 3), dtype=np.float32) for seed in range(batch)]
     changes = {"min_size": 64, "steps": 3, **SETTINGS[name]}
     done = restorer.restore_batch(photos, **changes)[0]

@@ -135,7 +135,7 @@ def test_whole_runs(restorer, reference, cases, texts, name):
 @pytest.mark.parametrize("sign", ["pos", "neg"])
 def test_denoiser(restorer, reference, texts, sign):
     """D(x; sigma = 2.5) of one text, as one step of the loop sees it."""
-    from engine.pipeline.denoiser import GuidedNetwork
+    from engine.pipeline.denoiser import CFGDenoiser
     from engine.sampling.sampler import edm_table
 
     def quantize(sigma):
@@ -144,7 +144,7 @@ def test_denoiser(restorer, reference, texts, sign):
 
     sigma = float(reference["denoise/sigma"][0])
     spec = restorer.bundle.spec("unet")
-    network = GuidedNetwork(run_of(restorer), spec, reference["sample/z_lq"], [texts[sign == "neg"]])
+    network = CFGDenoiser(run_of(restorer), spec, reference["sample/z_lq"], [texts[sign == "neg"]])
     # One step to sigma = 0 returns D itself.
     table = edm_table(
         [sigma, 0.0],

@@ -7,7 +7,7 @@ from golden import relative_l2
 from engine import Restorer
 from engine.errors import BackendError, OutOfMemoryError, UsageError
 from engine.memory.size_plan import SizePlan
-from engine.memory.vae_slices import ByRows
+from engine.memory.vae_slices import SlicedVae
 from engine.pipeline.plan import recorded_size_plan
 from engine.sampling.tiling import Tiling
 
@@ -100,7 +100,7 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
         pixels = restorer.stages.decode(latents)
         whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
-        rows = {"way": ByRows(band_bytes), "on_tile": lambda *at: told.append(at)}
+        rows = {"way": SlicedVae(band_bytes), "on_tile": lambda *at: told.append(at)}
         by_rows = [
             restorer.stages.decode(latents, **rows),
             restorer.stages.encode_clean(pixels, **rows),
@@ -117,7 +117,7 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
 
 def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
     both = np.concatenate([latents, latents * 3 + 1])
-    by_rows = restorer.stages.decode(both, way=ByRows(1))
+    by_rows = restorer.stages.decode(both, way=SlicedVae(1))
     assert relative_l2(by_rows, restorer.stages.decode(both)) < 1e-5
     assert relative_l2(by_rows[1:], restorer.stages.decode(both[1:])) < 1e-5
 

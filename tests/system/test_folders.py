@@ -147,11 +147,11 @@ def test_a_full_disk_is_told_for_each_photo(restore, tmp_path, monkeypatch):
 
 def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, tmp_path, monkeypatch):
     """Each stage waits for what can only happen if the others go on: alone, it would wait in vain."""
-    from engine.cli.batch import Work
+    from engine.cli.batch import BatchRunner
 
     photos = make_photos(tmp_path / "photos", ["a.png", "b.png", "c.png"])
     read_b, wrote_a, restoring_b = threading.Event(), threading.Event(), threading.Event()
-    read, work, write = Work.read, Work.restore, Work.write
+    read, work, write = BatchRunner.read, BatchRunner.restore, BatchRunner.write
     seen = []
 
     def reading(self, job):
@@ -175,9 +175,9 @@ def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, t
         if output.name == "a.png":
             wrote_a.set()
 
-    monkeypatch.setattr(Work, "read", reading)
-    monkeypatch.setattr(Work, "restore", restoring)
-    monkeypatch.setattr(Work, "write", writing)
+    monkeypatch.setattr(BatchRunner, "read", reading)
+    monkeypatch.setattr(BatchRunner, "restore", restoring)
+    monkeypatch.setattr(BatchRunner, "write", writing)
     assert restore(photos, "-o", tmp_path / "out")[0] == 0
     assert seen == [True, True, True]
     assert files(tmp_path / "out") == ["a.png", "b.png", "c.png"]

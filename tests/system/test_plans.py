@@ -22,7 +22,7 @@ from onnx import helper
 from engine import Restorer
 from engine.backends.trt_library import TrtLibrary, open_library
 from engine.backends.trt_plan import check_plan
-from engine.bundle.manifest import Audit, Bundle, Plan, describe_file, open_bundle, plan_key
+from engine.bundle.manifest import Audit, Bundle, TrtEngine, describe_file, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
 from export.build.build_plan import make_plan
 from export.build.request import BuildRequest, LoraRequest
@@ -65,7 +65,7 @@ def text_graph(planned, tmp_path):
 
 def recompile(text_graph, planned, library):
     plan = text_graph.entry.plan
-    options = PlanOptions(library, plan.targets, None, {"text_encoder": plan.profiles}, weightless=False)
+    options = PlanOptions(library, plan.targets, None, {"text_encoder": plan.profiles}, weight_stripped=False)
     return compile_plan(text_graph.entry, text_graph.folder, planned.manifest.weights, options)
 
 
@@ -82,7 +82,7 @@ def test_every_graph_of_the_reference_model_becomes_a_plan(planned, library):
     for name, graph in planned.manifest.graphs.items():
         plan = graph.plan
         assert plan.file.bytes > 10_000
-        assert (plan.library, plan.targets, plan.device, plan.weightless) == (library.label, ("8.9",), None, False)
+        assert (plan.library, plan.targets, plan.device, plan.weight_stripped) == (library.label, ("8.9",), None, False)
         assert len(plan.profiles) == (1 if name.startswith("text") else 2)
         assert plan.audit.share_16_bit >= 0.95, name
     precisions = {name: graph.spec.precision for name, graph in planned.manifest.graphs.items()}
@@ -352,7 +352,7 @@ def test_plans_whose_weights_can_be_streamed_are_compiled_here_and_say_so(text_g
     assert found.file.bytes > text_graph.entry.weights_bytes
 
 
-# -- weightless -----------------------------------------------------------------------------------
+# -- weight_stripped -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -367,13 +367,13 @@ def pretend(monkeypatch, library):
         file = folder / f"{graph.spec.name}.plan"
         file.write_bytes(b"a plan without weights")
         share = Audit(flops={"half": 1}, share_16_bit=1.0, symbols={})
-        return Plan(
+        return TrtEngine(
             file=describe_file(file),
             library=options.library.label,
             targets=options.targets,
             device=options.device,
             profiles=options.profiles[graph.spec.name],
-            weightless=True,
+            weight_stripped=True,
             flags=options.flags,
             audit=share,
             key=options.key(graph, weights),
@@ -385,7 +385,7 @@ def pretend(monkeypatch, library):
 
 
 def test_another_lora_takes_weightless_plans_over_and_changes_the_weights(pretend, tmp_path, tiny):
-    options = {"weightless": True, "shapes": "64-192", "precision": "fp32"}
+    options = {"weight_stripped": True, "shapes": "64-192", "precision": "fp32"}
     build(make_plan(_request(tmp_path / "b", **options)), Silent(), lambda line: None)
     bundle = open_bundle(tmp_path / "b")
     before = bundle.manifest
@@ -412,23 +412,23 @@ def test_plans_with_weights_are_compiled_again_for_other_weights(planned):
     plan = graph.plan
     other = weights.model_copy(update={"sha256": "0" * 64})
     options = PlanOptions(open_library("tensorrt-rtx"), plan.targets, None, {"unet": plan.profiles}, False)
-    weightless = dataclasses.replace(options, weightless=True)
+    weight_stripped = dataclasses.replace(options, weight_stripped=True)
     assert options.key(graph, weights) == plan.key != options.key(graph, other)
-    assert weightless.key(graph, weights) == weightless.key(graph, other)
+    assert weight_stripped.key(graph, weights) == weight_stripped.key(graph, other)
 
 
 def test_weightless_plans_need_the_gpu_that_they_are_for(tmp_path):
     if _has_gpu():
         pytest.skip("gpu: there is one here")
     with pytest.raises(BackendError, match="running on a GPU needs an NVIDIA GPU with its driver"):
-        make_plan(_request(tmp_path / "b", weightless=True))
+        make_plan(_request(tmp_path / "b", weight_stripped=True))
     with pytest.raises(UsageError, match="are compiled for the GPU at hand"):
-        make_plan(_request(tmp_path / "b", weightless=True, targets=("8.9",)))
+        make_plan(_request(tmp_path / "b", weight_stripped=True, targets=("8.9",)))
 
 
 def test_weightless_plans_need_a_size_at_which_they_can_be_checked(pretend, tmp_path):
-    with pytest.raises(UsageError, match="weightless plans are checked at a small size"):
-        make_plan(_request(tmp_path / "b", weightless=True, shapes="512"))
+    with pytest.raises(UsageError, match="weight-stripped plans are checked at a small size"):
+        make_plan(_request(tmp_path / "b", weight_stripped=True, shapes="512"))
 
 
 # -- building -------------------------------------------------------------------------------------
@@ -494,9 +494,12 @@ def test_what_can_be_compiled_for_is_asked_of_the_library(library):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backend": "onnxruntime", "weightless": True}, "--weightless is about plans"),
+        ({"backend": "onnxruntime", "weight_stripped": True}, "--strip-weights is about plans"),
         ({"backend": "onnxruntime", "weight_streaming": True}, "--weight-streaming is about plans"),
-        ({"weightless": True, "weight_streaming": True}, "--weightless and --weight-streaming exclude each other"),
+        (
+            {"weight_stripped": True, "weight_streaming": True},
+            "--strip-weights and --weight-streaming exclude each other",
+        ),
         ({"backend": "onnxruntime", "targets": ("8.9",)}, "--compute-capability is about plans"),
         ({"backend": "onnxruntime", "shapes": "512"}, "--shapes is about plans"),
         ({"backend": "onnxruntime", "batch": 2}, "--batch is about plans"),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.cli.batch import Outcome, Tally
-from engine.cli.jobs import Job
+from engine.cli.batch import Outcome, RunSummary
+from engine.cli.jobs import PhotoJob
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError
 
@@ -37,12 +37,12 @@ def report(output, size):
 def page(tmp_path):
     """A page of a tall photo, a wide one with an evil name, one that was there already and one that failed."""
     path = tmp_path / "report.html"
-    tally, tall = Tally(), (200, 600)
+    tally, tall = RunSummary(), (200, 600)
     outcomes = [
-        Outcome(Job("tall.jpg", ()), (report("tall.png", tall),), None, webp(RED, tall), webp(BLUE, tall)),
-        Outcome(Job(EVIL, ()), (report(EVIL, (300, 200)),), None, webp(RED), webp(BLUE)),
-        Outcome(Job("old.jpg", (), ("old.png",)), (), None, webp(RED), webp(BLUE)),
-        Outcome(Job(f"bad{EVIL}", ()), (), ImageError("is truncated", found="<b>5</b> bytes")),
+        Outcome(PhotoJob("tall.jpg", ()), (report("tall.png", tall),), None, webp(RED, tall), webp(BLUE, tall)),
+        Outcome(PhotoJob(EVIL, ()), (report(EVIL, (300, 200)),), None, webp(RED), webp(BLUE)),
+        Outcome(PhotoJob("old.jpg", (), ("old.png",)), (), None, webp(RED), webp(BLUE)),
+        Outcome(PhotoJob(f"bad{EVIL}", ()), (), ImageError("is truncated", found="<b>5</b> bytes")),
     ]
     with ReportPage(path) as made:
         for outcome in outcomes:

@@ -25,7 +25,7 @@ from engine.bundle.manifest import describe_file, open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
 from triton_repo.client import Client
 from triton_repo.protocol import BusyError, ServerError
-from triton_repo.repository import Layout
+from triton_repo.repository import DeploymentConfig
 from triton_repo.server import Ports, free_ports
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,7 +40,7 @@ def bundle(bundle_fp32, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(serve_bundle, bundle):
     """A server of its own; no batches, room for two."""
-    with serve_bundle(bundle, layout=Layout(max_queue=2, cache=False), max_batch=1) as running:
+    with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1) as running:
         yield running
 
 
@@ -355,7 +355,7 @@ def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundl
         else:
             assert client.restore(small_png(number), steps=2, seed=number).image
 
-    with serve_bundle(bundle_fp32, layout=Layout(cache=False)) as running, client_of(running) as client:
+    with serve_bundle(bundle_fp32, layout=DeploymentConfig(cache=False)) as running, client_of(running) as client:
         for number in range(40):
             ask(client, number)
         before = memory_of(running)

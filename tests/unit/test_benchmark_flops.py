@@ -12,7 +12,7 @@ from layouts import our_shapes
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.flops import Work, WorkCounter, constant_flops, graph_bytes, graph_flops, module_flops
+from benchmarks.flops import GraphCost, WorkCounter, constant_flops, graph_bytes, graph_flops, module_flops
 from benchmarks.stages import Launch
 from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
 from export.checkpoint.architecture import infer_architecture
@@ -141,7 +141,7 @@ def test_launches_add_up_and_each_size_is_counted_once(small, monkeypatch):
 
 
 def test_the_floor_takes_each_precision_at_its_own_rate():
-    work = Work({"fp16": 6 * 10**12, "fp32": 10**12}, 0, 2)
+    work = GraphCost({"fp16": 6 * 10**12, "fp32": 10**12}, 0, 2)
     assert work.floor_ms({"fp16": 600.0, "fp32": 50.0}) == pytest.approx(10 + 20)
 
 

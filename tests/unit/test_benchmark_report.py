@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 from PIL import Image
 
 from benchmarks import paper, plot
-from benchmarks.flops import Work
+from benchmarks.flops import GraphCost
 from benchmarks.matrix_rate import MatrixRate, _fastest_tflops, _onnx_product, given_rate, measure_rate
 from benchmarks.memory import DeviceMemory
 from benchmarks.report import to_markdown
@@ -36,7 +36,7 @@ class Counter:
 
     def work(self, launches):
         count = sum(launch.count for launch in launches)
-        return Work({"fp16": count * 10**9}, count * 10**6, count)
+        return GraphCost({"fp16": count * 10**9}, count * 10**6, count)
 
 
 def contender(runs, gpu=None):

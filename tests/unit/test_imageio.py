@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from engine.bundle.storage import remove_parts
+from engine.bundle.storage import clean_stale_temp_files
 from engine.errors import ImageError, InputError, OutputError
 from engine.image.files import check_output, list_images, read_history, read_photo, write_photo
 from engine.image.photo import Photo, photo_from_array, resize
@@ -501,5 +501,5 @@ def test_what_a_killed_writer_left_is_removed_but_not_what_is_being_written(tmp_
         path.touch()
     for path in (old, other):
         os.utime(path, (1, 1))
-    remove_parts(tmp_path)
+    clean_stale_temp_files(tmp_path)
     assert sorted(tmp_path.iterdir()) == [new, other]

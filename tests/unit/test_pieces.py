@@ -19,7 +19,7 @@ from engine.backends.runners import Runners
 from engine.bundle.graphspec import resolve
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, BundleError
-from engine.memory.vae_slices import _BESIDE_BYTES, ByRows, _Bands, _shapes, peak_bytes, run_pieces
+from engine.memory.vae_slices import _BESIDE_BYTES, SlicedVae, _Bands, _shapes, peak_bytes, run_slices
 from engine.recipe import GRAPHS, RECIPE
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
@@ -66,7 +66,7 @@ def test_bands_cover_every_row_once_and_see_what_they_need(sdxl, height, width, 
     pieces = sdxl[graph]
     shapes = _shapes(pieces, shape_of(graph, 8 * height, 8 * width))
     for piece in pieces:
-        bands = _Bands(piece, shapes, ByRows(band_bytes))
+        bands = _Bands(piece, shapes, SlicedVae(band_bytes))
         result = shapes[piece.spec.outputs[0].name]
         source = shapes[piece.spec.inputs[0].name]
         rows, source_rows = (math.prod(shape[2:]) if piece.whole else shape[2] for shape in (result, source))
@@ -104,7 +104,7 @@ def test_memory_is_what_was_said(sdxl, graph):
     image = np.zeros(shape, np.float32)
     tracemalloc.start()
     try:
-        run_pieces(pieces, image, open_piece, ByRows(1 << 20))
+        run_slices(pieces, image, open_piece, SlicedVae(1 << 20))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -133,7 +133,7 @@ def test_the_input_is_not_changed_and_a_piece_is_closed_behind_its_bands(bundle_
 
     z = np.random.default_rng(0).normal(size=(1, bundle.latent_channels, 8, 8)).astype(np.float32)
     before = z.copy()
-    run_pieces(graph.pieces, z, open_piece, ByRows(1))
+    run_slices(graph.pieces, z, open_piece, SlicedVae(1))
     assert np.array_equal(z, before)
 
 

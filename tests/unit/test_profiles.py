@@ -83,7 +83,7 @@ def test_the_first_profile_that_holds_a_size_is_chosen_and_no_other_size_runs(he
     assert chosen == (0 if (height, width, chunks) == (2, 2, 1) else 1)
     for tensor in UNET.inputs:  # what the library is told
         least, found, most = (
-            resolve(tensor.shape, at) for at in (profiles[chosen].at("least"), symbols, profiles[chosen].at("most"))
+            resolve(tensor.shape, at) for at in (profiles[chosen].at("min"), symbols, profiles[chosen].at("max"))
         )
         assert all(low <= size <= high for low, size, high in zip(least, found, most, strict=True))
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UsageError
-from engine.pipeline.denoiser import TiledNetwork
+from engine.pipeline.denoiser import TiledDenoiser
 from engine.pipeline.text import Conditioning
 from engine.sampling.sampler import sample, table_for
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian, run_tiled, starts_of
@@ -148,7 +148,7 @@ def test_every_sampler_runs_in_windows_as_it_runs_whole(changes, at_once):
     rng = np.random.default_rng(1)
     z_lq, center = rng.normal(size=(2, 2, 4, 40, 56)).astype(np.float32)
     seen = []
-    tiled = TiledNetwork(lambda rows, texts: Local(seen, rows, texts), TILING, z_lq, TEXTS, at_once=at_once)
+    tiled = TiledDenoiser(lambda rows, texts: Local(seen, rows, texts), TILING, z_lq, TEXTS, at_once=at_once)
     whole = run_table(chosen, Local([], z_lq, TEXTS), z_lq, center)
     found = run_table(chosen, tiled, z_lq, center)
     np.testing.assert_allclose(found, whole, atol=2e-5 * np.abs(whole).max())
@@ -166,7 +166,7 @@ def test_windows_may_have_texts_of_their_own():
         value = 1.0 if window.left < 20 else 3.0
         return [conditioning(value), conditioning(0.0)]
 
-    tiled = TiledNetwork(lambda rows, texts: Local([], rows, texts), TILING, z_lq, texts_at, at_once=3)
+    tiled = TiledDenoiser(lambda rows, texts: Local([], rows, texts), TILING, z_lq, texts_at, at_once=3)
     pos, neg = tiled(x, step)
     np.testing.assert_allclose(pos[..., 0], 1.0, rtol=1e-5)
     np.testing.assert_allclose(pos[..., -1], 3.0, rtol=1e-5)
@@ -178,7 +178,7 @@ def test_photos_keep_their_own_texts_in_every_window():
     z_lq = np.zeros((2, 4, 40, 56), np.float32)
     own = Conditioning(np.zeros((2, 77, 4), np.float32), np.array([[1.0] * 3, [2.0] * 3], np.float32))
     step = table_for(Settings(steps=2, cfg_scale=1.0)).steps[0]
-    tiled = TiledNetwork(lambda rows, texts: Local([], rows, texts), TILING, z_lq, [own], at_once=4)
+    tiled = TiledDenoiser(lambda rows, texts: Local([], rows, texts), TILING, z_lq, [own], at_once=4)
     pos, neg = tiled(np.zeros_like(z_lq), step)
     assert neg is None
     np.testing.assert_allclose(pos[0], 1.0, rtol=1e-5)
@@ -190,5 +190,5 @@ def test_texts_that_go_together_must_be_of_one_length():
         return [conditioning(0.0, 77 if window.left == 0 else 154)]
 
     with pytest.raises(UsageError, match=r"\[77, 154\] tokens"):
-        TiledNetwork(lambda *_: None, TILING, np.zeros((1, 4, 40, 56), np.float32), texts_at, at_once=2)
-    TiledNetwork(lambda *_: None, TILING, np.zeros((1, 4, 40, 56), np.float32), texts_at, at_once=1)
+        TiledDenoiser(lambda *_: None, TILING, np.zeros((1, 4, 40, 56), np.float32), texts_at, at_once=2)
+    TiledDenoiser(lambda *_: None, TILING, np.zeros((1, 4, 40, 56), np.float32), texts_at, at_once=1)

@@ -48,7 +48,7 @@ def bundle_with_plans(bundle_fp16, tmp_path_factory):
             "targets": ["9.0"],
             "device": "NVIDIA H200",
             "profiles": [],
-            "weightless": False,
+            "weight_stripped": False,
             "flags": [],
             "audit": {"flops": {}, "share_16_bit": 1.0, "symbols": {}},
             "key": "0" * 64,

@@ -10,7 +10,7 @@ import pytest
 from engine.errors import UsageError
 from triton_repo.meeting import folder_of, meeting_folder
 from triton_repo.models.device import turn_of
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 from triton_repo.turns import Turn
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -126,7 +126,7 @@ def test_a_process_that_dies_gives_its_turn_up(tmp_path):
 def test_turns_are_for_those_that_use_every_core(kind, threads, in_turns, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    serving = Serving(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
+    serving = ServingConfig(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
     turn = turn_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
     assert isinstance(turn, Turn) == in_turns
     with turn:

@@ -311,7 +311,7 @@ def backend(bundle, monkeypatch):
 def planned(bundle):
     (bundle.path / "unet.plan").write_bytes(b"a plan")
     plan = SimpleNamespace(
-        file="unet.plan", profiles=PROFILES, weightless=True, flags=("REFIT", "WEIGHT_STREAMING"), key="k"
+        file="unet.plan", profiles=PROFILES, weight_stripped=True, flags=("REFIT", "WEIGHT_STREAMING"), key="k"
     )
     graph = SimpleNamespace(spec=SPEC, plan=plan, weights_bytes=1200)
     bundle.manifest.graphs = {"unet": graph}
@@ -380,7 +380,7 @@ def test_notes_of_plans_that_are_gone_are_dropped(tmp_path):
     assert MemoryNotes(tmp_path / "no folder" / "notes").get(new) is None
 
 
-# -- weightless plans -----------------------------------------------------------------------------
+# -- weight-stripped plans -----------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from triton_repo.meeting import meeting_folder
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 from triton_repo.turns import NoTurn, Turn
 
 
@@ -16,7 +16,7 @@ def device_of(arguments: dict[str, str]) -> str:
     return "cpu"
 
 
-def turn_of(arguments: dict[str, str], serving: Serving) -> Turn | NoTurn:
+def turn_of(arguments: dict[str, str], serving: ServingConfig) -> Turn | NoTurn:
     """Return what an instance's networks run within: on a CPU all of whose cores each of them uses, their turn.
 
     Raises:

@@ -13,14 +13,14 @@ from engine.backends import make_backend
 from engine.errors import ImageError
 from triton_repo.models.common import Metrics, array, failure, response
 from triton_repo.models.device import device_of, turn_of
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 
 
 class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        serving = Serving.of(args)
+        serving = ServingConfig.of(args)
         bundle = serving.open_bundle()
         self._backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._runner = self._backend.open(bundle, args["model_name"])

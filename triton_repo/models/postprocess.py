@@ -14,14 +14,14 @@ from engine.pipeline.text import Prompts
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
 from triton_repo.protocol import IMAGE
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 
 
 class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._serving = Serving.of(args)
+        self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
         self._prompts = Prompts(self._bundle)
         self._metrics = Metrics(args["model_name"])

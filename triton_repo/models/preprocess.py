@@ -13,14 +13,14 @@ from engine.pipeline.plan import texts_of
 from engine.sampling.sampler import table_for
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
 from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 
 
 class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._serving = Serving.of(args)
+        self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
         self._max_pixels = self._serving.pixels_allowed(self._bundle)
         self._metrics = Metrics(args["model_name"])

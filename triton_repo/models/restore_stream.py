@@ -23,7 +23,7 @@ from engine.image.preprocess import finish
 from triton_repo.chain import chain
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 from triton_repo.watch import Watch
 
 #: Previews of a stream that wait for their decoding; more are left out.
@@ -38,7 +38,7 @@ class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._serving = Serving.of(args)
+        self._serving = ServingConfig.of(args)
         self._metrics = Metrics(args["model_name"])
         # For each stream a thread that walks, and one that waits for the sampling.
         self._walkers = ThreadPoolExecutor(self._serving.max_streams, "stream")

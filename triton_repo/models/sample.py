@@ -21,19 +21,19 @@ from engine.bundle.sdxl import TOKENS
 from engine.errors import ImageError, UsageError
 from engine.pipeline.restorer import Restorer
 from engine.pipeline.text import Conditioning
-from engine.sampling.sampler import Latent, Progress, StepTable
+from engine.sampling.sampler import Latent, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
 from triton_repo.models.device import device_of, turn_of
 from triton_repo.protocol import Run, StoppedError
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 from triton_repo.watch import Watched
 
 
 @dataclass
-class Job:
+class PendingRequest:
     """A request.
 
     Attributes:
@@ -66,7 +66,7 @@ class Job:
         if self.request.is_cancelled():
             raise StoppedError("was cancelled", where=where)
 
-    def report(self, progress: Progress, row: int) -> None:
+    def report(self, progress: StepOutput, row: int) -> None:
         """Tell the stream of a step that is done, and note whether the job is to end."""
         if self.error is not None:
             return
@@ -89,7 +89,7 @@ class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        serving = self._serving = Serving.of(args)
+        serving = self._serving = ServingConfig.of(args)
         bundle = serving.open_bundle()
         backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._restorer = Restorer(bundle, backend)
@@ -126,7 +126,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self._restorer.close()
 
-    def _job(self, index: int, request: Any) -> Job:
+    def _job(self, index: int, request: Any) -> PendingRequest:
         settings, run = parsed(request, "settings", Settings), parsed(request, "run", Run)
         self._serving.check(settings)
         context, vector = array(request, "context"), array(request, "vector")
@@ -146,14 +146,14 @@ class TritonPythonModel:
         bundle, (rows, columns) = self._restorer.bundle, z_lq.shape[2:]
         size = (columns * bundle.pixels_per_cell, rows * bundle.pixels_per_cell)
         windows = self._serving.size_plan(bundle, size, settings).windows(bundle, rows, columns)
-        job = Job(index, request, settings, run, table, windows, texts, z_lq)
+        job = PendingRequest(index, request, settings, run, table, windows, texts, z_lq)
         job.check_wanted(0)
         job.watched = None if run.watch is None else Watched(run.watch)
         return job
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    def _batches(self, jobs: Sequence[PendingRequest]) -> Iterator[list[PendingRequest]]:
         """Group what can share a pass: one sampler's table and windows, and pixels that one large photo could have."""
-        groups: dict[tuple[Any, ...], list[Job]] = {}
+        groups: dict[tuple[Any, ...], list[PendingRequest]] = {}
         for job in jobs:
             key = (job.table, job.z_lq.shape, job.windows, job.texts[0].context.shape, len(job.texts))
             groups.setdefault(key, []).append(job)
@@ -162,10 +162,10 @@ class TritonPythonModel:
             size = max(1, self._max_pixels // pixels)
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
-    def _run(self, batch: Sequence[Job]) -> None:
+    def _run(self, batch: Sequence[PendingRequest]) -> None:
         times = Timings()
 
-        def on_step(progress: Progress) -> None:
+        def on_step(progress: StepOutput) -> None:
             self._metrics.stepped()
             for row, job in enumerate(batch):
                 job.report(progress, row)
@@ -200,7 +200,7 @@ class TritonPythonModel:
         for row, job in enumerate(batch):
             job.z = z[row : row + 1]
 
-    def _center(self, batch: Sequence[Job]) -> Latent | None:
+    def _center(self, batch: Sequence[PendingRequest]) -> Latent | None:
         """Return where the restoration pull leads, if it is on: the clean encoder's latents of stage 1."""
         if not batch[0].table.uses_center:
             return None

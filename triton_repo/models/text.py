@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.errors import UsageError
 from engine.pipeline.text import Prompts
 from triton_repo.models.common import Metrics, answer_each, array, call, response
-from triton_repo.serving import Serving
+from triton_repo.serving import ServingConfig
 
 #: A positive and a negative one.
 _MAX_TEXTS = 2
@@ -24,7 +24,7 @@ class TritonPythonModel:
     """The server's interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._serving = Serving.of(args)
+        self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
         self._prompts = Prompts(self._bundle)
         self._known: dict[tuple[str, ...], dict[str, NDArray[np.float32]]] = {}
