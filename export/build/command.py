@@ -226,7 +226,7 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "targets": tuple(part.strip() for part in options.compute_capability.split(",") if part.strip()),
         "shapes": options.shapes,
         "batch": options.batch,
-        "weight_stripped": options.weight_stripped,
+        "weight_stripped": options.strip_weights,
         "weight_streaming": options.weight_streaming,
         "verify": options.verify,
         "retrace": options.retrace,

@@ -352,7 +352,7 @@ def test_plans_whose_weights_can_be_streamed_are_compiled_here_and_say_so(text_g
     assert found.file.bytes > text_graph.entry.weights_bytes
 
 
-# -- weight_stripped -----------------------------------------------------------------------------------
+# -- weight-stripped plans ------------------------------------------------------------------------
 
 
 @pytest.fixture
