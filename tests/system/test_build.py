@@ -25,10 +25,10 @@ from engine.bundle.manifest import MANIFEST, open_bundle
 from engine.bundle.verification import Trial
 from engine.cli.console import run_command
 from engine.errors import BuildError, OutputError
+from export.build import steps as build_module
 from export.build.build_plan import make_plan
 from export.build.request import BuildRequest, LoraRequest
 from export.build.steps import build, differences
-from export.build.steps import steps as build_module
 from export.build.trial import TrialRun
 from export.build.weights import write_weights
 from export.build_engines import main

@@ -24,10 +24,10 @@ from engine.backends.trt_library import TrtLibrary, open_library
 from engine.backends.trt_plan import check_plan
 from engine.bundle.manifest import Audit, Bundle, TrtEngine, describe_file, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
+from export.build import steps as build_module
 from export.build.build_plan import make_plan
 from export.build.request import BuildRequest, LoraRequest
 from export.build.steps import build
-from export.build.steps import steps as build_module
 from export.trt import compile as plans_module
 from export.trt.audit import audit, heavy_layers
 from export.trt.compile import PlanOptions, check_targets, compile_plan, known_targets
