@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.memory.size_plan import SizePlan
-from engine.pipeline.plan import make_plan, texts_of
+from engine.pipeline.plan import make_plan
 from engine.pipeline.restorer import Restorer
-from engine.sampling.sampler import table_for
 from engine.settings import Settings
 
 TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
@@ -62,8 +61,8 @@ def plan_launches(restorer: Restorer, settings: Settings, size_px: int, batch: i
         size_px: the side that the networks see.
         batch: how many photos go together.
     """
-    chunks = restorer.stages.prompts.count_chunks(texts_of(settings, table_for(settings)))
-    plan = make_plan(restorer.bundle, (size_px, size_px), settings, SizePlan(), chunks, batch)
+    size = (size_px, size_px)
+    plan = make_plan(restorer.bundle, restorer.stages.prompts, size, settings, SizePlan(), batch)
     launches = []
     for operation in plan.operations:
         for graph in operation.graphs:

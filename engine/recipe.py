@@ -69,8 +69,8 @@ def _fixes_colors(conditions: Conditions) -> bool:
     return conditions.fixes_colors
 
 
-#: Values: `photo` as it came, `restored` as it goes; `lq`, `stage1` and `pixels` f32[B,3,8h,8w] in about [-1, 1];
-#: `z_lq`, `z_center` and `z` f32[B,C,h,w]; `texts` as words, `conditioning` as the networks read them.
+#: Values: `photo` is what the caller gives, `restored` what it gets. `lq`, `stage1` and `pixels` are f32[B,3,8h,8w] in
+#: about [-1, 1]; `z_lq`, `z_center` and `z` f32[B,C,h,w]; `texts` words, `conditioning` what the networks read of them.
 RECIPE: tuple[Operation, ...] = (
     Operation("resize in", "photo", (), ("photo",), ("lq",), "host", "photo"),
     Operation("denoise encoder", "vae", ("denoise_encoder",), ("lq",), ("z_lq",), "main", "encode"),

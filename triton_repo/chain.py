@@ -62,7 +62,7 @@ _TENSORS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 
 
 def chain() -> tuple[Link, ...]:
-    """Return the models in the recipe's order.
+    """Return the models in the recipe's order; an ensemble has no conditions, so stage 1 is always decoded.
 
     Exactly one model follows each, never two at once. Where two follow and the first is not let in, because the
     request was cancelled or a queue is full, Triton 2.51 answers the request twice, which ends the server with

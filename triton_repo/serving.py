@@ -12,9 +12,8 @@ from engine.errors import BundleError, UsageError
 from engine.image.preprocess import Size, pixels_in_memory
 from engine.memory.host_memory import total_memory_bytes
 from engine.memory.size_plan import SizePlan, choose_plan
-from engine.pipeline.plan import RestorationPlan, make_plan, texts_of
+from engine.pipeline.plan import RestorationPlan, make_plan
 from engine.pipeline.text import Prompts
-from engine.sampling.sampler import table_for
 from engine.settings import Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
@@ -33,7 +32,7 @@ class ServingConfig(BaseModel):
         threads: that one operator may use on a CPU; 0 is one per core.
         max_batch: photos that are restored together.
         max_image_bytes: of an encoded photo. max_photo_pixels: of a decoded one.
-        max_pixels: that are worked at, for one photo; and for a batch, `max_batch` times the default size.
+        max_pixels: that the networks see, of one photo; and for a batch, `max_batch` times the default size.
         max_text: characters of each text. max_steps: of a restoration.
         max_streams: that `restore_stream` serves at once.
     """
@@ -76,16 +75,15 @@ class ServingConfig(BaseModel):
         return bundle
 
     def pixels_allowed(self, bundle: Bundle) -> int:
-        """Return how many pixels a photo may be worked at, on this computer."""
+        """Return how many pixels the networks may see of a photo, on this computer."""
         return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
 
     def plan(self, bundle: Bundle, size: Size, settings: Settings, prompts: Prompts) -> RestorationPlan:
         """Return the plan of one photo of (width, height) pixels; see `size_plan`."""
-        chunks = prompts.count_chunks(texts_of(settings, table_for(settings)))
-        return make_plan(bundle, size, settings, self.size_plan(bundle, size, settings), chunks)
+        return make_plan(bundle, prompts, size, settings, self.size_plan(bundle, size, settings))
 
     def size_plan(self, bundle: Bundle, size: Size, settings: Settings) -> SizePlan:
-        """Return how a photo of (width, height) pixels is worked at: sampled as the command line would, decoded whole.
+        """Return the tiles of a photo of (width, height) pixels: sampled as the command line would, decoded whole.
 
         Raises:
             UsageError, ImageError: as `engine.memory.size_plan.choose_plan`.
@@ -100,7 +98,7 @@ class ServingConfig(BaseModel):
         """
         if settings.vae_tiles in ("exact", "fast"):
             raise UsageError(
-                "a server's VAE works at the whole photo",
+                "a server's VAE sees the whole photo",
                 where="options.vae_tiles",
                 expected="auto or off",
                 found=settings.vae_tiles,

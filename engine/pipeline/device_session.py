@@ -196,10 +196,7 @@ class DeviceSession:
         return plan_residency(requirements, self.free_bytes, self._budget_bytes, where=self._bundle.path)
 
     def _make_room(self, plan: RestorationPlan) -> None:
-        """Give back what another workload needed, and set the memory for activations.
-
-        Recorded steps hold its address, so it has its size before the first step.
-        """
+        """Give back what another workload needed."""
         assert plan.memory is not None, "the plan is for a CPU"
         found = plan.memory.residency
         if plan.workload != self._workload or found != self._residency:
@@ -211,6 +208,7 @@ class DeviceSession:
             self._workload, self._residency = plan.workload, found
 
     def _reserve(self) -> None:
+        """Set the memory for activations: recorded steps hold its address, so it has its size before the first step."""
         assert self._residency is not None
         for stream, nbytes in self._residency.arenas.items():
             self._backend.reserve(stream, nbytes)

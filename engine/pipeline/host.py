@@ -23,7 +23,7 @@ from engine.pipeline.denoiser import CFGDenoiser, TextsAt, TiledDenoiser
 from engine.pipeline.plan import RestorationPlan, texts_of
 from engine.pipeline.text import Conditioning, Prompts
 from engine.sampling.noise import noise_source
-from engine.sampling.sampler import Denoiser, Latent, StepOutput, StepTable, sample, table_for
+from engine.sampling.sampler import Denoiser, Latent, StepOutput, sample, table_for
 from engine.sampling.tiling import Tiling, run_tiled
 from engine.settings import Settings
 from engine.timings import Timings
@@ -196,10 +196,6 @@ class HostExecutor:
         """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
         return self._run_vae("vae_decoder", z, stage, way, on_tile, times)
 
-    def table(self, settings: Settings) -> StepTable:
-        """Return the sampler's table of step weights for some settings."""
-        return table_for(settings)
-
     def sample(
         self,
         z_lq: Latent,
@@ -241,7 +237,7 @@ class HostExecutor:
         draw = noise_source(seeds, z_lq.shape[1:], noise, step_noise)
         tiling = windows or Tiling.whole(*z_lq.shape[2:])
         network = self._network(z_lq, texts, tiling, at_once, on_tile, times or Timings())
-        return _last(sample(self.table(settings), network, draw, center=center, estimates=estimates), on_step)
+        return _last(sample(table_for(settings), network, draw, center=center, estimates=estimates), on_step)
 
     def _network(
         self,

@@ -12,6 +12,7 @@ from engine.image.preprocess import Size
 from engine.memory.residency import MemoryPlan, Workload
 from engine.memory.size_plan import SizePlan, VaeMode
 from engine.memory.vae_slices import SlicedVae
+from engine.pipeline.text import Prompts
 from engine.recipe import Conditions, Operation, operations
 from engine.sampling.sampler import StepTable, table_for
 from engine.sampling.tiling import Tiling
@@ -31,7 +32,8 @@ class RestorationPlan:
         table: of the sampler.
         photos: restored together.
         latent: (height, width) in cells.
-        whole_windows, vae: tilings of the latent; the VAE's may be slices.
+        windows: tiles of the latent that are sampled.
+        vae: tiles of the latent that the VAE sees, or slices.
         memory: of the GPU, what is needed and which graphs stay; None on a CPU.
     """
 
@@ -65,6 +67,11 @@ class RestorationPlan:
         windows, tiles = (None if each.is_whole else each for each in (self.windows, self.vae))
         draws = len(self.table.noisy_steps)
         return Workload(self.photos, *self.latent, len(self.texts), self.chunks, passes, draws, windows, tiles)
+
+    def with_size_plan(self, bundle: Bundle, size_plan: SizePlan) -> RestorationPlan:
+        """Return the plan with other tiles; its memory is not known any more."""
+        windows, vae = size_plan.windows(bundle, *self.latent), size_plan.vae_mode(bundle, *self.latent)
+        return replace(self, size_plan=size_plan, windows=windows, vae=vae, memory=None)
 
     def with_memory(self, memory: MemoryPlan | None) -> RestorationPlan:
         """Return the plan with what it needs of a GPU's memory."""
@@ -101,27 +108,30 @@ def texts_of(settings: Settings, table: StepTable) -> tuple[str, ...]:
 
 
 def make_plan(
-    bundle: Bundle, size: Size, settings: Settings, size_plan: SizePlan, chunks: int, photos: int = 1
+    bundle: Bundle, prompts: Prompts, size: Size, settings: Settings, size_plan: SizePlan, photos: int = 1
 ) -> RestorationPlan:
     """Return the plan for a size and a choice of tiles, without a GPU's memory.
 
     Args:
         bundle: whose networks run.
-        size: (width, height) in pixels that they see.
+        prompts: of the bundle.
+        size: (width, height) in pixels that the networks see.
         settings: of the restoration.
         size_plan: from `choose_plan` or `device_plans`.
-        chunks: of 77 tokens that the longer text fills.
         photos: restored together.
+    Raises:
+        BackendError: the size is no multiple of what the networks take.
     """
     table = table_for(settings)
+    texts = texts_of(settings, table)
     cells = bundle.spec("denoise_encoder").sizes_of({"pixels": (photos, 3, size[1], size[0])})
     latent = (cells["h"], cells["w"])
     return RestorationPlan(
         size,
         settings,
         size_plan,
-        texts_of(settings, table),
-        chunks,
+        texts,
+        prompts.count_chunks(texts),
         table,
         photos,
         latent,

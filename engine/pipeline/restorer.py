@@ -37,10 +37,10 @@ from engine.memory.residency import choose_resident_graphs
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
 from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
-from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan, texts_of
+from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
 from engine.pipeline.provenance import history_of
 from engine.recipe import Operation
-from engine.sampling.sampler import Latent, table_for
+from engine.sampling.sampler import Latent
 from engine.settings import Settings
 from engine.timings import Timings
 
@@ -193,21 +193,25 @@ class Restorer:
         self, size: Size, settings: Settings, photos: int, like: Mapping[str, Any] | None = None
     ) -> RestorationPlan:
         recorded = None if like is None else recorded_size_plan(like, size)
-        chunks = self.stages.prompts.count_chunks(texts_of(settings, table_for(settings)))
+        prompts = self.stages.prompts
         if self._session is None:
             chosen = recorded or choose_plan(self.bundle, size, settings, total_memory_bytes())
-            return make_plan(self.bundle, size, settings, chosen, chunks, photos)
+            return make_plan(self.bundle, prompts, size, settings, chosen, photos)
         candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
-        last = candidates[-1].smaller(self.bundle, size, by_rows=False)
-        first_error: DoesNotFitError | None = None
-        for candidate in (*candidates, *(() if last is None else (last,))):
-            plan = make_plan(self.bundle, size, settings, candidate, chunks, photos)
+        # What the settings leave open may be smaller still; what they ask for is done, or refused.
+        if recorded is None and settings.tile == "auto" and settings.vae_tiles == "auto":
+            smaller = candidates[-1].smaller(self.bundle, size, by_rows=False)
+            candidates += [] if smaller is None else [smaller]
+        plan = make_plan(self.bundle, prompts, size, settings, candidates[0], photos)
+        error: DoesNotFitError | None = None
+        for candidate in candidates:
+            plan = plan.with_size_plan(self.bundle, candidate)
             try:
                 return plan.with_memory(self._session.plan(plan.workload))
-            except DoesNotFitError as error:
-                first_error = first_error or error
-        assert first_error is not None
-        raise first_error
+            except DoesNotFitError as refusal:
+                error = refusal
+        assert error is not None
+        raise error
 
     # -- photo to photo -------------------------------------------------------------------------
 
@@ -294,27 +298,23 @@ class Restorer:
     def _restore_group(
         self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
     ) -> list[Restored]:
-        times, notes = Timings(), []
-        first: str | None = None
-        with times.outside("everything else"):
-            try:
-                photos = self._run(sources, plan, noise, listener, times)
-            except (BackendError, MemoryError) as error:
-                smaller = self._smaller(plan) if is_out_of_memory(error) else None
-                if smaller is None:
-                    raise
-                first = f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}"
-            # Outside the handler: what the failed attempt held in its frames is free now.
-            if first is not None:
-                assert smaller is not None
-                notes.append(first)
-                listener.on_note(first)
-                if self._session is not None:
-                    self._session.close()
-                self._runners.close()
-                plan, times = smaller, Timings()
-                with times.outside("everything else"):
-                    photos = self._run(sources, plan, noise, listener, times)
+        notes: list[str] = []
+        smaller: RestorationPlan | None = None
+        try:
+            photos, times = self._attempt(sources, plan, noise, listener)
+        except (BackendError, MemoryError) as error:
+            smaller = self._smaller(plan) if is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+        # Outside the handler: what the failed attempt held in its frames is free now.
+        if smaller is not None:
+            notes.append(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
+            listener.on_note(notes[0])
+            if self._session is not None:
+                self._session.close()
+            self._runners.close()
+            plan = smaller
+            photos, times = self._attempt(sources, plan, noise, listener)
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):
             used = plan.settings.updated({"seed": seed})
@@ -329,24 +329,25 @@ class Restorer:
         size_plan = plan.size_plan.smaller(self.bundle, plan.size, by_rows=self._session is None)
         if size_plan is None:
             return None
-        smaller = make_plan(self.bundle, plan.size, plan.settings, size_plan, plan.chunks, plan.photos)
+        smaller = plan.with_size_plan(self.bundle, size_plan)
         return smaller if self._session is None else smaller.with_memory(self._session.plan(smaller.workload))
 
-    def _run(
-        self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener, times: Timings
-    ) -> list[Photo]:
-        """Run the recipe: operations on photos here, all others by the executor."""
+    def _attempt(
+        self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
+    ) -> tuple[list[Photo], Timings]:
+        """Run the recipe once: operations on photos here, all others by the executor."""
+        times = Timings()
         values: dict[str, Any] = {"photo": sources}
-        for kind, group in groupby(plan.operations, key=lambda operation: operation.kind == "photo"):
-            if kind:
+        with times.outside("everything else"):
+            for on_photos, group in groupby(plan.operations, key=lambda operation: operation.kind == "photo"):
+                if not on_photos:
+                    values.update(self._executor.run(plan, values["lq"], noise, listener, times))
+                    continue
                 for operation in group:
+                    (target,) = operation.writes
                     with times.outside(operation.name):
-                        (target,) = operation.writes
                         values[target] = self._on_photos(operation, plan)(*(values[name] for name in operation.reads))
-            else:
-                values.update(self._executor.run(plan, values["lq"], noise, listener, times))
-        restored: list[Photo] = values["restored"]
-        return restored
+        return values["restored"], times
 
     def _on_photos(self, operation: Operation, plan: RestorationPlan) -> Callable[..., Any]:
         """Return the function of an operation on photos."""

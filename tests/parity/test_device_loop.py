@@ -289,7 +289,7 @@ def test_weights_are_streamed_where_not_even_a_phase_fits(bundle_fp32, folder, o
 
 
 @pytest.mark.parametrize(
-    ("budget", "words"), [(None, "use --vram-budget"), (1000, "raise --vram-budget, or work at a smaller size")]
+    ("budget", "words"), [(None, "use --vram-budget"), (1000, "raise --vram-budget, or restore at a smaller size")]
 )
 def test_too_little_memory_is_told_before_anything_is_loaded(bundle_fp32, folder, photo, budget, words):
     bundle = open_bundle(bundle_fp32)
@@ -435,6 +435,8 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     assert plan_on(8 + 16 + 2) == SizePlan(256, 512)
     with pytest.raises(DoesNotFitError, match="out of GPU memory"):
         plan_on(0.1)
+    with pytest.raises(DoesNotFitError):  # what was asked for is done or refused, never made smaller in silence
+        plan_on(8 + 16 + 2, tile="off", vae_tiles="off")
     assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
     with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
         plan_on(1000, vae_tiles="exact")

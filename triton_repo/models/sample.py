@@ -21,7 +21,7 @@ from engine.bundle.sdxl import TOKENS
 from engine.errors import ImageError, UsageError
 from engine.pipeline.restorer import Restorer
 from engine.pipeline.text import Conditioning
-from engine.sampling.sampler import Latent, StepOutput, StepTable
+from engine.sampling.sampler import Latent, StepOutput, StepTable, table_for
 from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
@@ -138,7 +138,7 @@ class TritonPythonModel:
             )
         if not np.isfinite(z_lq).all():
             raise UsageError("holds values that are not finite", where="z_lq")
-        table = self._restorer.stages.table(settings)
+        table = table_for(settings)
         needed = 2 if any(step.guided for step in table.steps) else 1
         if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
             raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
@@ -208,7 +208,7 @@ class TritonPythonModel:
         return call("vae_encoder", {"pixels": stage1}, ["z"])["z"]
 
     def _warm_up(self) -> None:
-        """Open the networks and run a guided step at the size that is worked at by default."""
+        """Open the networks and run a guided step at the default working size."""
         bundle = self._restorer.bundle
         side = bundle.manifest.defaults.min_size
         cells = -(-side // bundle.size_multiple) * bundle.size_multiple
