@@ -49,7 +49,7 @@ class Configuration:
     """What is restored, and how.
 
     Attributes:
-        size_px: the side of the square photos, which is what is worked at.
+        size_px: the side of the square photos, which is their working size.
         batch: photos that are restored together.
         steps: of the sampler.
         cfg: whether steps are guided, as the bundle's own settings guide them.

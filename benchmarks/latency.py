@@ -72,7 +72,7 @@ def _check(grid: Sequence[Configuration], bundle: Bundle) -> None:
     for size in dict.fromkeys(configuration.size_px for configuration in grid):
         if size % bundle.size_multiple:
             raise UsageError(
-                "nothing is worked at that size",
+                "the networks cannot take that size",
                 where="--size",
                 expected=f"a multiple of {bundle.size_multiple}",
                 found=size,

@@ -251,7 +251,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"- `{machine['command']}`",
         f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
-        f"- bundle {report['bundle']['name']}, {report['photo']} worked at {report['size'][0]} × {report['size'][1]}, "
+        f"- bundle {report['bundle']['name']}, {report['photo']} at {report['size'][0]} × {report['size'][1]}, "
         f"{report['steps']} steps",
         "",
         "| batching | clients | photos / s | over direct | p50, s | p95, s | p99, s | queue | compute | batch |",

@@ -74,7 +74,7 @@ class Settings(BaseModel):
     eta: float = Field(1.0, ge=0, le=10, description="0 is deterministic, 1 the SDE (dpmpp2m)")
     color_fix: ColorFix = Field("wavelet", description="where the colours come from: stage 1, or the result")
     upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
-    min_size: int = Field(1024, ge=64, le=8192, description="shorter side that is worked at, at least, in pixels")
+    min_size: int = Field(1024, ge=64, le=8192, description="least shorter side that the networks see, in pixels")
     tile: Tile = Field("auto", description="windows that are sampled: their side in pixels, auto, or off")
     vae_tiles: VaeTiles = Field("auto", description="whether the VAE works at parts: exact, or fast")
     prompt: str = Field("", max_length=MAX_TEXT, description="what the photo shows")

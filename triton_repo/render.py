@@ -38,7 +38,12 @@ _WEIGHTS_SHARE = 0.7
 _LIMITS = (
     ("threads", 0, 256, "of a CPU; default: one per core"),
     ("max_batch", 1, 64, "photos of one size that are restored together; default: {standard}, 1 is off"),
-    ("max_pixels", 4096, 1 << 28, "that a photo is worked at; default: a square of twice the bundle's size, or 1024²"),
+    (
+        "max_pixels",
+        4096,
+        1 << 28,
+        "that the networks see of a photo; default: a square of twice the bundle's size, or 1024²",
+    ),
     ("max_photo_pixels", 1, 1 << 30, "of photos and of results; default: {standard}"),
     ("max_image_bytes", 1, 1 << 30, "of an encoded photo; default: {standard}"),
     ("max_steps", 1, 1000, "of a restoration; default: {standard}"),

@@ -207,7 +207,7 @@ class _Maker:
         config.parameters[PARAMETER].string_value = self._serving.model_dump_json()
 
     def _warm_up(self, config: pb.ModelConfig, inputs: Sequence[TensorSpec]) -> None:
-        """Have the server run a graph, at the size that is worked at by default, before it is ready."""
+        """Have the server run a graph, at the default working size, before it is ready."""
         bundle = self._bundle
         side = -(-bundle.manifest.defaults.min_size // bundle.size_multiple) * bundle.size_multiple
         sizes = bundle.spec("denoise_encoder").sizes_of({"pixels": (1, 3, side, side)})

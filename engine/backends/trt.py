@@ -326,7 +326,7 @@ def stream_weights(engine: Any, on_device: int, graph: Graph, log: Any) -> None:
     Args:
         engine: whose plan was built for that.
         on_device: bytes of all its weights that may be on the device.
-        graph: that it is of.
+        graph: its name.
         log: from `make_log`.
     Raises:
         BackendError: the library refuses.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, and moved there."""
+"""Where files are kept, and how they are written: beside their place, then moved there, whole or not at all."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def _told(error: BaseException, job: PhotoJob, watch: ProgressListener) -> Resto
     if isinstance(error, RestoreError):
         return error if str(job.photo) in str(error) else error.at(job.photo)
     if isinstance(error, MemoryError):
-        fix = "close other programs, or work at a smaller size"
+        fix = "close other programs, or restore at a smaller size"
         return OutOfMemoryError("out of memory", where=job.photo, fix=fix)
     if isinstance(error, OSError):
         return from_os_error(error, job.photo, "read or write", "either")

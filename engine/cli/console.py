@@ -43,7 +43,7 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interru
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except MemoryError:
-        print("error: out of memory\n  to do:    close other programs, or work at a smaller size", file=sys.stderr)
+        print("error: out of memory\n  to do:    close other programs, or restore at a smaller size", file=sys.stderr)
         return RestoreError.exit_code
     except BrokenPipeError:
         _drop_output()

@@ -47,7 +47,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size")
     size.add_argument("--upscale", type=float, metavar="X", help="size of the result over the photo's")
     size.add_argument(
-        "--min-size", type=int, metavar="PX", help="work at least at this shorter side; the result's size stays"
+        "--min-size", type=int, metavar="PX", help="least shorter side that the networks see; the result's size stays"
     )
     size.add_argument(
         "--tile",

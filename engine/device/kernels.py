@@ -10,7 +10,7 @@ step, so every step is the same work and can be recorded once and replayed:
 `engine.sampling.sampler.sample` is their oracle: sums run over the same terms in the same order, in float32
 and without fused multiplications, so that the results are the same bits.
 
-An image that is worked at in windows (`engine.sampling.tiling`) keeps the number of the window on the device too:
+For an image in windows (`engine.sampling.tiling`), the device keeps the number of the window too:
 
     clear            the image that windows are added to
     take_window      the window's part of an image, once for each text

@@ -44,26 +44,26 @@ def load_photo(photo: PhotoLike) -> Photo:
 
 
 def pixels_in_memory(bundle: Bundle, memory_bytes: int) -> int:
-    """Return how many pixels can be worked at: the VAE's attention compares each cell with each, in float32."""
+    """Return how many pixels the networks can take: the VAE's attention compares each cell with each, in float32."""
     cells = math.isqrt(memory_bytes // np.dtype(np.float32).itemsize)
     return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
 
 
 def size_to_work_at(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
-    """Return the (width, height) in pixels at which a photo would be worked at.
+    """Return the (width, height) in pixels that the networks would see of a photo.
 
     Args:
         bundle: whose networks work.
         photo_size: (width, height) in pixels of the photo.
         settings: of the restoration.
-        max_pixels: that may be worked at.
+        max_pixels: that the networks may see.
     Raises:
-        ImageError: it is too large to be worked at in one piece.
+        ImageError: it is too large for the memory of this computer.
     """
     size = working_size(result_size(photo_size, settings.upscale), settings.min_size, bundle.size_multiple)
     if size[0] * size[1] > max_pixels:
         raise ImageError(
-            "too large to be worked at in one piece",
+            "too large for the memory of this computer",
             where=f"a photo of {photo_size[0]} × {photo_size[1]} pixels",
             expected=f"up to {max_pixels / 1e6:.1f} million pixels on this computer",
             found=f"{size[0]} × {size[1]} with --upscale {settings.upscale:g} --min-size {settings.min_size}",
@@ -108,7 +108,7 @@ def result_size(size: Size, upscale: float) -> Size:
 
 
 def working_size(size: Size, min_size: int, multiple: int) -> Size:
-    """Return the size that the networks work at.
+    """Return the size that the networks see.
 
     Args:
         size: of the result.

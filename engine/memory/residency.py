@@ -332,7 +332,7 @@ def _residency(
 def _too_little(
     need: MemoryRequirements, needed: int, by_phase: int, free: int, budget: int | None, where: object
 ) -> DoesNotFitError:
-    smaller = "work at a smaller size (--min-size, --upscale)"
+    smaller = "restore at a smaller size (--min-size, --upscale)"
     if by_phase <= free and budget is None:
         fix = f"use --vram-budget, which loads graphs by stage, or {smaller}"
     elif by_phase <= free:

@@ -1,4 +1,4 @@
-"""Whole, in windows, or not at all: how a photo of a size is worked at, by what memory holds.
+"""Whole, in tiles, or not at all: how a photo of a size is restored, by what memory holds.
 
 Arithmetic on shapes, so that it is known before anything is loaded. What ONNX Runtime needs beside the weights
 is bounded from above: what a guess misses ends as "out of memory", and the next smaller plan is tried once.
@@ -23,7 +23,7 @@ from engine.sampling.tiling import Tiling, Trapezoid, gaussian
 from engine.settings import Settings
 from engine.units import format_memory
 
-#: How a graph of the VAE works at an image: by rows, or in tiles, of which the whole may be one.
+#: How a graph of the VAE runs on an image: by slices, or in tiles; one tile may be the whole.
 VaeMode = Tiling | SlicedVae
 
 #: Of the computer's memory, what activations may take if nobody asks for more.
@@ -32,7 +32,7 @@ _SHARE = 0.5
 _ROWS_SHARE = 0.25
 #: A latent is sampled whole up to so many windows' area: beyond, SDXL repeats things, and attention grows squared.
 _WHOLE_UP_TO = 4
-#: Smaller windows show too little of a picture, whatever size a bundle works at.
+#: Smaller windows show too little of a picture, whatever a bundle's working size.
 _LEAST_WINDOW_PX = 256
 _FLOAT = np.dtype(np.float32).itemsize
 #: SDXL's VAE is 256 channels wide at full size, in float32; four such maps at a time.
@@ -44,12 +44,12 @@ _LEAST_VAE_CELLS = 32
 
 @dataclass(frozen=True)
 class SizePlan:
-    """How a photo is worked at.
+    """Whether sampling and the VAE see the whole image, tiles or slices.
 
     Attributes:
         window_px: side of the windows that are sampled; None is the whole latent.
         vae_px: side of the VAE's tiles; None is the whole image.
-        vae_by_rows: whether the VAE works at the whole image a few rows at a time.
+        vae_by_rows: whether the VAE runs on the whole image, a few rows at a time.
     """
 
     window_px: int | None = None
@@ -78,7 +78,7 @@ class SizePlan:
 
         Args:
             bundle: whose networks work.
-            size: (width, height) in pixels that is worked at.
+            size: (width, height) in pixels that the networks see.
             by_rows: whether the VAE can work by rows there.
         """
         window = self.window_px or default_window(bundle)
@@ -126,17 +126,17 @@ class SizePlan:
 
 
 def default_window(bundle: Bundle) -> int:
-    """Return the side in pixels that a bundle's networks work at best: SDXL's 1024, the demo's 256."""
+    """Return the side in pixels that a bundle's networks were trained for: SDXL's 1024, the demo's 256."""
     multiple = bundle.size_multiple
     return max(_LEAST_WINDOW_PX, bundle.manifest.defaults.min_size) // multiple * multiple
 
 
 def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: int | None) -> SizePlan:
-    """Choose how a photo is worked at on a computer; what is restored beside it has no say.
+    """Choose how a photo is restored on a computer; photos restored beside it do not matter.
 
     Args:
         bundle: whose networks work.
-        size: (width, height) in pixels that is worked at.
+        size: (width, height) in pixels that the networks see.
         settings: what they leave open is chosen by size and memory; what they say is done, or refused.
         memory_bytes: of the computer; None if the system does not tell.
     Raises:
@@ -167,7 +167,7 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
         if getattr(settings, option) == "off" and need > memory:
             name = f"--{option.replace('_', '-')}"
             raise ImageError(
-                "too large to be worked at in one piece",
+                "too large for the memory of this computer",
                 where=f"{size[0]} × {size[1]} pixels",
                 expected=f"{format_memory(need)} of memory",
                 found=format_memory(int(memory)),
@@ -190,7 +190,7 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
 
 
 def device_plans(bundle: Bundle, size: Size, settings: Settings) -> list[SizePlan]:
-    """Return the ways in which a GPU may work at a photo, the best first; which one fits, its memory decides.
+    """Return the ways in which a GPU may restore a photo, the best first; its memory decides which one fits.
 
     Args:
         bundle, size, settings: as `choose_plan`.
@@ -204,7 +204,7 @@ def device_plans(bundle: Bundle, size: Size, settings: Settings) -> list[SizePla
             where="--vae-tiles",
             expected="auto, off or fast",
             found="exact",
-            fix="leave it at auto, which works at the whole where the GPU holds it, or restore on --device cpu",
+            fix="leave it at auto, which takes the whole where the GPU's memory holds it, or restore on --device cpu",
         )
     window = default_window(bundle)
     windows: list[int | None] = [None, window] if max(size) > window else [None]

@@ -1,6 +1,6 @@
 """ControlNet and UNet as the sampler sees them: one function of the noisy latent and the step.
 
-A latent that is worked at in windows is such a function too, so every sampler runs both alike.
+A latent that is sampled in tiles is such a function too, so every sampler runs both alike.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
 or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
-keeps the number of the step. Of a latent that is worked at in windows, what is recorded is a window, and
+keeps the number of the step. For a latent that is sampled in windows, one window is recorded, and
 the device keeps its number as well. StepOutput comes from events that the stream passes.
 """
 

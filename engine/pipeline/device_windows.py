@@ -92,7 +92,7 @@ class WindowTables:
 
 
 def tile_arrays(bundle: Bundle, work: Workload) -> Arrays:
-    """Return what a VAE that works in tiles keeps on the device; {} if it works at the whole."""
+    """Return what a VAE that runs in tiles keeps on the device; {} if it sees the whole."""
     tiles = work.tiles
     if tiles is None:
         return {}

@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-size",
         type=int,
         metavar="PX",
-        help="shorter side that is worked at, at least (default: 256 for the demo, else 1024)",
+        help="least shorter side that the networks see (default: 256 for the demo, else 1024)",
     )
     how.add_argument(
         "--backend",
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         default="",
         help="working sizes in pixels: 1024 or 1024x768 is fixed and fastest, 512-2048 takes any side between; "
-        "default: the smallest that is worked at, and a range from 64 to twice as much",
+        "default: the least working size, and a range from 64 to twice as much",
     )
     plans.add_argument("--batch", type=int, default=1, metavar="N", help="photos restored together (default: 1)")
     plans.add_argument(

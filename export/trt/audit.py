@@ -43,7 +43,7 @@ class HeavyLayer:
 
     Attributes:
         name: of the layer.
-        node: of the ONNX graph that it is of.
+        node: of the ONNX graph that it implements.
         flops: multiplications and additions.
         kind: the type it computes in, as the network says: "half", "bf16" or "float".
     """

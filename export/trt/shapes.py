@@ -13,14 +13,14 @@ from engine.errors import UsageError
 MAX_CHUNKS = 8
 MAX_BATCH = 64
 _MAX_SIDE_PX = 8192
-#: Of the range that is compiled for if no other is asked: what verification works at fits.
+#: Of the range that is compiled for if no other is asked: the sizes of verification fit.
 _LEAST_SIDE_PX = 64
 _SHAPE = re.compile(r"(?P<width>\d+)(?:x(?P<height>\d+))?|(?P<low>\d+)-(?P<high>\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class WorkShape:
-    """A size that is worked at, or a range of sizes, in pixels; `width` and `height` are (least, most)."""
+    """A working size, or a range of sizes, in pixels; `width` and `height` are (least, most)."""
 
     width: tuple[int, int]
     height: tuple[int, int]
@@ -54,7 +54,7 @@ def parse_shapes(text: str) -> tuple[WorkShape, ...]:
 
 
 def default_shapes(min_size: int) -> tuple[WorkShape, ...]:
-    """Return the square that a bundle mostly works at, and a range around it for all others."""
+    """Return the square that most photos have as their working size, and a range around it for all others."""
     sides = (_LEAST_SIDE_PX, 2 * min_size)
     return (WorkShape((min_size, min_size), (min_size, min_size)), WorkShape(sides, sides))
 
@@ -83,7 +83,7 @@ def profiles_for(
             multiple = pixels_per_cell * spec.multiples.get(symbol, 1)
             if least % multiple or most % multiple:
                 raise UsageError(
-                    "a side cannot be worked at",
+                    "a side that the networks cannot take",
                     where="--shapes",
                     expected=f"multiples of {multiple}",
                     found=f"{least}" if least == most else f"{least}-{most}",

@@ -50,7 +50,7 @@ RESTORE = [
     (["half.jpg"], 1, "half.jpg: is truncated or damaged"),
     (["empty.png"], 1, "empty.png: is not an image"),
     (["folder"], 1, "folder: holds no images"),
-    (["thread.png", "--min-size", "1024"], 1, "too large to be worked at in one piece"),
+    (["thread.png", "--min-size", "1024"], 1, "too large for the memory of this computer"),
     (["cup.jpg", "--tile", "100"], 2, "windows of this side do not exist"),
     (["cup.jpg", "-o", "there.png"], 1, "there.png: exists already"),
     (["cup.jpg", "-o", "missing/out.png"], 1, "missing: no such folder"),
@@ -157,7 +157,7 @@ def test_a_photo_for_more_memory_than_there_is_is_refused(monkeypatch, capsys, b
     assert run_command(restore_main, arguments) == 1
     error = capsys.readouterr().err
     assert "thread.png" in error
-    assert "too large to be worked at in one piece" in error
+    assert "too large for the memory of this computer" in error
     assert "--vae-tiles auto works in windows" in error
 
 

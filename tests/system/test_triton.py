@@ -292,9 +292,9 @@ BAD = {
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}, "image: is not an image"),
     "half a photo": (half(PHOTO), {}, "image: is truncated or damaged"),
     "a bomb": (bomb, {}, "image: is too large"),
-    "a thread": (thread, {"min_size": 1024}, "too large to be worked at"),
+    "a thread": (thread, {"min_size": 1024}, "too large for the memory"),
     "a huge result": (PHOTO, {"upscale": 16}, "too large"),
-    "a large size": (PHOTO, {"min_size": 8192}, "too large to be worked at"),
+    "a large size": (PHOTO, {"min_size": 8192}, "too large for the memory"),
     "no steps": (PHOTO, {"steps": 0}, "steps: input should be greater"),
     "a million steps": (PHOTO, {"steps": 10**6}, "steps: input should be less"),
     "many steps": (PHOTO, {"steps": 900}, "options.steps: too many steps"),
@@ -310,8 +310,8 @@ BAD = {
     "a prompt of 100 MB": (PHOTO, lambda: b'{"prompt": "' + b"x" * 100_000_000 + b'"}', "options: too long"),
     "an unknown format": (PHOTO, {"format": "exe"}, "options.format"),
     "windows that do not exist": (PHOTO, {"tile": 100}, "windows of this side do not exist"),
-    "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE works at the whole photo"),
-    "the VAE by rows": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE works at the whole photo"),
+    "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE sees the whole photo"),
+    "the VAE by rows": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE sees the whole photo"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
 }
 
@@ -367,7 +367,7 @@ def test_members_refuse_what_the_ensemble_would_never_send(url, direct):
     with triton.InferenceServerClient(url) as raw:
         tensor = triton.InferInput("z", list(large.shape), "FP32")
         tensor.set_data_from_numpy(large)
-        with pytest.raises(InferenceServerException, match="too large to be worked at"):
+        with pytest.raises(InferenceServerException, match="too large for the memory"):
             raw.infer("vae_decoder", [tensor], client_timeout=60)
         with pytest.raises(InferenceServerException, match="options.steps: too many steps"):
             raw.infer("sample", sample_inputs(direct, {"steps": 1000}, {}), client_timeout=60)

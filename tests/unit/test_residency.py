@@ -143,9 +143,9 @@ def test_without_a_budget_everything_stays_or_nothing_starts():
 @pytest.mark.parametrize(
     ("free", "budget", "words"),
     [
-        (EVERYTHING, ONE_PHASE - 1, "raise --vram-budget, or work at a smaller size"),
+        (EVERYTHING, ONE_PHASE - 1, "raise --vram-budget, or restore at a smaller size"),
         (ONE_PHASE - 1, None, "close other programs on it; plans that are built with --weight-streaming"),
-        (ONE_PHASE - 1, EVERYTHING, "work at a smaller size (--min-size, --upscale), use a GPU with more memory"),
+        (ONE_PHASE - 1, EVERYTHING, "restore at a smaller size (--min-size, --upscale), use a GPU with more memory"),
     ],
 )
 def test_what_helps_is_told(free, budget, words):

@@ -140,7 +140,7 @@ def failure(error: BaseException, metrics: Metrics) -> Any:
     if isinstance(error, RestoreError):
         return pb_utils.TritonError(str(error), code)
     if isinstance(error, MemoryError):
-        return pb_utils.TritonError("out of memory\n  to do:    work at a smaller size, or later", code)
+        return pb_utils.TritonError("out of memory\n  to do:    restore at a smaller size, or later", code)
     number = secrets.token_hex(4)
     pb_utils.Logger.log_error(f"internal error {number}: {''.join(traceback.format_exception(error))}")
     return pb_utils.TritonError(f"internal error {number}: this is a bug; the server's log says more", code)

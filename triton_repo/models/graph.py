@@ -65,7 +65,7 @@ class TritonPythonModel:
             pixels *= self._cell_pixels
         if pixels > self._max_pixels:
             raise ImageError(
-                "too large to be worked at in one piece",
+                "too large for the memory of this computer",
                 where=self._spec.name,
                 expected=f"up to {self._max_pixels} pixels on this server",
                 found=f"{pixels} pixels",

@@ -158,7 +158,7 @@ class Stream:
             preview.result()
 
     def _preview(self, step: int, steps: int, estimate: NDArray[np.float32]) -> None:
-        """Tell what the sampling is about to give, as a JPEG at the size that is worked at."""
+        """Tell what the sampling is about to give, as a JPEG at the working size."""
         if self._sender.is_cancelled():
             return
         pixels = call("vae_decoder", {"z": estimate[None]}, ["pixels"])["pixels"][0]
