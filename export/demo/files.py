@@ -13,6 +13,6 @@ LORAS = {name: WEIGHTS / f"{name}.safetensors" for name in ("landscape", "face")
 SETTINGS = {"min_size": 256, "restore_pull": 0.06, "control_scale": 0.94}
 
 NOTICE = (
-    "this is the demo, a small model trained on pictures made by program; "
-    "with real checkpoints the engine restores far more"
+    "this is the demo, a small model trained on computer-drawn pictures: it shows how the engine works, "
+    "not how well SUPIR restores"
 )
