@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --baseline torch --size 256 512 --json latency.json --plot latency.png
 
-Every combination of --size, --batch, --steps and --cfg is measured. Each contender is a process of its
+Every combination of --size, --batch, --steps and --cfg is measured. Each runtime is a process of its
 own, so its peak memory and its cold start are its own. They take turns, restoration by restoration, so
 that what else the machine does falls on all. The first restorations are warm-up and not counted: they
 open the graphs, or compile them. Figures are medians. FLOPs are counted over the bundle's networks; the
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import paper
-from benchmarks.contenders import BASELINES, ENGINE, Configuration, Counts, Place, measure
 from benchmarks.machine import describe_machine
 from benchmarks.matrix_rate import MatrixRate, given_rate, measure_rate
 from benchmarks.plot import check_matplotlib, draw
 from benchmarks.report import to_markdown
+from benchmarks.runtimes import BASELINES, ENGINE, Configuration, RepeatCounts, RunSetup, measure
 from benchmarks.stages import UNET, Launch
 from benchmarks.summary import summarize, works_of
 from engine.backends import BACKENDS, gpu_index
@@ -47,24 +47,24 @@ def main(arguments: Sequence[str]) -> int:
         raise BackendError("FLOPs are counted with torch, which is not installed", fix="pip install -e '.[export]'")
     bundle = open_bundle(options.bundle or default_bundle_dir())  # said before several processes say it
     backend = options.backend or bundle.manifest.backend
-    place = Place(bundle.path, backend, gpu_index(backend, options.device), options.threads, options.vram_budget)
+    setup = RunSetup(bundle.path, backend, gpu_index(backend, options.device), options.threads, options.vram_budget)
     grid = [
         Configuration(size, batch, steps, cfg == "on")
         for size, batch, steps, cfg in itertools.product(options.size, options.batch, options.steps, options.cfg)
     ]
     _check(grid, bundle)
-    contenders = [ENGINE, *dict.fromkeys(options.baseline)]
-    counts = Counts(options.warmup, options.repeats)
-    rate = _matrix_rate(bundle, place, options.matrix_tflops)
+    runtimes = [ENGINE, *dict.fromkeys(options.baseline)]
+    counts = RepeatCounts(options.warmup, options.repeats)
+    rate = _matrix_rate(bundle, setup, options.matrix_tflops)
     measured: list[tuple[Configuration, dict[str, dict[str, Any]]]] = []
     try:
         for configuration in grid:
-            measured.append((configuration, measure(contenders, place, configuration, counts, quiet=options.quiet)))
+            measured.append((configuration, measure(runtimes, setup, configuration, counts, quiet=options.quiet)))
         # A shared machine, or a GPU that has warmed up, has another speed by now; a floor is the faster.
-        rate = rate.or_faster(_matrix_rate(bundle, place, options.matrix_tflops))
+        rate = rate.or_faster(_matrix_rate(bundle, setup, options.matrix_tflops))
     finally:  # an error at one size is no reason to lose the others
         if measured:
-            _write(_report(bundle, place, counts, rate, measured), options)
+            _write(_report(bundle, setup, counts, rate, measured), options)
     return 0
 
 
@@ -88,21 +88,21 @@ def _check(grid: Sequence[Configuration], bundle: Bundle) -> None:
         )
 
 
-def _matrix_rate(bundle: Bundle, place: Place, given_tflops: float | None) -> MatrixRate:
+def _matrix_rate(bundle: Bundle, setup: RunSetup, given_tflops: float | None) -> MatrixRate:
     precisions = list(dict.fromkeys(graph.spec.precision for graph in bundle.manifest.graphs.values()))
-    if place.gpu is not None and "fp16" in precisions:
+    if setup.gpu is not None and "fp16" in precisions:
         precisions.append("bf16")  # a baseline's VAE
     if given_tflops is not None:
         return given_rate(given_tflops, precisions)
     # In a process of its own, which gives its memory back.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure_rate, precisions, place.gpu, place.threads).result()
+        return pool.submit(measure_rate, precisions, setup.gpu, setup.threads).result()
 
 
 def _report(
     bundle: Bundle,
-    place: Place,
-    counts: Counts,
+    setup: RunSetup,
+    counts: RepeatCounts,
     rate: MatrixRate,
     measured: Sequence[tuple[Configuration, dict[str, dict[str, Any]]]],
 ) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def _report(
     from benchmarks.torch_backend import baseline_vae_precision
 
     engine = WorkCounter(bundle_builders(bundle))
-    baseline = WorkCounter(bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, place.gpu)))
+    baseline = WorkCounter(bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, setup.gpu)))
     results = []
-    for configuration, contenders in measured:
+    for configuration, runtimes in measured:
         figures = {}
-        for name, contender in contenders.items():
-            launches = [Launch(**launch) for launch in contender["launches"]]
+        for name, runtime in runtimes.items():
+            launches = [Launch(**launch) for launch in runtime["launches"]]
             works = works_of(launches, engine if name == ENGINE else baseline)
-            figures[name] = summarize(contender, works, rate.tflops, configuration.batch)
+            figures[name] = summarize(runtime, works, rate.tflops, configuration.batch)
         steps = [launch for launch in launches if launch.graph == UNET]
         guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch)
         results.append(
@@ -128,7 +128,7 @@ def _report(
                 "guided_steps": guided,
                 "text_chunks": steps[0].symbols["k"],
                 "launches": [asdict(launch) for launch in launches],
-                "contenders": figures,
+                "runtimes": figures,
             }
         )
     return {
@@ -141,9 +141,9 @@ def _report(
             "vae_precision": bundle.spec("vae_decoder").precision,
             "parameters_bytes": bundle.manifest.weights.bytes,
         },
-        "backend": place.backend,
-        "threads": place.threads,
-        "vram_budget_gib": place.vram_budget_gib,
+        "backend": setup.backend,
+        "threads": setup.threads,
+        "vram_budget_gib": setup.vram_budget_gib,
         **asdict(counts),
         "floor": asdict(rate),
         "paper_table_3_seconds": paper.TABLE_3,
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         help="the same networks in PyTorch, eager or under torch.compile, in turns; on a GPU in the bundle's "
-        "precision, and all contenders' weights are there at once",
+        "precision, and all runtimes' weights are there at once",
     )
     grid = parser.add_argument_group("what is restored; every combination is measured")
     grid.add_argument("--size", type=_positive, nargs="+", default=[512], metavar="PX", help="sides (default: 512)")
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repeats", type=_positive, default=7, help="counted restorations (default: %(default)s)")
     parser.add_argument("--warmup", type=_positive, default=1, help="restorations before them (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of all contenders; default: one per core")
+    parser.add_argument("--threads", type=int, default=0, help="of all runtimes; default: one per core")
     parser.add_argument("--vram-budget", type=float, metavar="GIB", help="of the engine, as python -m engine.restore")
     parser.add_argument(
         "--matrix-tflops", type=_rate, metavar="TFLOPS", help="the device's matrix rate; default: it is measured"

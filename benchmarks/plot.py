@@ -1,4 +1,4 @@
-"""The latency report as a picture: a stacked bar per contender, a panel per configuration."""
+"""The latency report as a picture: a stacked bar per runtime, a panel per configuration."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_matplotlib() -> None:
 
 
 def draw(report: dict[str, Any], picture: Path) -> None:
-    """Draw each contender's stages, and the floor of their FLOPs.
+    """Draw each runtime's stages, and the floor of their FLOPs.
 
     Args:
         report: as `benchmarks.latency` writes it.
@@ -80,14 +80,14 @@ def make_figure(report: dict[str, Any]) -> Any:
     results, machine = report["results"], report["machine"]
     columns = math.ceil(len(results) / _PANELS_IN_A_COLUMN)
     rows = math.ceil(len(results) / columns)
-    bars = max(len(result["contenders"]) for result in results)
+    bars = max(len(result["runtimes"]) for result in results)
     figure = Figure(figsize=(9.5 * columns, 1.7 + rows * (0.95 + 0.42 * bars)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel, result in zip(panels.T.flat, results, strict=False):  # the last column may have empty places
         _draw_panel(panel, result)
     for panel in list(panels.T.flat)[len(results) :]:
         panel.set_axis_off()
-    found = {stage for result in results for contender in result["contenders"].values() for stage in _parts(contender)}
+    found = {stage for result in results for runtime in result["runtimes"].values() for stage in _parts(runtime)}
     shown = [stage for stage in LABELS if stage in found]
     handles: list[Any] = [Patch(color=_COLORS[stage], label=LABELS[stage]) for stage in shown]
     handles.append(Line2D([], [], color="black", linewidth=2, label="floor"))
@@ -103,13 +103,13 @@ def make_figure(report: dict[str, Any]) -> Any:
 
 
 def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
-    contenders = result["contenders"]
-    longest = max(contender["total"]["median_ms"] for contender in contenders.values())
+    runtimes = result["runtimes"]
+    longest = max(runtime["total"]["median_ms"] for runtime in runtimes.values())
     unit, scale = ("s", 1e3) if longest >= 2000 else ("ms", 1.0)
-    for place, contender in enumerate(contenders.values()):
-        total, floor = contender["total"]["median_ms"], contender["total"]["floor_ms"]
+    for place, runtime in enumerate(runtimes.values()):
+        total, floor = runtime["total"]["median_ms"], runtime["total"]["floor_ms"]
         left = 0.0
-        for stage, ms in _parts(contender).items():
+        for stage, ms in _parts(runtime).items():
             color = _COLORS[stage]
             panel.barh(place, ms / scale, left=left / scale, height=0.62, color=color, edgecolor="white", linewidth=0.5)
             start, stop = _clear_of(floor, left, left + ms)
@@ -119,10 +119,10 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
                 panel.text(middle, place, _number(ms / scale), ha="center", va="center", fontsize=7, color=ink)
             left += ms
         panel.plot([floor / scale] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
-        words = f"  {_number(total / scale)} {unit} (floor: {contender['total']['floor_share']:.0%})"
+        words = f"  {_number(total / scale)} {unit} (floor: {runtime['total']['floor_share']:.0%})"
         panel.text(max(total, left) / scale, place, words, va="center", fontsize=8)
-    panel.set_yticks(range(len(contenders)), list(contenders), fontsize=9)
-    panel.set_ylim(len(contenders) - 0.4, -0.6)  # the engine is above
+    panel.set_yticks(range(len(runtimes)), list(runtimes), fontsize=9)
+    panel.set_ylim(len(runtimes) - 0.4, -0.6)  # the engine is above
     panel.set_xlim(0, longest / scale * 1.32)  # room for the words behind the bars
     panel.set_xlabel(unit, fontsize=9)
     panel.set_title(result["configuration"], fontsize=9, loc="left")
@@ -141,10 +141,10 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _parts(contender: dict[str, Any]) -> dict[str, float]:
+def _parts(runtime: dict[str, Any]) -> dict[str, float]:
     """Return the stages that add up to the total, with their milliseconds."""
     return {
         stage: figures["median_ms"]
-        for stage, figures in contender["stages"].items()
-        if stage not in contender["beside"] and figures["median_ms"] > 0
+        for stage, figures in runtime["stages"].items()
+        if stage not in runtime["beside"] and figures["median_ms"] > 0
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import paper
-from benchmarks.contenders import ENGINE
+from benchmarks.runtimes import ENGINE
 from benchmarks.stages import LABELS, PER_STEP, STEPS
 from benchmarks.summary import AIM_COMPILED, AIM_FASTER, AIM_FLOORS, AIM_MEMORY, AIM_OUTSIDE, aim_text
 
@@ -38,10 +38,10 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"texts fill {_count(result['text_chunks'], 'chunk')} of 77 tokens.",
             "",
         ]
-        for name, contender in result["contenders"].items():
-            lines += [*_stages(name, contender), ""]
-        lines += _comparison(result["contenders"])
-        lines += ["", *_aims(result["contenders"])]
+        for name, runtime in result["runtimes"].items():
+            lines += [*_stages(name, runtime), ""]
+        lines += _comparison(result["runtimes"])
+        lines += ["", *_aims(result["runtimes"])]
     return "\n".join([*lines, "", *_published(report["results"])])
 
 
@@ -58,7 +58,7 @@ def _head(report: dict[str, Any]) -> list[str]:
         f"- Python {machine['python']}, {versions}",
         f"- bundle {bundle['name']}, {bundle['precision']} (VAE {bundle['vae_precision']}), digest {bundle['digest']}, "
         f"backend {report['backend']}",
-        f"- {_count(report['warmup'], 'restoration')} for warm-up, then {report['repeats']} counted, contenders in "
+        f"- {_count(report['warmup'], 'restoration')} for warm-up, then {report['repeats']} counted, runtimes in "
         f"turns; threads: {report['threads'] or 'one per core'}",
         f"- floor: counted FLOPs over the matrix rate: {rates} ({report['floor']['how']}); "
         "floor / median: what share of that rate is reached",
@@ -74,18 +74,18 @@ def _gpu(gpu: dict[str, Any] | None) -> str:
     return f"{gpu['name']} (compute capability {gpu['compute_capability']}, {_mib(gpu['memory_bytes'])} MiB), {driver}"
 
 
-def _stages(name: str, contender: dict[str, Any]) -> list[str]:
+def _stages(name: str, runtime: dict[str, Any]) -> list[str]:
     lines = [f"**{name}**", "", _row(*_STAGE_HEAD), _row("---", *[_NUMBER] * (len(_STAGE_HEAD) - 1))]
-    apart = contender["beside"]
-    for stage, figures in contender["stages"].items():
+    apart = runtime["beside"]
+    for stage, figures in runtime["stages"].items():
         label = LABELS[stage] + (" *" if stage in apart else "")
         each = f"{figures['each_ms']:.2f}" if stage in PER_STEP else ""
         times = str(figures["times"]) if stage in PER_STEP else ""
         lines.append(_row(label, times, *_times(figures), each, *_rates(figures)))
-    lines.append(_row("**total**", "", *_times(contender["total"]), "", *_rates(contender["total"])))
+    lines.append(_row("**total**", "", *_times(runtime["total"]), "", *_rates(runtime["total"])))
     if apart:
         lines += ["", "\\* on a stream of its own, beside other stages: not in the sum."]
-    if STEPS in contender["stages"]:
+    if STEPS in runtime["stages"]:
         lines += ["", "The device has one clock for the whole loop, so ControlNet and UNet are one stage."]
     return lines
 
@@ -106,20 +106,20 @@ def _rates(figures: dict[str, float]) -> tuple[str, ...]:
     )
 
 
-def _comparison(contenders: dict[str, dict[str, Any]]) -> list[str]:
+def _comparison(runtimes: dict[str, dict[str, Any]]) -> list[str]:
     def row(label: str, value: Any) -> str:
-        return _row(label, *(value(contender) for contender in contenders.values()))
+        return _row(label, *(value(runtime) for runtime in runtimes.values()))
 
     lines = [
-        _row("", *contenders),
-        _row("---", *[_NUMBER] * len(contenders)),
+        _row("", *runtimes),
+        _row("---", *[_NUMBER] * len(runtimes)),
         row("total, ms", lambda found: _ms(found["total"]["median_ms"])),
         row("seconds an image", lambda found: f"{found['seconds_an_image']:.3f}"),
         row("cold start, ms", lambda found: _ms(found["cold_start_ms"])),
         row("warm start, ms", lambda found: _ms(found["warm_start_ms"])),
         row("peak memory, MiB", lambda found: _mib(found["peak_memory_bytes"])),
     ]
-    if any(found["gpu_peak_bytes"] is not None for found in contenders.values()):
+    if any(found["gpu_peak_bytes"] is not None for found in runtimes.values()):
         lines.append(row("GPU memory, without CUDA's context, MiB", lambda found: _mib(found["gpu_peak_bytes"])))
     lines += [
         "",
@@ -129,8 +129,8 @@ def _comparison(contenders: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _aims(contenders: dict[str, dict[str, Any]]) -> list[str]:
-    engine = contenders[ENGINE]
+def _aims(runtimes: dict[str, dict[str, Any]]) -> list[str]:
+    engine = runtimes[ENGINE]
     on_gpu = engine["gpu"] is not None
     lines = []
     if on_gpu:
@@ -138,7 +138,7 @@ def _aims(contenders: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(f"Of the floor's time: {aim_text(over, AIM_FLOORS, '{:.2f} ×', less=True)}.")
     else:
         lines.append(f"Outside the graphs: {aim_text(engine['outside_share'], AIM_OUTSIDE, '{:.1%}', less=True)}.")
-    for name, base in contenders.items():
+    for name, base in runtimes.items():
         if name == ENGINE:
             continue
         faster = base["total"]["median_ms"] / engine["total"]["median_ms"]
@@ -161,8 +161,8 @@ def _published(results: list[dict[str, Any]]) -> list[str]:
     ]
     lines += [_row(f"*published:* {method}", f"{seconds:g}") for method, seconds in paper.TABLE_3.items()]
     for result in results:
-        for name, contender in result["contenders"].items():
-            lines.append(_row(f"{name}, {result['configuration']}", f"{contender['seconds_an_image']:.3f}"))
+        for name, runtime in result["runtimes"].items():
+            lines.append(_row(f"{name}, {result['configuration']}", f"{runtime['seconds_an_image']:.3f}"))
     return lines
 
 

@@ -4,7 +4,7 @@ python benchmarks/scaling.py --bundle bundles/ours --megapixels 0.25 0.5 1 2 4 8
 
 Each size is the command `python -m engine.restore` in a process of its own, so that its peak memory is its own.
 The picture is one photo, resized to 4 : 3. The slope is that of log time over log pixels: 1 is linear. Sizes up
-to four of the bundle's windows are sampled whole, larger ones in windows: `--tile` and `--vae-tiles` fix the
+to four of the bundle's tiles are sampled whole, larger ones in tiles: `--tile` and `--vae-tiles` fix the
 way, so that one slope is about one way.
 """
 
@@ -110,7 +110,7 @@ def _print(row: dict[str, Any]) -> None:
     size, seconds, million = row["size"], row["total_ms"] / 1e3, row["pixels"] / 1e6
     plan = row["size_plan"] or {}
     ways = [
-        f"{what} {plan[key]}" for what, key in (("windows", "window_px"), ("tiles", "vae_tile_px")) if plan.get(key)
+        f"{what} {plan[key]}" for what, key in (("tiles", "tile_px"), ("VAE tiles", "vae_tile_px")) if plan.get(key)
     ]
     way = ", ".join(ways + ["VAE by rows"] * bool(plan.get("vae_by_rows")))
     memory = format_memory(row["peak_memory_bytes"])

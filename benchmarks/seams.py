@@ -1,10 +1,10 @@
-"""How far windows and parts are from the whole, and whether their borders show.
+"""How far tiled sampling and a tiled VAE are from the whole image, and whether seams show.
 
 python benchmarks/seams.py --bundle bundles/ours --image photo.jpg --steps 4 --json seams.json
 
-At a size where both run, each part is done whole and in windows, everything else being equal: the sampling, the
+At a size where both run, each part is done whole and in tiles, all else equal: the sampling, the
 VAE's decoder, its encoder, and the encoder for degraded photos; the VAE also a few rows at a time, which is exact. The
-error along the borders of windows is set against the error elsewhere: above 1.1, a seam could be seen.
+error along the borders of tiles is set against the error elsewhere: above 1.1, a seam could be seen.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.machine import describe_machine
 from engine import Restorer
 from engine.cli.console import run_command
 from engine.cli.options import path_option, whole_number
-from engine.image.preprocess import frame, load_photo
-from engine.memory.size_plan import SizePlan, default_window
+from engine.image.preprocess import load_photo, preprocess
+from engine.memory.size_plan import SizePlan, default_tile
 from engine.memory.vae_slices import SlicedVae
 from engine.sampling.tiling import Tiling
 
@@ -35,15 +35,15 @@ _BAND_CELLS = 1
 SEAMLESS = 1.1
 
 
-def border_mask(windows: Tiling, band: int = _BAND_CELLS) -> NDArray[np.bool_]:
-    """Return where a window's side lies inside the image, with `band` cells on either side, bool[H,W]."""
-    mask = np.zeros((windows.height, windows.width), bool)
-    for window in windows:
-        for side in (window.top, window.top + window.height):
-            if 0 < side < windows.height:
+def border_mask(tiles: Tiling, band: int = _BAND_CELLS) -> NDArray[np.bool_]:
+    """Return where a tile's side lies inside the image, with `band` cells on either side, bool[H,W]."""
+    mask = np.zeros((tiles.height, tiles.width), bool)
+    for tile in tiles:
+        for side in (tile.top, tile.top + tile.height):
+            if 0 < side < tiles.height:
                 mask[max(0, side - band) : side + band] = True
-        for side in (window.left, window.left + window.width):
-            if 0 < side < windows.width:
+        for side in (tile.left, tile.left + tile.width):
+            if 0 < side < tiles.width:
                 mask[:, max(0, side - band) : side + band] = True
     return mask
 
@@ -54,16 +54,16 @@ def psnr(found: NDArray[np.float32], whole: NDArray[np.float32]) -> float:
     return 10 * math.log10(float(whole.max() - whole.min()) ** 2 / max(squared, 1e-30))
 
 
-def compare(found: NDArray[np.float32], whole: NDArray[np.float32], windows: Tiling, band: int) -> dict[str, float]:
+def compare(found: NDArray[np.float32], whole: NDArray[np.float32], tiles: Tiling, band: int) -> dict[str, float]:
     """Return how two images f32[1,C,H,W] differ: PSNR over the whole's range, and the border's error over the rest's.
 
     Args:
-        found, whole: in windows, and at once.
-        windows: on these images.
+        found, whole: in tiles, and at once.
+        tiles: on these images.
         band: on either side of a border.
     """
     squared = np.mean((found.astype(np.float64) - whole) ** 2, axis=(0, 1))
-    border = border_mask(windows, band)
+    border = border_mask(tiles, band)
     along, elsewhere = (math.sqrt(squared[part].mean()) for part in (border, ~border))
     return {
         "psnr_db": psnr(found, whole),
@@ -78,29 +78,29 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
     bundle = restorer.bundle
     settings = restorer.defaults.updated({"steps": steps, "tile": "off", "vae_tiles": "off"})
     factor = bundle.pixels_per_cell
-    lq = frame(load_photo(image), (side, side))[None]
+    lq = preprocess(load_photo(image), (side, side))[None]
     cells = side // factor
-    tiles, windows = plan.vae_mode(bundle, cells, cells), plan.windows(bundle, cells, cells)
-    assert isinstance(tiles, Tiling)
-    in_pixels = tiles.scaled(factor)
+    vae_tiles, latent_tiles = plan.vae_mode(bundle, cells, cells), plan.latent_tiles(bundle, cells, cells)
+    assert isinstance(vae_tiles, Tiling)
+    vae_pixels = vae_tiles.scaled(factor)
     z_lq = restorer.stages.encode(lq)
     pixels = restorer.stages.decode(z_lq)
     center = restorer.stages.encode_clean(pixels)
     texts = restorer.stages.conditioning(settings)
     z = restorer.stages.sample(z_lq, texts, settings, center=center)
-    in_windows = restorer.stages.sample(z_lq, texts, settings, center=center, windows=windows)
+    in_tiles = restorer.stages.sample(z_lq, texts, settings, center=center, tiles=latent_tiles)
     band = _BAND_CELLS
     rows = SlicedVae()
     return {
-        "denoise encoder, exact": {"psnr_db": psnr(restorer.stages.encode(lq, way=rows), z_lq)},
-        "vae decoder, exact": {"psnr_db": psnr(restorer.stages.decode(z_lq, way=rows), pixels)},
-        "vae encoder, exact": {"psnr_db": psnr(restorer.stages.encode_clean(pixels, way=rows), center)},
-        "denoise encoder": compare(restorer.stages.encode(lq, way=tiles), z_lq, tiles, band),
-        "vae decoder": compare(restorer.stages.decode(z_lq, way=tiles), pixels, in_pixels, band * factor),
-        "vae encoder": compare(restorer.stages.encode_clean(pixels, way=tiles), center, tiles, band),
-        "sampling, latent": compare(in_windows, z, windows, band),
+        "denoise encoder, exact": {"psnr_db": psnr(restorer.stages.encode(lq, vae_mode=rows), z_lq)},
+        "vae decoder, exact": {"psnr_db": psnr(restorer.stages.decode(z_lq, vae_mode=rows), pixels)},
+        "vae encoder, exact": {"psnr_db": psnr(restorer.stages.encode_clean(pixels, vae_mode=rows), center)},
+        "denoise encoder": compare(restorer.stages.encode(lq, vae_mode=vae_tiles), z_lq, vae_tiles, band),
+        "vae decoder": compare(restorer.stages.decode(z_lq, vae_mode=vae_tiles), pixels, vae_pixels, band * factor),
+        "vae encoder": compare(restorer.stages.encode_clean(pixels, vae_mode=vae_tiles), center, vae_tiles, band),
+        "sampling, latent": compare(in_tiles, z, latent_tiles, band),
         "sampling, picture": compare(
-            restorer.stages.decode(in_windows), restorer.stages.decode(z), windows.scaled(factor), band * factor
+            restorer.stages.decode(in_tiles), restorer.stages.decode(z), latent_tiles.scaled(factor), band * factor
         ),
     }
 
@@ -110,23 +110,23 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=path_option, metavar="DIR")
     parser.add_argument("--image", type=path_option, required=True, metavar="FILE")
-    parser.add_argument("--size", type=whole_number(64, 8192), metavar="PX", help="default: twice the bundle's window")
-    parser.add_argument("--tile", type=whole_number(64, 8192), metavar="PX", help="default: the bundle's window")
+    parser.add_argument("--size", type=whole_number(64, 8192), metavar="PX", help="default: twice the bundle's tile")
+    parser.add_argument("--tile", type=whole_number(64, 8192), metavar="PX", help="default: the bundle's tile")
     parser.add_argument("--vae-tile", type=whole_number(64, 8192), default=512, metavar="PX")
     parser.add_argument("--steps", type=whole_number(1, 1000), default=4, metavar="N")
     parser.add_argument("--json", type=path_option, metavar="FILE")
     options = parser.parse_args(arguments)
     with Restorer.open(options.bundle) as restorer:
-        window = options.tile or default_window(restorer.bundle)
-        side = options.size or 2 * window
-        found = measure(restorer, options.image, side, SizePlan(window, options.vae_tile), options.steps)
-    print(f"{side} × {side}, windows of {window}, VAE tiles of {options.vae_tile} pixels, {options.steps} steps\n")
+        tile = options.tile or default_tile(restorer.bundle)
+        side = options.size or 2 * tile
+        found = measure(restorer, options.image, side, SizePlan(tile, options.vae_tile), options.steps)
+    print(f"{side} × {side}, tiles of {tile}, VAE tiles of {options.vae_tile} pixels, {options.steps} steps\n")
     print("| part | PSNR, dB | error along borders | elsewhere | ratio |\n|---|---:|---:|---:|---:|")
     for part, row in found.items():
         errors = (f"{row[name]:.3g}" if name in row else "" for name in ("rms_along_borders", "rms_elsewhere", "ratio"))
         print(f"| {part} | {row['psnr_db']:.1f} | {' | '.join(errors)} |")
     if options.json is not None:
-        report = {"machine": describe_machine(), "side_px": side, "window_px": window, "vae_tile_px": options.vae_tile}
+        report = {"machine": describe_machine(), "side_px": side, "tile_px": tile, "vae_tile_px": options.vae_tile}
         options.json.write_text(json.dumps({**report, "steps": options.steps, "parts": found}, indent=1) + "\n")
     return 0
 

@@ -95,7 +95,7 @@ class Direct:
 
     def __call__(self, seed: int) -> bytes:
         result = self._restorer.restore(decode_photo(self._photo), seed=seed, **self._changes)
-        return encode_photo(result.photo, ".png", result.history)
+        return encode_photo(result.photo, ".png", result.provenance)
 
 
 def closed_loop(

@@ -1,4 +1,4 @@
-"""From what the contenders' processes tell to figures: medians, rates, shares of the floor."""
+"""From what the runtimes' processes tell to figures: medians, rates, shares of the floor."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def aim_text(found: float, aim: float | None, form: str, *, less: bool) -> str:
 
 
 def summarize(
-    contender: Mapping[str, Any], works: Mapping[str, Any], rates_tflops: Mapping[Precision, float], batch: int
+    runtime: Mapping[str, Any], works: Mapping[str, Any], rates_tflops: Mapping[Precision, float], batch: int
 ) -> dict[str, Any]:
-    """Return a contender's figures.
+    """Return a runtime's figures.
 
     Args:
-        contender: from `benchmarks.contenders.measure`.
+        runtime: from `benchmarks.runtimes.measure`.
         works: the `benchmarks.flops.Work` of each stage that has graphs.
         rates_tflops: the device's matrix rate by precision.
         batch: photos in a restoration.
@@ -53,7 +53,7 @@ def summarize(
         stage's own), "flops", "bytes_moved", "tflops", "gb_s", "floor_ms", "floor_share"; and the same of
         the total.
     """
-    runs = contender["runs"]
+    runs = runtime["runs"]
     split = [split_times(run["graphs_ms"], run["outside_ms"], run["device_ms"], run["total_ms"]) for run in runs]
     stages = {}
     for stage in split[-1]:
@@ -69,7 +69,7 @@ def summarize(
     whole = [works[stage] for stage in stages if stage in works]
     outside = [(run["total_ms"] - sum(run["graphs_ms"].values())) / run["total_ms"] for run in runs]
     return {
-        **{key: value for key, value in contender.items() if key not in ("runs", "launches")},
+        **{key: value for key, value in runtime.items() if key not in ("runs", "launches")},
         "beside": [stage for stage in beside(stages) if stage in stages],
         "stages": stages,
         "total": {**total, **_achieved(total["median_ms"], whole, rates_tflops)},

@@ -250,5 +250,5 @@ def _translated(graph: str) -> Iterator[None]:
             "out of GPU memory",
             where=f"PyTorch: {graph}",
             found=str(error).split(".")[0],
-            fix="measure a smaller --size or --batch, or one --baseline at a time: all contenders share the GPU",
+            fix="measure a smaller --size or --batch, or one --baseline at a time: all runtimes share the GPU",
         ) from error

@@ -11,8 +11,8 @@ from engine.errors import UsageError
 
 Sampler = Literal["edm", "dpmpp2m"]
 ColorFix = Literal["wavelet", "adain", "none"]
-#: "auto" leaves the choice to size and memory, "off" works at the whole; a number is a window's side in pixels.
-Tile = Annotated[int, Field(ge=64, le=8192)] | Literal["auto", "off"]
+#: "auto" leaves the choice to size and memory, "off" samples the whole latent; a number is a tile's side in pixels.
+TileSize = Annotated[int, Field(ge=64, le=8192)] | Literal["auto", "off"]
 #: "exact" works at a few rows at a time, "fast" at tiles, which is approximate.
 VaeTiles = Literal["auto", "off", "exact", "fast"]
 
@@ -75,7 +75,7 @@ class Settings(BaseModel):
     color_fix: ColorFix = Field("wavelet", description="where the colours come from: stage 1, or the result")
     upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
     min_size: int = Field(1024, ge=64, le=8192, description="least shorter side that the networks see, in pixels")
-    tile: Tile = Field("auto", description="windows that are sampled: their side in pixels, auto, or off")
+    tile: TileSize = Field("auto", description="side in pixels of the tiles for sampling, auto, or off")
     vae_tiles: VaeTiles = Field("auto", description="whether the VAE works at parts: exact, or fast")
     prompt: str = Field("", max_length=MAX_TEXT, description="what the photo shows")
     quality_words: str = Field(QUALITY_WORDS, max_length=MAX_TEXT, description="appended to the prompt")

@@ -18,6 +18,6 @@ with Restorer.open() as restorer:
     result = restorer.restore(photo)
 
 # The file keeps the photo's metadata, and says how it was made: `--like 01.png` repeats it.
-write_photo(Path("01.png"), result.photo, result.history, overwrite=True)
+write_photo(Path("01.png"), result.photo, result.provenance, overwrite=True)
 height, width, _ = result.photo.rgb.shape
 print(f"01.png: {width} × {height}, seed {result.settings.seed}")

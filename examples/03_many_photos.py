@@ -19,5 +19,5 @@ with Restorer.open() as restorer:
 
 for number, (photo, result) in enumerate(zip(photos, results, strict=True)):
     output = Path(f"03-{number}.png")
-    write_photo(output, result.photo, result.history, overwrite=True)
+    write_photo(output, result.photo, result.provenance, overwrite=True)
     print(f"{photo.name} → {output}, seed {result.settings.seed}")

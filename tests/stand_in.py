@@ -47,9 +47,9 @@ _ARGUMENTS = {
     "combine_step": (8, 0),
     "advance_step": (1, 0),
     "clear": (1, 0),
-    "take_window": (5, 6),
-    "add_window": (7, 5),
-    "advance_window": (1, 1),
+    "take_tile": (5, 6),
+    "add_tile": (7, 5),
+    "advance_tile": (1, 1),
 }
 
 

@@ -63,10 +63,15 @@ def main(arguments: Sequence[str]) -> int:
         elapsed_s = time.monotonic() - started
     write_file(output, result.image)
     if options.json:
-        report = {"input": str(options.image), "output": str(output), **result.history, "seconds": round(elapsed_s, 3)}
+        report = {
+            "input": str(options.image),
+            "output": str(output),
+            **result.provenance,
+            "seconds": round(elapsed_s, 3),
+        }
         print(json.dumps(report, indent=1))
     elif not options.quiet:
-        print(f"{output}  ({elapsed_s:.1f} s, seed {result.history['settings']['seed']})")
+        print(f"{output}  ({elapsed_s:.1f} s, seed {result.provenance['settings']['seed']})")
     return 0
 
 
@@ -82,8 +87,8 @@ def _follow(client: Client, image: bytes, asked: dict[str, Any], options: argpar
             elif event.kind == "preview":
                 write_file(options.previews / f"{options.image.stem}.{event.step:04d}.jpg", event.image)
             elif event.kind == "result":
-                assert event.history is not None
-                return Result(event.image, event.history)
+                assert event.provenance is not None
+                return Result(event.image, event.provenance)
     raise OutputError("the stream has ended without a result", where=options.url)
 
 

@@ -57,11 +57,11 @@ class Result:
 
     Attributes:
         image: the encoded file.
-        history: engine, bundle and settings that it was made with, as in its metadata.
+        provenance: engine, bundle and settings that it was made with, as in its metadata.
     """
 
     image: bytes
-    history: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Event:
         step, steps: that are done, of how many; 0 before the first.
         eta_s: seconds until the last step, from the mean of those that are done.
         image: a JPEG for a preview, the encoded file for the result.
-        history: of the result.
+        provenance: of the result.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Event:
     steps: int = 0
     eta_s: float | None = None
     image: bytes = b""
-    history: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
 
 
 class Client:
@@ -230,7 +230,7 @@ def _result(answer: Any) -> Result:
 
 def _event(answer: Any) -> Event:
     told = json.loads(answer.as_numpy(EVENT)[0])
-    known = {name: told[name] for name in ("kind", "step", "steps", "eta_s", "history") if name in told}
+    known = {name: told[name] for name in ("kind", "step", "steps", "eta_s", "provenance") if name in told}
     return Event(image=answer.as_numpy(RESTORED)[0], **known)
 
 

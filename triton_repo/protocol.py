@@ -61,14 +61,14 @@ class Run(BaseModel):
 
     Attributes:
         deadline: seconds of this computer's monotonic clock, at which it stops; None is never.
-        watch: the name of the stream that is told every step; see `triton_repo.watch`.
+        progress_channel: the name of the stream that is told every step; see `triton_repo.progress_channel`.
         preview_every: steps between two estimates that the stream is sent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deadline: float | None = None
-    watch: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    progress_channel: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     preview_every: int = Field(0, ge=0, le=1000)
 
 

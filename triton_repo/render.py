@@ -50,7 +50,7 @@ _LIMITS = (
     ("max_text", 1, 16_000, "characters of a text; default: {standard}"),
     ("max_streams", 1, 1000, "at once; default: {standard}"),
 )
-_MODEL = '''"""Rendered by triton_repo/render.py; the member is `triton_repo.models.{module}`."""
+_MODEL = '''"""Rendered by triton_repo/render.py; the model is `triton_repo.models.{module}`."""
 
 from triton_repo.models.{module} import TritonPythonModel
 
@@ -82,7 +82,7 @@ def render(request: Request) -> list[str]:
     """Render a repository; what was rendered there before is replaced.
 
     Returns:
-        The members' names.
+        The models' names.
     Raises:
         BundleError: it cannot be served like this. OutputError: the folder cannot be written.
         UsageError: more instances than the memory holds.
@@ -218,8 +218,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     add_layout(parser)
     options = parser.parse_args(arguments)
-    members = render(request_of(options, options.bundle or default_bundle_dir(), options.output, options.served_from))
-    print(f"{options.output}: {', '.join(members)}")
+    models = render(request_of(options, options.bundle or default_bundle_dir(), options.output, options.served_from))
+    print(f"{options.output}: {', '.join(models)}")
     return 0
 
 

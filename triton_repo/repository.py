@@ -1,7 +1,7 @@
-"""From a bundle to the server's configuration: one typed message for each member.
+"""From a bundle to the server's configuration: one typed message for each model.
 
 Names, types and shapes of the networks come from the bundle's `GraphSpec`s, and so do those of the tensors between
-them and the members that are ours.
+them and the models that are ours.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class DeploymentConfig:
     """How a bundle is served.
 
     Attributes:
-        served_by: what runs the graphs that are members.
+        served_by: what runs the graphs that are models.
         instances: of `sample`, on each device: each has its own copy of the networks.
-        gpus: that members run on; none means the CPU.
+        gpus: that models run on; none means the CPU.
         queue_delay_us: for which a request that is to be sampled waits for others of its shape.
         max_queue: requests that wait to be encoded, and as many to be sampled; the next one is refused.
         cache: whether equal requests are answered from the server's response cache.
@@ -68,7 +68,7 @@ class DeploymentConfig:
 
 
 def configurations(bundle: Bundle, serving: ServingConfig, layout: DeploymentConfig) -> dict[str, pb.ModelConfig]:
-    """Return every member's configuration by its name."""
+    """Return every model's configuration by its name."""
     made = _Maker(bundle, serving, layout)
     return {
         **{graph: made.graph(graph) for graph in MEMBERS},
@@ -108,7 +108,7 @@ class _Maker:
                 config.dynamic_batching.default_queue_policy.max_queue_size = self._layout.max_queue
             group.rate_limiter.resources.add(name=_VAE_RESOURCE, count=1)
         if self._layout.served_by == "python":
-            self._tell(config)
+            self._add_parameters(config)
         self._warm_up(config, spec.inputs)
         return config
 
@@ -195,7 +195,7 @@ class _Maker:
             for tensor, (data_type, dims) in tensors.items():
                 add(name=tensor, data_type=data_type, dims=dims)
         self._group(config, instances, on_device=on_device)
-        self._tell(config)
+        self._add_parameters(config)
         return config
 
     def _group(self, config: pb.ModelConfig, count: int, *, on_device: bool = True) -> Any:
@@ -203,7 +203,7 @@ class _Maker:
             return config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=self._layout.gpus)
         return config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
 
-    def _tell(self, config: pb.ModelConfig) -> None:
+    def _add_parameters(self, config: pb.ModelConfig) -> None:
         config.parameters[PARAMETER].string_value = self._serving.model_dump_json()
 
     def _warm_up(self, config: pb.ModelConfig, inputs: Sequence[TensorSpec]) -> None:

@@ -94,7 +94,7 @@ class Restarts:
 
 
 def keep_running(server: Server, restarts: Restarts, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Start a server again whenever it or a member dies, until the program is interrupted.
+    """Start a server again whenever it or a model dies, until the program is interrupted.
 
     Args:
         server: that has been started.
@@ -123,7 +123,7 @@ def keep_running(server: Server, restarts: Restarts, sleep: Callable[[float], No
 
 
 def _wait_for_death(server: Server, log: Path) -> str:
-    """Wait until a server or one of its members dies, and return what happened.
+    """Wait until a server or one of its models dies, and return what happened.
 
     Raises:
         BackendError: the server has ended without a signal: somebody stopped it, or it gave up.
@@ -135,7 +135,7 @@ def _wait_for_death(server: Server, log: Path) -> str:
             status = server.process.wait(_LOOK_EVERY_S)
         except subprocess.TimeoutExpired:
             if has_lost_a_member:  # and not because the server itself has ended
-                return "a member has died"
+                return "a model has died"
             continue
         if status < 0:
             return f"the server has died of signal {-status} ({signal.strsignal(-status)})"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.errors import BackendError, UsageError
 from triton_repo.environment import Programs
-from triton_repo.meeting import folder_of
+from triton_repo.runtime_dir import runtime_dir_of
 
 #: Interfaces that read this computer's memory, write files or change models: closed to everybody.
 RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
@@ -106,7 +106,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the server and wait until every member is ready.
+        """Start the server and wait until every model is ready.
 
         Raises:
             UsageError: a port is taken. BackendError: it ends, or takes too long.
@@ -135,14 +135,14 @@ class Server:
             raise
 
     def has_lost_a_member(self) -> bool:
-        """Tell whether a member's process has died, as where memory ran out.
+        """Tell whether a model's process has died, as where memory ran out.
 
         Triton 2.51 does not start it again, fails every request that needs it, and says that it is ready.
         """
         return bool(self._members - self._children())
 
     def is_ready(self) -> bool:
-        """Tell whether every member is there and warm."""
+        """Tell whether every model is there and warm."""
         try:
             with urllib.request.urlopen(f"http://{self._host}:{self.ports.http}/v2/health/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -176,7 +176,7 @@ class Server:
         self._kill_group()
 
     def why(self) -> str:
-        """Return what the log says, since the last start, of a member that could not be loaded, or its last error."""
+        """Return what the log says, since the last start, of a model that could not be loaded, or its last error."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             text = log.read().decode(errors="replace").replace("\\n", "\n")
@@ -187,7 +187,7 @@ class Server:
         return errors[-1] if errors else text.strip()[-300:]
 
     def _children(self) -> frozenset[int]:
-        """Return the processes of members that live; a dead one that nobody has waited for does not."""
+        """Return the processes of models that live; a dead one that nobody has waited for does not."""
         assert self.process is not None
         found = set()
         for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
@@ -203,7 +203,7 @@ class Server:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlive their server
-        shutil.rmtree(folder_of(self.process.pid), ignore_errors=True)
+        shutil.rmtree(runtime_dir_of(self.process.pid), ignore_errors=True)
 
     def _check_ports(self) -> None:
         if len(set(self.ports)) != 3:

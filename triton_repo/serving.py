@@ -88,7 +88,7 @@ class ServingConfig(BaseModel):
         Raises:
             UsageError, ImageError: as `engine.memory.size_plan.choose_plan`.
         """
-        return SizePlan(choose_plan(bundle, size, settings, total_memory_bytes()).window_px)
+        return SizePlan(choose_plan(bundle, size, settings, total_memory_bytes()).tile_px)
 
     def check(self, settings: Settings) -> None:
         """Refuse settings beyond what this server takes on.

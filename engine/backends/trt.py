@@ -11,7 +11,7 @@ from typing import Any
 from engine.backends.buffers import BufferRunner
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
-from engine.backends.trt_plan import check_plan, check_probe, failed, rebuild, refit
+from engine.backends.trt_plan import check_parity_sample, check_plan, failed, rebuild, refit
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, TrtEngine
 from engine.bundle.profiles import choose_profile
@@ -87,7 +87,7 @@ class TrtBackend:
             refit(engine, bundle, entry, self.library.api, self._log)
             once = (bundle.digest, graph)
             if once not in self._checked:
-                check_probe(runner, bundle, entry)
+                check_parity_sample(runner, bundle, entry)
                 self._checked.add(once)
         return runner
 

@@ -105,16 +105,16 @@ def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None
         raise failed("fill the plan with the bundle's weights", graph.spec.name, log, fix=rebuild(bundle))
 
 
-def check_probe(runner: Runner, bundle: Bundle, graph: Graph) -> None:
-    """Run a refitted plan on the bundle's probe, before it may be used for anything else.
+def check_parity_sample(runner: Runner, bundle: Bundle, graph: Graph) -> None:
+    """Run a refitted plan on the bundle's parity sample, before it may be used for anything else.
 
     Raises:
         BackendError: it disagrees with the merged weights.
     """
-    assert graph.probe is not None, "a weight-stripped plan comes with a probe"
-    with np.load(bundle.file(graph.probe)) as probe:
-        inputs = {tensor.name: probe[tensor.name] for tensor in graph.spec.inputs}
-        expected = {tensor.name: probe[f"expected {tensor.name}"] for tensor in graph.spec.outputs}
+    assert graph.parity_sample is not None, "a weight-stripped plan comes with a parity sample"
+    with np.load(bundle.file(graph.parity_sample)) as parity_sample:
+        inputs = {tensor.name: parity_sample[tensor.name] for tensor in graph.spec.inputs}
+        expected = {tensor.name: parity_sample[f"expected {tensor.name}"] for tensor in graph.spec.outputs}
     found = runner.infer(inputs)
     bound = _PROBE_BOUNDS[graph.spec.precision]
     for name, wanted in expected.items():

@@ -140,7 +140,7 @@ class Graph(_Model):
 
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
-        probe: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
+        parity_sample: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
         pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
         pieces_file: a zip file of the pieces' graphs.
     """
@@ -150,7 +150,7 @@ class Graph(_Model):
     verification: Verification
     weights_bytes: int
     plan: TrtEngine | None = None
-    probe: File | None = None
+    parity_sample: File | None = None
     pieces: tuple[Piece, ...] = ()
     pieces_file: File | None = None
 
@@ -158,7 +158,7 @@ class Graph(_Model):
     def files(self) -> tuple[File, ...]:
         """Its files in the bundle's folder."""
         plan = None if self.plan is None else self.plan.file
-        return tuple(file for file in (self.file, plan, self.probe, self.pieces_file) if file is not None)
+        return tuple(file for file in (self.file, plan, self.parity_sample, self.pieces_file) if file is not None)
 
 
 class Tokenizer(_Model):

@@ -18,7 +18,7 @@ from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
 from engine.pipeline.plan import RestorationPlan
-from engine.pipeline.provenance import history_of
+from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
 from engine.settings import Settings
 from engine.units import format_duration
@@ -34,7 +34,7 @@ class ProgressListener(Protocol):
         """Hear that a sampling step is done."""
 
     def part(self, stage: str, done: int, total: int) -> None:
-        """Hear how many windows of a step, or of another stage, are done."""
+        """Hear how many tiles of a step, or of another stage, are done."""
 
     def note(self, text: str, *, detail: bool = False) -> None:
         """Hear something about a photo that its owner must know, or, as a detail, may want to."""
@@ -93,7 +93,7 @@ class BatchRunner:
 
     def write(self, output: Path, result: Restored) -> None:
         """Write a result."""
-        write_photo(output, result.photo, result.history, overwrite=self.overwrite)
+        write_photo(output, result.photo, result.provenance, overwrite=self.overwrite)
 
     def remaining(self, job: PhotoJob) -> PhotoJob:
         """Return a job without what was made since it was planned: by a worker that was lost, or another run."""
@@ -104,8 +104,8 @@ class BatchRunner:
         return PhotoJob(job.photo, outputs, (*job.done, *(output for _, output in made)))
 
     def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
-        history = history_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
-        return is_made(output, job.photo, history)
+        provenance = provenance_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
+        return is_made(output, job.photo, provenance)
 
 
 def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
@@ -131,7 +131,7 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
             try:
                 _restore_one(current, photo, work, watch, writer, behind)
             except Exception as error:
-                current.error = _told(error, job, watch)
+                current.error = _restore_error(error, job, watch)
             if behind is not None:
                 yield behind.outcome(watch)
             behind = current
@@ -161,10 +161,10 @@ class _Open:
             if (error := write.exception()) is None:
                 written.append({**report, "peak_memory_bytes": peak_memory_bytes()})
             else:
-                self.error = self.error or _told(error, self.job, watch)
+                self.error = self.error or _restore_error(error, self.job, watch)
         failed = [error for picture in self.pictures if (error := picture.exception()) is not None]
         if failed and self.error is None:
-            self.error = _told(failed[0], self.job, watch)
+            self.error = _restore_error(failed[0], self.job, watch)
         pictures = [picture.result() for picture in self.pictures] if not failed and self.error is None else []
         before, after = pictures if len(pictures) == 2 else (None, None)
         return Outcome(self.job, tuple(written), self.error, before, after)
@@ -188,8 +188,8 @@ def _restore_one(
         if work.previews:
             current.pictures = [writer.submit(preview, photo), writer.submit(_preview_of_file, job.done[0])]
         return
-    for remark in photo.remarks:
-        watch.note(f"note: {job.photo}: {remark}")
+    for warning in photo.warnings:
+        watch.note(f"note: {job.photo}: {warning}")
     for _, output in job.outputs:
         _make_folder(output.parent)
         check_output(output, photo, overwrite=work.overwrite)
@@ -213,7 +213,7 @@ def _report(source: Path, output: Path, photo: Photo, result: Restored) -> dict[
         "input_size": photo.size,
         "output": str(output),
         "output_size": result.photo.size,
-        **result.history,
+        **result.provenance,
         "graphs_ms": _rounded(result.timings.graphs_ms),
         "outside_ms": _rounded(result.timings.outside_ms),
         "device_ms": _rounded(result.timings.device_ms),
@@ -236,7 +236,7 @@ def _make_folder(folder: Path) -> None:
         raise from_os_error(error, folder, "create the folder") from error
 
 
-def _told(error: BaseException, job: PhotoJob, watch: ProgressListener) -> RestoreError:
+def _restore_error(error: BaseException, job: PhotoJob, watch: ProgressListener) -> RestoreError:
     """Return any error as one of a photo; a bug comes with its traceback as a note, and does not stop the others."""
     if isinstance(error, RestoreError):
         return error if str(job.photo) in str(error) else error.at(job.photo)

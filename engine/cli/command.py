@@ -25,8 +25,8 @@ from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError, RestoreError
-from engine.image.files import read_history
-from engine.pipeline.provenance import history_of
+from engine.image.files import read_provenance
+from engine.pipeline.provenance import provenance_of
 from engine.settings import Settings
 
 
@@ -49,10 +49,10 @@ def restore(arguments: Sequence[str]) -> int:
             print(f"note: {bundle.manifest.notice}", file=sys.stderr)
         _warn_of_idle_options(options, settings)
 
-        def history(seed: int) -> dict[str, Any]:
-            return history_of(bundle, settings.updated({"seed": seed}))
+        def provenance(seed: int) -> dict[str, Any]:
+            return provenance_of(bundle, settings.updated({"seed": seed}))
 
-        jobs = plan_jobs(found, placement, settings.seed, history)
+        jobs = plan_jobs(found, placement, settings.seed, provenance)
         for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
             clean_stale_temp_files(folder)
         bar = opened.enter_context(StepBar(jobs, settings.steps, quiet=options.quiet))
@@ -71,7 +71,7 @@ def restore(arguments: Sequence[str]) -> int:
                 page.add(outcome)
         if page is not None:
             page.write(tally, _facts(bundle, settings))
-    _tell(tally, reports, options)
+    _print_summary(tally, reports, options)
     return 0
 
 
@@ -96,7 +96,7 @@ def _outcomes(
     )
 
 
-def _tell(tally: RunSummary, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print what a run came to.
 
     Raises:
@@ -143,11 +143,11 @@ def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     given = given_settings(options)
     if options.like is None:
         return given, None
-    history = read_history(options.like)
-    settings, bundle = history.get("settings"), history.get("bundle")
+    provenance = read_provenance(options.like)
+    settings, bundle = provenance.get("settings"), provenance.get("bundle")
     if not isinstance(settings, dict) or not isinstance(bundle, dict):
         raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
-    return {**settings, **given}, history
+    return {**settings, **given}, provenance
 
 
 def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> None:

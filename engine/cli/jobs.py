@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.image.decoding import READ_SUFFIXES
-from engine.image.files import check_output, list_images, read_history
+from engine.image.files import check_output, list_images, read_provenance
 
 #: Marks a result that lies beside its photo.
 _RESULT = ".restored"
@@ -86,7 +86,7 @@ def _found_at(name: Path, results: Path | None, *, recursive: bool) -> list[Foun
 
 
 def plan_jobs(
-    found: Sequence[Found], placement: Placement, seed: int, history: Callable[[int], dict[str, Any]]
+    found: Sequence[Found], placement: Placement, seed: int, provenance: Callable[[int], dict[str, Any]]
 ) -> list[PhotoJob]:
     """Return what to restore into which files, all of them checked before any work.
 
@@ -94,7 +94,7 @@ def plan_jobs(
         found: the photos.
         placement: of their results.
         seed: of the first result of each.
-        history: of a seed: what a result is made with.
+        provenance: of a seed: what a result is made with.
     Raises:
         OutputError: a file could not be written, or two results would have one name.
         UsageError: several photos, and a file for one.
@@ -120,7 +120,7 @@ def plan_jobs(
                     fix="restore them into different folders",
                 )
             taken[output] = item.photo
-            if _is_kept(item, output, placement, lambda index=index: history(seed + index)):  # type: ignore[misc]
+            if _is_kept(item, output, placement, lambda index=index: provenance(seed + index)):  # type: ignore[misc]
                 done.append(output)
                 continue
             if output.parent.is_dir() or not is_folder(placement.output):  # else it is made when it is needed
@@ -130,15 +130,15 @@ def plan_jobs(
     return jobs
 
 
-def is_made(output: Path, photo: Path, history: dict[str, Any]) -> bool:
-    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `history`."""
+def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
+    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `provenance`."""
     try:
         if output.stat().st_mtime < photo.stat().st_mtime:
             return False
-        noted = read_history(output)
+        noted = read_provenance(output)
     except (OSError, RestoreError):
         return False
-    asked = json.loads(json.dumps(history))
+    asked = json.loads(json.dumps(provenance))
     return all(noted.get(key) == asked[key] for key in ("bundle", "settings"))
 
 
@@ -161,7 +161,7 @@ def check_folder(target: Path | None) -> None:
         raise OutputError("no such folder", where=target.parent, fix="create it first")
 
 
-def _is_kept(item: Found, output: Path, placement: Placement, history: Callable[[], dict[str, Any]]) -> bool:
+def _is_kept(item: Found, output: Path, placement: Placement, provenance: Callable[[], dict[str, Any]]) -> bool:
     """Tell whether a result that is there is left as it is.
 
     Of a folder, one that would be made again just so is: a run that was stopped goes on.
@@ -172,7 +172,7 @@ def _is_kept(item: Found, output: Path, placement: Placement, history: Callable[
         return True
     if item.folder is None:
         return False
-    if not is_made(output, item.photo, history()):
+    if not is_made(output, item.photo, provenance()):
         raise OutputError(
             "exists already",
             where=output,

@@ -53,7 +53,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--tile",
         type=_tile,
         metavar="auto|off|PX",
-        help="sample in windows of PX pixels, half a window apart; auto: large photos, at the bundle's own size",
+        help="sample in tiles of PX pixels that overlap by half; auto: large photos, at the bundle's own size",
     )
     size.add_argument(
         "--vae-tiles",
@@ -112,7 +112,7 @@ def _tile(text: str) -> int | str:
         return text
     if text.isascii() and text.isdigit() and len(text) <= 9:
         return int(text)
-    raise argparse.ArgumentTypeError(f"expected auto, off, or a window's side in pixels, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected auto, off, or a tile's side in pixels, got {text!r}")
 
 
 def _scale(text: str) -> ScaleRange:

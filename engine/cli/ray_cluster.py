@@ -68,7 +68,7 @@ def restore_on_cluster(
         raise BackendError("--ray needs a library", found=f"no module {error.name}", fix=fix) from error
     with _output_to_errors():
         try:
-            _knock(address)
+            _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
             found = str(error).strip().splitlines()[0]
@@ -124,7 +124,7 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
             {**report, "input": str(job.photo), "output": names[report["output"]]} for report in outcome.reports
         )
         outcome = replace(outcome, job=_named(outcome.job, job), reports=reports)
-        yield _told(notes, outcome, job, plan.settings.steps, watch)
+        yield _replay(notes, outcome, job, plan.settings.steps, watch)
 
 
 def _is_work(job: PhotoJob, plan: WorkerConfig) -> bool:
@@ -163,7 +163,7 @@ class _Notes:
         self.texts.append((text, detail))
 
 
-def _told(
+def _replay(
     notes: list[tuple[str, bool]], outcome: Outcome, job: PhotoJob, steps: int, watch: ProgressListener
 ) -> Outcome:
     if job.outputs:
@@ -175,7 +175,7 @@ def _told(
     return outcome
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Find out whether anything answers at HOST:PORT, which Ray tries for minutes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A sampler's table on the device, what the three kernels of a step do with a row of it, and the kernels of windows.
+"""A sampler's table on the device, what the three kernels of a step do with a row of it, and the kernels of tiles.
 
 The host computes the table before the loop and uploads it whole. The device keeps the number of the
 step, so every step is the same work and can be recorded once and replayed:
@@ -10,12 +10,12 @@ step, so every step is the same work and can be recorded once and replayed:
 `engine.sampling.sampler.sample` is their oracle: sums run over the same terms in the same order, in float32
 and without fused multiplications, so that the results are the same bits.
 
-For an image in windows (`engine.sampling.tiling`), the device keeps the number of the window too:
+For an image in tiles (`engine.sampling.tiling`), the device keeps the number of the tile too:
 
-    clear            the image that windows are added to
-    take_window      the window's part of an image, once for each text
-    add_window       the part, weighted, to the image; one window after the other, in the host's order
-    advance_window   the next one, and behind the last the first
+    clear            the image that tiles are added to
+    take_tile        the tile's part of an image, once for each text
+    add_tile         the part, weighted, to the image; one tile after the other, in the host's order
+    advance_tile     the next one, and behind the last the first
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ KERNELS = (
     "combine_step",
     "advance_step",
     "clear",
-    "take_window",
-    "add_window",
-    "advance_window",
+    "take_tile",
+    "add_tile",
+    "advance_tile",
 )
 #: Terms of a step's sums, in the order in which they are added.
 DENOISED_TERMS = ("x", "pos", "neg", "center")

@@ -1,4 +1,4 @@
-// The kernels of a sampling step and of windows; see step_kernels.py, which also numbers the columns.
+// The kernels of a sampling step and of tiles; see step_kernels.py, which also numbers the columns.
 // __fmul_rn and __fadd_rn keep the compiler from fusing them: NumPy, the oracle, does not either.
 
 __device__ void add_term(float& sum, bool& any, float weight, const float* term, unsigned long long at) {
@@ -55,15 +55,15 @@ extern "C" __global__ void advance_step(unsigned long long count, unsigned int* 
     if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;
 }
 
-// A window's place in an image of planes: windows are counted row by row, `columns` in a row.
+// A tile's place in an image of planes: tiles are counted row by row, `columns` in a row.
 __device__ unsigned long long place_in_image(
-    unsigned long long at, unsigned int window, const unsigned int* tops, const unsigned int* lefts,
+    unsigned long long at, unsigned int tile, const unsigned int* tops, const unsigned int* lefts,
     unsigned int columns, unsigned int image_height, unsigned int image_width, unsigned int height,
     unsigned int width) {
     unsigned long long plane = at / ((unsigned long long)height * width);
     unsigned int y = at / width % height, x = at % width;
-    unsigned long long row = tops[window / columns] + y;
-    return (plane * image_height + row) * image_width + lefts[window % columns] + x;
+    unsigned long long row = tops[tile / columns] + y;
+    return (plane * image_height + row) * image_width + lefts[tile % columns] + x;
 }
 
 extern "C" __global__ void clear(unsigned long long count, float* image) {
@@ -71,29 +71,29 @@ extern "C" __global__ void clear(unsigned long long count, float* image) {
     if (at < count) image[at] = 0.0f;
 }
 
-extern "C" __global__ void take_window(
-    unsigned long long count, const unsigned int* window, const unsigned int* tops, const unsigned int* lefts,
+extern "C" __global__ void take_tile(
+    unsigned long long count, const unsigned int* tile, const unsigned int* tops, const unsigned int* lefts,
     const float* image, float* part, unsigned int columns, unsigned int image_height, unsigned int image_width,
     unsigned int height, unsigned int width, unsigned int passes) {
     unsigned long long at = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
     if (at >= count) return;
-    float value = image[place_in_image(at, *window, tops, lefts, columns, image_height, image_width, height, width)];
+    float value = image[place_in_image(at, *tile, tops, lefts, columns, image_height, image_width, height, width)];
     for (unsigned int pass = 0; pass < passes; ++pass) part[pass * count + at] = value;
 }
 
-extern "C" __global__ void add_window(
-    unsigned long long count, const unsigned int* window, const unsigned int* tops, const unsigned int* lefts,
+extern "C" __global__ void add_tile(
+    unsigned long long count, const unsigned int* tile, const unsigned int* tops, const unsigned int* lefts,
     const float* row_weights, const float* column_weights, const float* part, float* image, unsigned int columns,
     unsigned int image_height, unsigned int image_width, unsigned int height, unsigned int width) {
     unsigned long long at = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
     if (at >= count) return;
     unsigned int y = at / width % height, x = at % width;
-    float row = row_weights[(unsigned long long)(*window / columns) * height + y];
-    float weight = __fmul_rn(row, column_weights[(unsigned long long)(*window % columns) * width + x]);
-    unsigned long long to = place_in_image(at, *window, tops, lefts, columns, image_height, image_width, height, width);
+    float row = row_weights[(unsigned long long)(*tile / columns) * height + y];
+    float weight = __fmul_rn(row, column_weights[(unsigned long long)(*tile % columns) * width + x]);
+    unsigned long long to = place_in_image(at, *tile, tops, lefts, columns, image_height, image_width, height, width);
     image[to] = __fadd_rn(image[to], __fmul_rn(part[at], weight));
 }
 
-extern "C" __global__ void advance_window(unsigned long long count, unsigned int* window, unsigned int windows) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) *window = (*window + 1) % windows;
+extern "C" __global__ void advance_tile(unsigned long long count, unsigned int* tile, unsigned int tiles) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *tile = (*tile + 1) % tiles;
 }

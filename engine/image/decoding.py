@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from engine.errors import ImageError
-from engine.image.high_bit_depth import read_wide, refine
+from engine.image.high_bit_depth import apply_high_bit_depth, read_wide
 from engine.image.photo import DAMAGE, Photo, photo_from_image
 
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
@@ -32,24 +32,24 @@ def decode_photo(data: bytes, where: object = "image", *, max_pixels: int | None
     Raises:
         ImageError: not an image, truncated, animated, empty or too large.
     """
-    with damage_told(where):
+    with image_errors(where):
         return decode(io.BytesIO(data), where, max_pixels)
 
 
 def decode(source: Path | io.BytesIO, where: object, max_pixels: int | None) -> Photo:
-    """Return the photo that a file, or its bytes, holds; errors as they come, see `damage_told`."""
+    """Return the photo that a file, or its bytes, holds; errors as they come, see `image_errors`."""
     with open_image(source, where) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise _too_large(where, max_pixels, f"{image.width} × {image.height}")
         wide = read_wide(image, source)
         photo = photo_from_image(image, where)
         if image.info.get("bit_depth", 8) > 8:  # pillow-heif's
-            photo = replace(photo, remarks=(*photo.remarks, "its bits beyond 8 a channel were left out"))
-        return photo if wide is None else refine(photo, wide)
+            photo = replace(photo, warnings=(*photo.warnings, "its bits beyond 8 a channel were left out"))
+        return photo if wide is None else apply_high_bit_depth(photo, wide)
 
 
 def open_image(source: Path | io.BytesIO, where: object) -> Image.Image:
-    """Open a picture of a format that is read, without its pixels; errors as they come, see `damage_told`.
+    """Open a picture of a format that is read, without its pixels; errors as they come, see `image_errors`.
 
     Raises:
         ImageError: it is a HEIC photo, and the library for those is missing.
@@ -85,12 +85,12 @@ def _learn_heic(where: object) -> None:
 
 
 @contextmanager
-def damage_told(where: object) -> Iterator[None]:
+def image_errors(where: object) -> Iterator[None]:
     """Turn what Pillow raises for a bad file into an `ImageError`."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures, which it refuses when they are huge, and of damaged
-            # metadata, which becomes a remark.
+            # metadata, which becomes a warning.
             warnings.simplefilter("ignore")
             yield
     except (FileNotFoundError, IsADirectoryError, PermissionError):

@@ -32,24 +32,24 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 90, "subsampling": "4:4:4"},
 }
 #: EXIF's "record of what has been done to the image": the same place in every format.
-HISTORY_TAG = ExifTags.Base.ImageHistory
+PROVENANCE_TAG = ExifTags.Base.ImageHistory
 _SIZE_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
-def encode_photo(photo: Photo, suffix: str, history: Mapping[str, Any], where: object = "image") -> bytes:
+def encode_photo(photo: Photo, suffix: str, provenance: Mapping[str, Any], where: object = "image") -> bytes:
     """Return a photo as the bytes of a file.
 
     Args:
         photo: with what is to be carried along.
         suffix: ".png", ".jpg", …: the format.
-        history: how it was made; `read_history` gives it back.
+        provenance: how it was made; `read_provenance` gives it back.
         where: what errors call it.
     Raises:
         OutputError: an unknown format, one that cannot hold the photo, or a library is missing.
     """
     file_format = check_format(photo, suffix, where)
     try:
-        return _encode(photo, file_format, json.dumps(history, ensure_ascii=True), where)
+        return _encode(photo, file_format, json.dumps(provenance, ensure_ascii=True), where)
     except (OSError, ValueError) as error:  # such as EXIF over 64 kB in a JPEG
         raise OutputError(
             f"cannot be stored as {file_format}", where=where, found=str(error), fix="write a PNG instead"
@@ -128,7 +128,7 @@ def _exif_of(photo: Photo, note: str) -> Image.Exif:
     exif = Image.Exif()
     exif.load(photo.exif or b"")
     details = exif.get_ifd(ExifTags.IFD.Exif)
-    details[HISTORY_TAG] = note
+    details[PROVENANCE_TAG] = note
     for tag, side in zip(_SIZE_TAGS, photo.size, strict=True):
         if tag in details:
             details[tag] = side

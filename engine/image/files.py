@@ -17,8 +17,8 @@ from PIL import ExifTags
 
 from engine.bundle.storage import atomic_write
 from engine.errors import ImageError, OutputError, from_os_error
-from engine.image.decoding import READ_SUFFIXES, damage_told, decode, open_image
-from engine.image.encoding import HISTORY_TAG, check_format, encode_photo, format_of
+from engine.image.decoding import READ_SUFFIXES, decode, image_errors, open_image
+from engine.image.encoding import PROVENANCE_TAG, check_format, encode_photo, format_of
 from engine.image.photo import Photo
 
 
@@ -28,15 +28,15 @@ def read_photo(path: Path) -> Photo:
     Raises:
         ImageError: missing, not an image, truncated, animated, empty, too large, or a HEIC without a library.
     """
-    with _file_told(path):
+    with _file_errors(path):
         return decode(path, path, None)
 
 
 @contextmanager
-def _file_told(path: Path) -> Iterator[None]:
+def _file_errors(path: Path) -> Iterator[None]:
     """Turn what reading a picture's file raises into an `ImageError`."""
     try:
-        with damage_told(path):
+        with image_errors(path):
             if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
                 raise ImageError("is not a file", where=path, expected="an image file")
             yield
@@ -95,19 +95,19 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
     return sorted(found)
 
 
-def write_photo(path: Path, photo: Photo, history: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def write_photo(path: Path, photo: Photo, provenance: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write a photo, whole or not at all.
 
     Args:
         path: its ending tells the format.
         photo: with what is to be carried along.
-        history: how it was made; `read_history` gives it back.
+        provenance: how it was made; `read_provenance` gives it back.
         overwrite: replace a file that is there.
     Raises:
         OutputError: as `check_output`, or the disk is full.
     """
     check_output(path, photo, overwrite=overwrite)
-    write_file(path, encode_photo(photo, path.suffix, history, path))
+    write_file(path, encode_photo(photo, path.suffix, provenance, path))
 
 
 def write_file(path: Path, encoded: bytes) -> None:
@@ -120,19 +120,19 @@ def write_file(path: Path, encoded: bytes) -> None:
         file.write(encoded)
 
 
-def read_history(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> dict[str, Any]:
     """Return what `write_photo` noted in a file; its pixels are not decoded.
 
     Raises:
         ImageError: it cannot be read, or holds no such note.
     """
-    with _file_told(path):
+    with _file_errors(path):
         try:
             with open_image(path, path) as image:
-                note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(HISTORY_TAG)
-            history = json.loads(note) if isinstance(note, str) else None
+                note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(PROVENANCE_TAG)
+            provenance = json.loads(note) if isinstance(note, str) else None
         except ValueError:
-            history = None
-    if not isinstance(history, dict):
+            provenance = None
+    if not isinstance(provenance, dict):
         raise ImageError("holds no settings", where=path, expected="a result of this engine, not re-saved since")
-    return history
+    return provenance

@@ -35,14 +35,14 @@ _BASELINE = ExifTags.Base
 
 
 @dataclass(frozen=True)
-class Wide:
+class HighBitDepthPixels:
     """What a file holds beyond 8 bits: its pixels, upright, or why they are left out."""
 
     pixels: Pixels16 | None = None
-    remark: str | None = None
+    warning: str | None = None
 
 
-def read_wide(image: Image.Image, source: Path | io.BytesIO) -> Wide | None:
+def read_wide(image: Image.Image, source: Path | io.BytesIO) -> HighBitDepthPixels | None:
     """Return the 16-bit pixels of a picture that Pillow would cut to 8 bits, or None for any other.
 
     Args:
@@ -55,24 +55,26 @@ def read_wide(image: Image.Image, source: Path | io.BytesIO) -> Wide | None:
         return None
     if image.mode not in _MODES or _is_premultiplied(image):
         kind = "transparency that colours are multiplied by" if image.mode == "RGBA" else image.mode
-        return Wide(remark=f"its 16 bits a channel were read as 8 ({kind} is converted)")
+        return HighBitDepthPixels(warning=f"its 16 bits a channel were read as 8 ({kind} is converted)")
     try:
         stored = _read_png(source) if image.format == "PNG" else _read_tiff(source)
     except ModuleNotFoundError as error:
-        return Wide(remark=f"its 16 bits a channel were read as 8: no module {error.name}; for 16: {INSTALL}")
+        return HighBitDepthPixels(
+            warning=f"its 16 bits a channel were read as 8: no module {error.name}; for 16: {INSTALL}"
+        )
     if image.format == "TIFF" and image.mode == "RGB":
         stored = stored[:, :, :3]  # what a TIFF may hold beside the colours has no meaning
-    return Wide(_upright(stored, _orientation(image)))
+    return HighBitDepthPixels(_upright(stored, _orientation(image)))
 
 
-def refine(photo: Photo, wide: Wide) -> Photo:
+def apply_high_bit_depth(photo: Photo, found: HighBitDepthPixels) -> Photo:
     """Return a photo, which was read with 8 bits a channel, with 16 where they could be read."""
-    pixels = wide.pixels
+    pixels = found.pixels
     if pixels is None:
-        assert wide.remark is not None
-        return replace(photo, remarks=(*photo.remarks, wide.remark))
+        assert found.warning is not None
+        return replace(photo, warnings=(*photo.warnings, found.warning))
     if pixels.shape[:2] != photo.rgb.shape[:2]:  # damaged EXIF, which Pillow and `_orientation` read apart
-        return replace(photo, remarks=(*photo.remarks, "its 16 bits a channel were read as 8"))
+        return replace(photo, warnings=(*photo.warnings, "its 16 bits a channel were read as 8"))
     channels = pixels.astype(np.float32) / _WHITE
     grey = channels.shape[2] < 3
     rgb = np.repeat(channels[:, :, :1], 3, axis=2) if grey else np.ascontiguousarray(channels[:, :, :3])

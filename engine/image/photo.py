@@ -60,7 +60,7 @@ class Photo:
         icc_profile, exif, xmp: as stored, orientation removed; None if there is none.
         dpi: resolution, or None.
         texts: a PNG's texts by keyword; a JPEG's comment as "Comment".
-        remarks: what could not be carried over from the file, a sentence each.
+        warnings: what could not be carried over from the file, a sentence each.
     """
 
     rgb: Pixels
@@ -71,7 +71,7 @@ class Photo:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
     texts: tuple[tuple[str, str], ...] = ()
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     bits: int = 8
 
     @property
@@ -96,8 +96,8 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
         raise ImageError("holds several pictures", where=where, found=frames, fix="extract one of them first")
     try:
         image.load()
-        exif, remarks = _read_exif(image)
-        upright = image if remarks else ImageOps.exif_transpose(image)
+        exif, warnings = _read_exif(image)
+        upright = image if warnings else ImageOps.exif_transpose(image)
         photo = _decode(upright, where)
     except DAMAGE as error:
         raise ImageError("is truncated or damaged", where=where, found=str(error)) from error
@@ -108,7 +108,7 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
         xmp=xmp.encode() if isinstance(xmp, str) else xmp,
         dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
         texts=_read_texts(image),
-        remarks=remarks,
+        warnings=warnings,
     )
 
 
@@ -170,7 +170,7 @@ def _read_texts(image: Image.Image) -> tuple[tuple[str, str], ...]:
 
 
 def _read_exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
-    """Return the EXIF block without what holds for the stored file alone, and a remark if it is damaged."""
+    """Return the EXIF block without what holds for the stored file alone, and a warning if it is damaged."""
     try:
         stored = image.getexif()
         for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):

@@ -1,4 +1,4 @@
-"""Between photos and what the networks see of them."""
+"""From photos to the networks' input, and from their output to photos."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 
 
 def load_photo(photo: PhotoLike) -> Photo:
-    """Return whatever a caller calls a photo as one.
+    """Return a photo given as a path, a Pillow image, an array or a `Photo`.
 
     Raises:
-        ImageError: it is none, or cannot be read.
+        ImageError: it is none of these, or cannot be read.
     """
     if isinstance(photo, Photo):
         return photo
@@ -49,14 +49,14 @@ def pixels_in_memory(bundle: Bundle, memory_bytes: int) -> int:
     return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
 
 
-def size_to_work_at(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
-    """Return the (width, height) in pixels that the networks would see of a photo.
+def checked_working_size(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
+    """Return a photo's working size, (width, height) in pixels, if the networks can take it.
 
     Args:
         bundle: whose networks work.
         photo_size: (width, height) in pixels of the photo.
         settings: of the restoration.
-        max_pixels: that the networks may see.
+        max_pixels: limit of the networks' input.
     Raises:
         ImageError: it is too large for the memory of this computer.
     """
@@ -72,8 +72,8 @@ def size_to_work_at(bundle: Bundle, photo_size: Size, settings: Settings, max_pi
     return size
 
 
-def frame(photo: Photo, size: Size) -> Pixels:
-    """Return what the networks see of a photo: f32[3, H, W] in [-1, 1], of (width, height) `size`."""
+def preprocess(photo: Photo, size: Size) -> Pixels:
+    """Return the networks' input for a photo: f32[3, H, W] in [-1, 1], resized to (width, height) `size`."""
     return to_network(resize(photo.rgb, size))
 
 
@@ -87,8 +87,8 @@ def to_network(rgb: Pixels) -> Pixels:
     return np.ascontiguousarray(rgb.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
 
 
-def finish(pixels: Pixels, source: Photo, size: Size) -> Photo:
-    """Return the restored photo: f32[3, H, W] in [-1, 1] at the size asked for, dressed as its source."""
+def postprocess(pixels: Pixels, source: Photo, size: Size) -> Photo:
+    """Return f32[3, H, W] in [-1, 1] as a photo of (width, height) `size`, with its source's other data."""
     rgb = (np.ascontiguousarray(pixels.transpose(1, 2, 0)) + np.float32(1.0)) * np.float32(0.5)
     if not np.isfinite(rgb).all():
         raise RestoreError(

@@ -33,8 +33,8 @@ class Workload:
         chunks: of 77 tokens that each text fills.
         passes: how often a step sees every photo: 1 where it is unguided, 2 where it is guided.
         draws: fields of noise that the steps use.
-        windows: of the latent, which the networks see one at a time; None is the whole.
-        tiles: of the latent, which the VAE sees one at a time; None is the whole.
+        latent_tiles: tiles of the latent that UNet and ControlNet see one at a time; None is the whole latent.
+        vae_tiles: tiles of the latent that the VAE sees one at a time; None is the whole latent.
     """
 
     photos: int
@@ -44,8 +44,8 @@ class Workload:
     chunks: int
     passes: tuple[int, ...]
     draws: int
-    windows: Tiling | None = None
-    tiles: Tiling | None = None
+    latent_tiles: Tiling | None = None
+    vae_tiles: Tiling | None = None
 
     @property
     def rows(self) -> int:
@@ -57,7 +57,7 @@ class Workload:
         if spec.role == "text":
             return ({"B": self.texts * self.chunks},)
         sees_texts = spec.role == "denoiser"
-        parts = self.windows if sees_texts else self.tiles
+        parts = self.latent_tiles if sees_texts else self.vae_tiles
         height, width = (self.height, self.width) if parts is None else (parts.rows.size, parts.columns.size)
         all_symbols = [
             {"B": self.photos * count, "h": height, "w": width, "k": self.chunks}

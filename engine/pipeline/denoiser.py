@@ -15,13 +15,13 @@ from engine.device.interface import Array
 from engine.errors import UsageError
 from engine.pipeline.text import Conditioning
 from engine.sampling.sampler import Denoiser, Latent, Step
-from engine.sampling.tiling import Tiling, Window
+from engine.sampling.tiling import Tile, Tiling
 
 #: Runs a graph, by its name, on named inputs.
 RunGraph = Callable[[str, Mapping[str, Array]], dict[str, Array]]
 #: Makes the network of some rows of latents: z_lq f32[R,4,h,w], and texts with a leading axis of R.
 MakeDenoiser = Callable[[Latent, Sequence[Conditioning]], Denoiser]
-TextsAt = Callable[[Window], Sequence[Conditioning]]
+TextsAt = Callable[[Tile], Sequence[Conditioning]]
 
 
 class CFGDenoiser:
@@ -73,22 +73,22 @@ class CFGDenoiser:
 
 
 class TiledDenoiser:
-    """Runs a network in windows and blends the noise that it predicts, at every step.
+    """Runs a network in tiles and blends the noise that it predicts, at every step.
 
     What surrounds the network stays whole: noise is one field, and guidance, the restoration pull and the
-    sampler's sums act place by place. Each window sees its own part of the degraded photo. The text and the
+    sampler's sums act place by place. Each tile sees its own part of the degraded photo. The text and the
     micro-conditioning are what they are for a whole photo: SUPIR says "1024 × 1024, not cropped" whatever
-    the size is, which for SDXL's windows is even true.
+    the size is, which for SDXL's tiles is even true.
 
     Args:
         make: the network of some rows.
         tiling: of the latent, in cells.
         z_lq: f32[B,4,h,w], latents of the degraded photos.
-        texts: as `CFGDenoiser` takes them, or a function from a window to its own.
-        at_once: windows that go through the networks together.
-        on_tile: told how many windows of a step are done, and how many there are.
+        texts: as `CFGDenoiser` takes them, or a function from a tile to its own.
+        at_once: tiles that go through the networks together.
+        on_tile: told how many tiles of a step are done, and how many there are.
     Raises:
-        UsageError: texts of windows that go together are of different lengths.
+        UsageError: texts of tiles that go together are of different lengths.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class TiledDenoiser:
         on_tile: Callable[[int, int], None] | None = None,
     ) -> None:
         self._tiling, self._on_tile = tiling, on_tile
-        windows = tuple(tiling)
-        self._batches: list[tuple[tuple[Window, ...], Denoiser]] = []
-        for first in range(0, len(windows), at_once):
-            batch = windows[first : first + at_once]
-            found = [texts(window) if callable(texts) else texts for window in batch]
-            rows = np.concatenate([window.of(z_lq) for window in batch])
+        tiles = tuple(tiling)
+        self._batches: list[tuple[tuple[Tile, ...], Denoiser]] = []
+        for first in range(0, len(tiles), at_once):
+            batch = tiles[first : first + at_once]
+            found = [texts(tile) if callable(texts) else texts for tile in batch]
+            rows = np.concatenate([tile.of(z_lq) for tile in batch])
             self._batches.append((batch, make(rows, _join_texts(found, len(z_lq)))))
 
     def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
@@ -115,7 +115,7 @@ class TiledDenoiser:
         pos, neg = np.zeros_like(x), np.zeros_like(x) if step.guided else None
         index = 0
         for batch, network in self._batches:
-            found = network(np.concatenate([window.of(x) for window in batch]), step)
+            found = network(np.concatenate([tile.of(x) for tile in batch]), step)
             for place in range(len(batch)):
                 rows = slice(place * len(x), (place + 1) * len(x))
                 for total, values in zip((pos, neg), found, strict=True):
@@ -127,26 +127,26 @@ class TiledDenoiser:
         return pos, neg
 
 
-def _join_texts(windows: Sequence[Sequence[Conditioning]], photos: int) -> list[Conditioning]:
-    """Return the texts of some windows with a row for each window and photo, all photos of a window together."""
+def _join_texts(tiles: Sequence[Sequence[Conditioning]], photos: int) -> list[Conditioning]:
+    """Return the texts of some tiles with a row for each tile and photo, all photos of a tile together."""
 
     def rows(array: Array, rank: int) -> Array:
         return array if array.ndim == rank else np.repeat(array[None], photos, axis=0)
 
-    lengths = {text.context.shape[-2] for texts in windows for text in texts}
+    lengths = {text.context.shape[-2] for texts in tiles for text in texts}
     if len(lengths) > 1:
         raise UsageError(
-            "texts of windows that go through the networks together must fill as many chunks",
+            "texts of tiles that go through the networks together must fill as many chunks",
             expected="contexts of one length",
             found=f"{sorted(lengths)} tokens",
-            fix="run one window at a time, or make the texts about as long",
+            fix="run one tile at a time, or make the texts about as long",
         )
     return [
         Conditioning(
             np.concatenate([rows(text.context, 3) for text in same]),
             np.concatenate([rows(text.vector, 2) for text in same]),
         )
-        for same in zip(*windows, strict=True)
+        for same in zip(*tiles, strict=True)
     ]
 
 

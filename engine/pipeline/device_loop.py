@@ -2,7 +2,7 @@
 
 Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
 or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
-keeps the number of the step. For a latent that is sampled in windows, one window is recorded, and
+keeps the number of the step. For a latent that is sampled in tiles, one tile is recorded, and
 the device keeps its number as well. StepOutput comes from events that the stream passes.
 """
 
@@ -20,7 +20,7 @@ from engine.bundle.graphspec import GraphSpec, resolve
 from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
 from engine.device.kernels import COLUMNS, pack_table
 from engine.errors import ScheduleError
-from engine.pipeline.device_windows import Arrays, WindowTables
+from engine.pipeline.device_tiles import Arrays, TileTables
 from engine.sampling.sampler import Latent, Step, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
 
@@ -40,7 +40,7 @@ class LoopInputs:
             then, if P is 2, all with the negative one. In the networks' precision.
         noise: the field of a draw, f32[B,C,h,w], on the host: 0 is the start, 1 + i belongs to step i.
         center: f32[B,C,h,w], on the device; needed only if the table uses it.
-        windows: of the latent, which the networks see one at a time; None is the whole.
+        tiles: of the latent, which the networks see one at a time; None is the whole.
     """
 
     z_lq: Buffer
@@ -48,7 +48,7 @@ class LoopInputs:
     vector: Array
     noise: Callable[[int], Latent]
     center: Buffer | None = None
-    windows: Tiling | None = None
+    tiles: Tiling | None = None
 
 
 class DeviceLoop:
@@ -127,7 +127,7 @@ class DeviceLoop:
             stop = self._stream.record()
             stop.synchronize()
         assert start is not None
-        return stop.ms_since(start) / repeats * work.windows_of_a_step
+        return stop.ms_since(start) / repeats * work.tiles_per_step
 
     @property
     def latent(self) -> Buffer:
@@ -137,7 +137,7 @@ class DeviceLoop:
 
     def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
         draws = table.noisy_steps
-        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.windows)
+        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.tiles)
         if self._work is None or self._work.key != key:
             self.close()
             self._work = LoopBuffers(self._device, self._stream, self._controlnet, self._unet, key)
@@ -165,7 +165,7 @@ class DeviceLoop:
             raise
 
 
-#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, windows.
+#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, tiles.
 LoopKey = tuple[tuple[int, ...], tuple[int, ...], int, Tiling | None]
 
 
@@ -176,8 +176,8 @@ def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
         unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
         key: of the size.
     """
-    latent, context, draws, windows = key
-    part = latent[1:] if windows is None else (latent[1], windows.rows.size, windows.columns.size)
+    latent, context, draws, tiles = key
+    part = latent[1:] if tiles is None else (latent[1], tiles.rows.size, tiles.columns.size)
     rows = context[0]
     symbols = unet.sizes_of({"x": (rows, *part), "context": context})
     own: Arrays = {
@@ -188,9 +188,9 @@ def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
         "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
         "step": ((1,), "uint32"),
     }
-    if windows is not None:
+    if tiles is not None:
         own |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
-        own |= {**WindowTables.arrays(windows), "window": ((1,), "uint32")}
+        own |= {**TileTables.arrays(tiles), "latent_tile": ((1,), "uint32")}
     tensors: Arrays = {
         tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
     }
@@ -209,7 +209,7 @@ class LoopBuffers:
         key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, _, windows = key
+        latent, context, _, tiles = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[0]
         self._runs: dict[bool, int] = {}
@@ -225,7 +225,7 @@ class LoopBuffers:
             raise
         named = ("latent", "previous", "center", "noise", "table", "step")
         self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
-        self._windows = None if windows is None else WindowTables(windows, self._made)
+        self._tiles = None if tiles is None else TileTables(tiles, self._made)
         # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
         self._tensors = {name: self._made[name] for name in tensors}
         self.context, self.vector = (self._made[name] for name in ("context", "vector"))
@@ -248,17 +248,17 @@ class LoopBuffers:
             runner.forget_recordings()
 
     @property
-    def windows_of_a_step(self) -> int:
-        return 1 if self._windows is None else len(self._windows.tiling)
+    def tiles_per_step(self) -> int:
+        return 1 if self._tiles is None else len(self._tiles.tiling)
 
     def take_photos(self, z_lq: Buffer) -> None:
         """Copy the latents of the degraded photos to where steps read them."""
-        if self._windows is None:
+        if self._tiles is None:
             for first in range(0, self.rows, self.photos):
                 self._stream.copy(self._made["lq"].rows(first, first + self.photos), z_lq)
         else:
-            self._windows.upload(self._stream)
-            self._stream.upload(self._made["window"], np.zeros(1, dtype=np.uint32))
+            self._tiles.upload(self._stream)
+            self._stream.upload(self._made["latent_tile"], np.zeros(1, dtype=np.uint32))
             self._stream.copy(self._made["photos"], z_lq)
 
     def enqueue_step(self, step: Step) -> None:
@@ -266,19 +266,19 @@ class LoopBuffers:
         if self._recorded and self._recorded_on != self._memory_version:
             self._stream.synchronize()
             self._forget_recordings()
-        if self._windows is None:
+        if self._tiles is None:
             self._start(step.guided, self._enqueue)
             return
         tensors, totals = self._rows(step.guided), self._totals(step.guided)
         self._prepare(self._stream, tensors, self._made["input"], 1)
         for total in totals:
             self._stream.launch("clear", self._count, total)
-        for _ in range(self.windows_of_a_step):
-            self._start(step.guided, self._enqueue_window)
+        for _ in range(self.tiles_per_step):
+            self._start(step.guided, self._enqueue_tile)
         self._combine(self._stream, totals)
 
     def _start(self, kind: bool, enqueue: Callable[[Stream, bool], None]) -> None:
-        """Start what all steps of a kind, or all their windows, have in common: as it is, or recorded."""
+        """Start what all steps of a kind, or all their tiles, have in common: as it is, or recorded."""
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
@@ -321,7 +321,7 @@ class LoopBuffers:
         return int(np.prod(self.x.shape))
 
     def _totals(self, guided: bool) -> tuple[Buffer, ...]:
-        """Return where the windows' predictions are added up: the positive, and if there is one the negative text's."""
+        """Return where the tiles' predictions are added up: the positive, and if there is one the negative text's."""
         return tuple(self._made[name] for name in (("pos", "neg") if guided else ("pos",)))
 
     def _predictions(self, eps: Buffer, guided: bool) -> tuple[Buffer, ...]:
@@ -337,16 +337,16 @@ class LoopBuffers:
         self._enqueue_networks(stream, tensors)
         self._combine(stream, self._predictions(tensors["eps"], guided))
 
-    def _enqueue_window(self, stream: Stream, guided: bool) -> None:
-        """Put a step's next window on the stream."""
-        assert self._windows is not None
-        tensors, window = self._rows(guided), self._made["window"]
+    def _enqueue_tile(self, stream: Stream, guided: bool) -> None:
+        """Put a step's next tile on the stream."""
+        assert self._tiles is not None
+        tensors, tile = self._rows(guided), self._made["latent_tile"]
         for image, name in (("input", "x"), ("photos", "lq")):
-            self._windows.take(stream, window, self._made[image], tensors[name], 2 if guided else 1)
+            self._tiles.take(stream, tile, self._made[image], tensors[name], 2 if guided else 1)
         self._enqueue_networks(stream, tensors)
         for total, part in zip(self._totals(guided), self._predictions(tensors["eps"], guided), strict=True):
-            self._windows.add(stream, window, part, total)
-        stream.launch("advance_window", 1, window, self.windows_of_a_step)
+            self._tiles.add(stream, tile, part, total)
+        stream.launch("advance_tile", 1, tile, self.tiles_per_step)
 
     def _prepare(self, stream: Stream, tensors: Mapping[str, Buffer], network_x: Buffer, passes: int) -> None:
         stream.launch(

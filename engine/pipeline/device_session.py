@@ -32,7 +32,7 @@ from engine.memory.residency import (
     plan_residency,
 )
 from engine.pipeline.device_loop import DeviceLoop, LoopInputs, loop_arrays, stack_texts
-from engine.pipeline.device_windows import VaeTiles, tile_arrays
+from engine.pipeline.device_tiles import VaeTiles, tile_arrays
 from engine.pipeline.host import Listener, NoiseInput
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.text import Conditioning
@@ -173,14 +173,14 @@ class DeviceSession:
         """Put a graph of the VAE on a stream, at the whole or in tiles."""
         runner = self._runner(graph)
         assert self._workload is not None
-        if self._workload.tiles is None:
+        if self._workload.vae_tiles is None:
             (given,), (made,) = runner.spec.inputs, runner.spec.outputs
             runner.enqueue(stream, {given.name: source}, {made.name: target})
             return
         if self._tiles is None:
             for name, (shape, dtype) in tile_arrays(self._bundle, self._workload).items():
                 self._buffers[name] = self._device.buffer(shape, dtype)
-            self._tiles = VaeTiles(self._bundle, self._workload.tiles, self._buffers, stream)
+            self._tiles = VaeTiles(self._bundle, self._workload.vae_tiles, self._buffers, stream)
         self._tiles.enqueue(stream, runner, source, target)
 
     def _requirements(self, workload: Workload, activations: Mapping[str, Activations]) -> MemoryRequirements:
@@ -341,7 +341,7 @@ class _Run:
         center = self._buffer("z_center") if plan.table.uses_center else None
         noise = self._noise.source(self._shapes["z"][1:])
         clock.start("noise and texts", stream)
-        inputs = LoopInputs(self._buffer("z_lq"), context, vector, noise, center, plan.workload.windows)
+        inputs = LoopInputs(self._buffer("z_lq"), context, vector, noise, center, plan.workload.latent_tiles)
         loop.prepare(plan.table, inputs)
         clock.stop("noise and texts", stream)
         clock.start(operation.name, stream)
@@ -363,7 +363,7 @@ def buffer_bytes(bundle: Bundle, work: Workload) -> int:
     symbols = {"B": work.photos, "h": work.height, "w": work.width}
     pixels, latent = (resolve(decoder.tensor(name).shape, symbols) for name in ("pixels", "z"))
     context = resolve(unet.tensor("context").shape, {"B": work.rows, "k": work.chunks})
-    own, tensors = loop_arrays(unet, (latent, context, work.draws, work.windows))
+    own, tensors = loop_arrays(unet, (latent, context, work.draws, work.latent_tiles))
     arrays = (*own.values(), *tensors.values(), *tile_arrays(bundle, work).values())
     loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
     floats = len(_PIXELS) * math.prod(pixels) + len(_LATENTS) * math.prod(latent)

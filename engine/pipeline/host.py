@@ -117,7 +117,8 @@ class HostExecutor:
         for operation in plan.operations:
             if operation.kind == "vae":
                 (graph,), (source,), (target,) = operation.graphs, operation.reads, operation.writes
-                values[target] = self._run_vae(graph, values[source], operation.name, plan.vae, listener.on_tile, times)
+                image, mode = values[source], plan.vae_mode
+                values[target] = self._run_vae(graph, image, operation.name, mode, listener.on_tile, times)
             elif operation.kind == "text":
                 values["conditioning"] = self.encode_texts(plan.texts, times=times)
             elif operation.kind == "steps":
@@ -128,7 +129,7 @@ class HostExecutor:
         self, plan: RestorationPlan, values: Values, noise: NoiseInput, listener: Listener, times: Timings
     ) -> Latent:
         z_lq: Latent = values["z_lq"]
-        network = self._network(z_lq, values["conditioning"], plan.windows, 1, listener.on_tile, times)
+        network = self._network(z_lq, values["conditioning"], plan.latent_tiles, 1, listener.on_tile, times)
         draw = noise.source(z_lq.shape[1:])
         return _last(sample(plan.table, network, draw, center=values.get("z_center")), listener.on_step)
 
@@ -161,40 +162,40 @@ class HostExecutor:
         self,
         lq: Pixels,
         *,
-        way: VaeMode | None = None,
+        vae_mode: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Latent:
         """Return z_lq f32[B,4,h,w] of degraded pixels f32[B,3,8h,8w] in [-1, 1]. Source: Eq. 5.
 
-        `way`, here and below: None runs the graph on the whole; `SlicedVae` is exact as well, and needs less memory.
+        `vae_mode`, here and below: None runs the graph on the whole image; `SlicedVae` is exact too, in less memory.
         Tiles of the latent let the graph see a part at a time, which is approximate: its norms and its attention
         then see no more than a tile.
         """
-        return self._run_vae("denoise_encoder", lq, "denoise encoder", way, on_tile, times)
+        return self._run_vae("denoise_encoder", lq, "denoise encoder", vae_mode, on_tile, times)
 
     def encode_clean(
         self,
         pixels: Pixels,
         *,
-        way: VaeMode | None = None,
+        vae_mode: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Latent:
         """Return z f32[B,4,h,w] of clean pixels f32[B,3,8h,8w] in [-1, 1]: what the restoration pull leads to."""
-        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", way, on_tile, times)
+        return self._run_vae("vae_encoder", pixels, "stage 1 encoder", vae_mode, on_tile, times)
 
     def decode(
         self,
         z: Latent,
         *,
         stage: str = "vae decoder",
-        way: VaeMode | None = None,
+        vae_mode: VaeMode | None = None,
         on_tile: OnTile = ignore,
         times: Timings | None = None,
     ) -> Pixels:
         """Return pixels f32[B,3,8h,8w], about [-1, 1], of z f32[B,4,h,w]. Source: Eq. 7."""
-        return self._run_vae("vae_decoder", z, stage, way, on_tile, times)
+        return self._run_vae("vae_decoder", z, stage, vae_mode, on_tile, times)
 
     def sample(
         self,
@@ -206,7 +207,7 @@ class HostExecutor:
         noise: Latent | None = None,
         step_noise: NDArray[np.float32] | None = None,
         center: Latent | None = None,
-        windows: Tiling | None = None,
+        tiles: Tiling | None = None,
         at_once: int = 1,
         on_step: OnStep = ignore,
         on_tile: OnTile = ignore,
@@ -217,17 +218,17 @@ class HostExecutor:
 
         Args:
             z_lq: f32[B,4,h,w], from `encode`.
-            texts: from `conditioning`; or, with a leading axis, each photo's own; or a function from a window
+            texts: from `conditioning`; or, with a leading axis, each photo's own; or a function from a tile
                 to its texts, so that a prompt can hold for a part of the photo.
             settings: steps, sampler, scales and what goes with them.
             seeds: one per image; None gives all of them the settings' seed.
             noise: f32[B,4,h,w], the starting noise, instead of the seeds'.
             step_noise: f32[n,B,4,h,w], the noise of each step, instead of the seeds'.
             center: f32[B,4,h,w], from `encode_clean`; needed if the restoration pull is on.
-            windows: tiles of the latent that are sampled; None is the whole.
-            at_once: windows that go through the networks together.
+            tiles: tiles of the latent for sampling; None is the whole.
+            at_once: tiles that go through the networks together.
             on_step: called after every step; an exception from it ends the sampling.
-            on_tile: called after every window; likewise.
+            on_tile: called after every tile; likewise.
             estimates: whether `on_step` is told the estimate of the clean latent at every step.
             times: that the stages' times are added to.
         Returns:
@@ -235,7 +236,7 @@ class HostExecutor:
         """
         seeds = [settings.seed] * len(z_lq) if seeds is None else seeds
         draw = noise_source(seeds, z_lq.shape[1:], noise, step_noise)
-        tiling = windows or Tiling.whole(*z_lq.shape[2:])
+        tiling = tiles or Tiling.whole(*z_lq.shape[2:])
         network = self._network(z_lq, texts, tiling, at_once, on_tile, times or Timings())
         return _last(sample(table_for(settings), network, draw, center=center, estimates=estimates), on_step)
 
@@ -243,7 +244,7 @@ class HostExecutor:
         self,
         z_lq: Latent,
         texts: Sequence[Conditioning] | TextsAt,
-        windows: Tiling,
+        tiles: Tiling,
         at_once: int,
         on_tile: OnTile,
         times: Timings,
@@ -254,12 +255,12 @@ class HostExecutor:
         def make(rows: Latent, row_texts: Sequence[Conditioning]) -> Denoiser:
             return CFGDenoiser(run, self.bundle.spec("unet"), rows, row_texts)
 
-        if windows.is_whole and not callable(texts):
+        if tiles.is_whole and not callable(texts):
             return make(z_lq, texts)
-        return TiledDenoiser(make, windows, z_lq, texts, at_once=at_once, on_tile=partial(on_tile, "step"))
+        return TiledDenoiser(make, tiles, z_lq, texts, at_once=at_once, on_tile=partial(on_tile, "step"))
 
     def _run_vae(
-        self, graph: str, image: Array, stage: str, way: VaeMode | None, on_tile: OnTile, times: Timings | None
+        self, graph: str, image: Array, stage: str, mode: VaeMode | None, on_tile: OnTile, times: Timings | None
     ) -> NDArray[np.float32]:
         """Run a graph of the VAE on an image, f32[B,C,H,W]."""
         spec = self.bundle.spec(graph)
@@ -268,16 +269,16 @@ class HostExecutor:
         def run(part: Array) -> Array:
             return self._run(graph, {source: part}, stage, times)[target]
 
-        if isinstance(way, SlicedVae):
+        if isinstance(mode, SlicedVae):
             open_piece = self.runners.open_piece(graph)
             with (times or Timings()).graph(stage):
                 return run_slices(
-                    self.bundle.manifest.graphs[graph].pieces, image, open_piece, way, partial(on_tile, stage)
+                    self.bundle.manifest.graphs[graph].pieces, image, open_piece, mode, partial(on_tile, stage)
                 )
-        if way is None or way.is_whole:
+        if mode is None or mode.is_whole:
             return run(image)
         # A tiling is of the latent; pixels have the same tiles, larger.
-        tilings = {"z": way, "pixels": way.scaled(self.bundle.pixels_per_cell)}
+        tilings = {"z": mode, "pixels": mode.scaled(self.bundle.pixels_per_cell)}
         return run_tiled(image, tilings[source], tilings[target], run, partial(on_tile, stage))
 
     def _run(self, graph: str, inputs: Mapping[str, Array], stage: str, times: Timings | None) -> dict[str, Array]:

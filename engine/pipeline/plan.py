@@ -32,8 +32,8 @@ class RestorationPlan:
         table: of the sampler.
         photos: restored together.
         latent: (height, width) in cells.
-        windows: tiles of the latent that are sampled.
-        vae: tiles of the latent that the VAE sees, or slices.
+        latent_tiles: tiles of the latent for sampling; one tile may be the whole.
+        vae_mode: tiles of the latent that the VAE sees, or slices.
         memory: of the GPU, what is needed and which graphs stay; None on a CPU.
     """
 
@@ -45,8 +45,8 @@ class RestorationPlan:
     table: StepTable
     photos: int
     latent: tuple[int, int]
-    windows: Tiling
-    vae: VaeMode
+    latent_tiles: Tiling
+    vae_mode: VaeMode
     memory: MemoryPlan | None = field(default=None, compare=False)
 
     @property
@@ -62,16 +62,16 @@ class RestorationPlan:
     @cached_property
     def workload(self) -> Workload:
         """The sizes that graphs run at."""
-        assert not isinstance(self.vae, SlicedVae), "slices are for the host"
+        assert not isinstance(self.vae_mode, SlicedVae), "slices are for the host"
         passes = tuple(sorted({2 if step.guided else 1 for step in self.table.steps}))
-        windows, tiles = (None if each.is_whole else each for each in (self.windows, self.vae))
+        latent_tiles, vae_tiles = (None if each.is_whole else each for each in (self.latent_tiles, self.vae_mode))
         draws = len(self.table.noisy_steps)
-        return Workload(self.photos, *self.latent, len(self.texts), self.chunks, passes, draws, windows, tiles)
+        return Workload(self.photos, *self.latent, len(self.texts), self.chunks, passes, draws, latent_tiles, vae_tiles)
 
     def with_size_plan(self, bundle: Bundle, size_plan: SizePlan) -> RestorationPlan:
         """Return the plan with other tiles; its memory is not known any more."""
-        windows, vae = size_plan.windows(bundle, *self.latent), size_plan.vae_mode(bundle, *self.latent)
-        return replace(self, size_plan=size_plan, windows=windows, vae=vae, memory=None)
+        latent_tiles, vae_mode = size_plan.latent_tiles(bundle, *self.latent), size_plan.vae_mode(bundle, *self.latent)
+        return replace(self, size_plan=size_plan, latent_tiles=latent_tiles, vae_mode=vae_mode, memory=None)
 
     def with_memory(self, memory: MemoryPlan | None) -> RestorationPlan:
         """Return the plan with what it needs of a GPU's memory."""
@@ -135,7 +135,7 @@ def make_plan(
         table,
         photos,
         latent,
-        size_plan.windows(bundle, *latent),
+        size_plan.latent_tiles(bundle, *latent),
         size_plan.vae_mode(bundle, *latent),
     )
 

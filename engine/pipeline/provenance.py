@@ -11,7 +11,7 @@ from engine.pipeline.plan import RestorationPlan
 from engine.settings import Settings
 
 
-def history_of(bundle: Bundle, settings: Settings, plan: RestorationPlan | None = None) -> dict[str, Any]:
+def provenance_of(bundle: Bundle, settings: Settings, plan: RestorationPlan | None = None) -> dict[str, Any]:
     """Return what a result is made with, as plain data.
 
     Args:

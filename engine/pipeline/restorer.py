@@ -25,12 +25,12 @@ from engine.image.preprocess import (
     MAX_WORKING_PIXELS,
     PhotoLike,
     Size,
-    finish,
+    checked_working_size,
     fix_colors,
-    frame,
     load_photo,
+    postprocess,
+    preprocess,
     result_size,
-    size_to_work_at,
 )
 from engine.memory.host_memory import total_memory_bytes
 from engine.memory.residency import choose_resident_graphs
@@ -38,7 +38,7 @@ from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
 from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
 from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
-from engine.pipeline.provenance import history_of
+from engine.pipeline.provenance import provenance_of
 from engine.recipe import Operation
 from engine.sampling.sampler import Latent
 from engine.settings import Settings
@@ -56,14 +56,14 @@ class Restored:
         photo: of the size asked for, with the source's alpha, profile and metadata.
         settings: that repeat it.
         timings: of the batch that it was restored in.
-        history: what goes into the file's metadata.
+        provenance: what goes into the file's metadata.
         notes: what did not go as planned, a sentence each.
     """
 
     photo: Photo
     settings: Settings
     timings: Timings
-    history: dict[str, Any]
+    provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
 
 
@@ -165,7 +165,7 @@ class Restorer:
         Raises:
             ImageError: it is too large for this computer.
         """
-        return size_to_work_at(self.bundle, photo_size, settings, self.max_pixels)
+        return checked_working_size(self.bundle, photo_size, settings, self.max_pixels)
 
     @property
     def max_pixels(self) -> int:
@@ -288,11 +288,11 @@ class Restorer:
         for index, source in enumerate(sources):
             groups.setdefault(self.working_size(source.size, settings), []).append(index)
         results: dict[int, Restored] = {}
-        for size, members in groups.items():
-            plan = self._plan(size, settings, len(members))
-            own = NoiseInput([seeds[index] for index in members], None if noise is None else noise[members])
-            group = self._restore_group([sources[index] for index in members], plan, own, listener)
-            results.update(zip(members, group, strict=True))
+        for size, indices in groups.items():
+            plan = self._plan(size, settings, len(indices))
+            own = NoiseInput([seeds[index] for index in indices], None if noise is None else noise[indices])
+            group = self._restore_group([sources[index] for index in indices], plan, own, listener)
+            results.update(zip(indices, group, strict=True))
         return [results[index] for index in range(len(photos))]
 
     def _restore_group(
@@ -318,10 +318,10 @@ class Restorer:
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):
             used = plan.settings.updated({"seed": seed})
-            history = history_of(self.bundle, used, plan)
+            provenance = provenance_of(self.bundle, used, plan)
             if notes:
-                history["notes"] = notes
-            results.append(Restored(photo, used, times, history, tuple(notes)))
+                provenance["notes"] = notes
+            results.append(Restored(photo, used, times, provenance, tuple(notes)))
         return results
 
     def _smaller(self, plan: RestorationPlan) -> RestorationPlan | None:
@@ -353,10 +353,10 @@ class Restorer:
         """Return the function of an operation on photos."""
         settings = plan.settings
         functions: dict[str, Callable[..., Any]] = {
-            "resize in": lambda photos: np.stack([frame(photo, plan.size) for photo in photos]),
+            "resize in": lambda photos: np.stack([preprocess(photo, plan.size) for photo in photos]),
             "color fix": lambda pixels, stage1: fix_colors(pixels, stage1, settings.color_fix),
             "resize out": lambda pixels, photos: [
-                finish(each, photo, result_size(photo.size, settings.upscale))
+                postprocess(each, photo, result_size(photo.size, settings.upscale))
                 for each, photo in zip(pixels, photos, strict=True)
             ],
         }

@@ -11,31 +11,25 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_VALUES_PER_COUNTER = 4  # Philox4x64 gives four 64-bit values per counter
 _TO_UNIT = 2.0**-32
 
 
-def noise_field(seed: int, draw: int, shape: Sequence[int], *, top: int = 0, left: int = 0) -> NDArray[np.float32]:
-    """Return a window of the standard normal field number `draw` of `seed`.
+def noise_field(seed: int, draw: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return the corner of the standard normal field number `draw` of `seed`; a larger one continues it.
 
     Args:
         seed: 0 … 2^63 - 1, one per image.
         draw: which field: 0 is the starting noise, 1 + i is that of step i.
-        shape: (C, h, w) of the window, in latent cells.
-        top, left: the window's corner in the field, in latent cells.
+        shape: (C, h, w) in latent cells.
     Returns:
         f32[C, h, w], mean 0, variance 1.
     Source: Philox (Salmon et al., SC 2011); Box-Muller on the halves of each 64-bit value.
     """
     channels, height, width = shape
-    first = left // _VALUES_PER_COUNTER
-    skip = left - first * _VALUES_PER_COUNTER
-    raw = np.empty((channels, height, skip + width), dtype=np.uint64)
+    raw = np.empty((channels, height, width), dtype=np.uint64)
     for channel in range(channels):
         for row in range(height):
-            counter = [first, top + row, channel, draw]
-            raw[channel, row] = np.random.Philox(key=seed, counter=counter).random_raw(skip + width)
-    raw = raw[:, :, skip:]
+            raw[channel, row] = np.random.Philox(key=seed, counter=[0, row, channel, draw]).random_raw(width)
     # (0, 1], so that the logarithm is finite; 32 bits reach 6.7 standard deviations.
     radius = np.sqrt(-2.0 * np.log(((raw >> np.uint64(32)).astype(np.float64) + 1.0) * _TO_UNIT))
     angle = 2.0 * np.pi * (raw & np.uint64(0xFFFFFFFF)).astype(np.float64) * _TO_UNIT

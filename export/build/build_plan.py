@@ -359,7 +359,7 @@ def _plan_options(
         for name, definition in definitions.items()
     }
     if request.weight_stripped:
-        _check_probe_fits(definitions, profiles)
+        _check_sample_fits(definitions, profiles)
     timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
     return PlanOptions(
         library,
@@ -383,7 +383,7 @@ def _gpu_at_hand() -> tuple[DeviceInfo | None, RestoreError | None]:
         return None, error
 
 
-def _check_probe_fits(definitions: Mapping[str, GraphDefinition], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
+def _check_sample_fits(definitions: Mapping[str, GraphDefinition], profiles: Mapping[str, tuple[Profile, ...]]) -> None:
     """Refuse weight-stripped plans that could not be checked once they have weights."""
     for name, definition in definitions.items():
         symbols = trial_symbols(definition.spec)

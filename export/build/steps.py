@@ -230,11 +230,11 @@ def _pack_and_verify(
         from export.graphs.builder import GraphBuilder
 
         agreement, expected = compare_with_torch(GraphBuilder(planned.definition), file, run)
-    probe = None
+    parity_sample = None
     if plan.compiling is not None and plan.compiling.weight_stripped:
-        probe = partial / f"{spec.name}.probe.npz"
+        parity_sample = partial / f"{spec.name}.parity_sample.npz"
         arrays = {**run.inputs, **{f"expected {name}": value for name, value in expected.items()}}
-        np.savez(probe, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
+        np.savez(parity_sample, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
     return Graph(
         spec=spec,
         file=describe_file(file),
@@ -244,7 +244,7 @@ def _pack_and_verify(
             trial=run.trial,
         ),
         weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in planned.parameters),
-        probe=None if probe is None else describe_file(probe),
+        parity_sample=None if parity_sample is None else describe_file(parity_sample),
         pieces=pieces,
         pieces_file=None if pieces_file is None else describe_file(pieces_file),
     )

@@ -112,17 +112,17 @@ def _check_parameters(spec: GraphSpec, file: Path) -> None:
         if parameter.data_location != TensorProto.EXTERNAL:
             continue  # a constant of the graph's own
         found = stored.get(parameter.name)
-        if found is None or _told(parameter) != _found(found):
+        if found is None or _expected(parameter) != _found(found):
             raise BuildError(
                 "a parameter of the graph is not in the weights file",
                 where=f"{spec.name}: {parameter.name}",
-                expected=_told(parameter),
+                expected=_expected(parameter),
                 found=None if found is None else _found(found),
                 fix="this is a bug: please report it",
             )
 
 
-def _told(parameter: TensorProto) -> tuple[str, tuple[int, ...], int]:
+def _expected(parameter: TensorProto) -> tuple[str, tuple[int, ...], int]:
     """Return dtype, shape and place of a parameter, as the graph has them."""
     place = {entry.key: entry.value for entry in parameter.external_data}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(parameter.data_type).name

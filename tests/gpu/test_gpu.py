@@ -177,7 +177,7 @@ def test_a_restoration_is_the_cpu_s(on_gpu, restorer, photo, record_property):
         assert worst > bound, changes
 
 
-def test_windows_and_tiles_are_the_cpu_s(on_gpu, restorer, photo, monkeypatch, record_property):
+def test_latent_and_vae_tiles_equal_the_cpus(on_gpu, restorer, photo, monkeypatch, record_property):
     wide = np.concatenate([photo, photo[:, ::-1]], axis=1)
     monkeypatch.setattr("engine.pipeline.restorer.choose_plan", lambda *_: SizePlan(64, 64))
     monkeypatch.setattr("engine.pipeline.restorer.device_plans", lambda *_: [SizePlan(64, 64)])

@@ -1,4 +1,4 @@
-"""What the benchmark says is launched, against what is; and its contenders on a device that is none."""
+"""What the benchmark says is launched, against what is; and its runtimes on a device that is none."""
 
 import contextlib
 
@@ -9,11 +9,11 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from stand_in import HostBackend, HostDevice, needs_compiler
 
-from benchmarks import contenders, machine, torch_backend
-from benchmarks.contenders import Configuration, Place
+from benchmarks import machine, runtimes, torch_backend
 from benchmarks.flops import WorkCounter
 from benchmarks.networks import bundle_builders
 from benchmarks.report import to_markdown
+from benchmarks.runtimes import Configuration
 from benchmarks.stages import Launch, plan_launches
 from benchmarks.summary import summarize, works_of
 from benchmarks.torch_backend import TorchDeviceBackend
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_is_told_in_our_words():
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["engine", "torch"])
-def test_a_contender_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_path, monkeypatch, name):
+def test_a_runtime_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_path, monkeypatch, name):
     """All of the command but the processes, with the stand-in in the place of the GPU."""
     from benchmarks.latency import _matrix_rate
 
@@ -140,20 +140,20 @@ def test_a_contender_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_
     monkeypatch.setattr("engine.backends.make_backend", make)
     monkeypatch.setattr(torch_backend, "make_torch_backend", make)
     monkeypatch.setattr(machine, "driver_version", lambda: "13.0")
-    place = Place(bundle_fp32, "onnxruntime", 0)
+    setup = runtimes.RunSetup(bundle_fp32, "onnxruntime", 0)
     configuration = Configuration(64, 2, 3, cfg=True)
-    contender = contenders._Contender(name, place, configuration)
-    contender.open()
-    told = [contender.restore(watched=number == 0) for number in range(3)]
-    assert contender.gpu["name"] == "stand-in"
+    runtime = runtimes._Runtime(name, setup, configuration)
+    runtime.open()
+    told = [runtime.restore(watched=number == 0) for number in range(3)]
+    assert runtime.gpu["name"] == "stand-in"
     assert told[0]["gpu_peak_bytes"] > 2 * 3 * 64 * 64 * 4  # the photos alone
     assert told[-1]["gpu_peak_bytes"] == told[0]["gpu_peak_bytes"]  # what is taken once is kept
     bundle = open_bundle(bundle_fp32)
-    rate = _matrix_rate(bundle, place, 700.0)
+    rate = _matrix_rate(bundle, setup, 700.0)
     launches = [Launch(**launch) for launch in told[0]["launches"]]
     works = works_of(launches, WorkCounter(bundle_builders(bundle)))
     measured = {
-        "gpu": contender.gpu,
+        "gpu": runtime.gpu,
         "cold_start_ms": 1.0,
         "warm_start_ms": 1.0,
         "peak_memory_bytes": 1,
@@ -164,10 +164,10 @@ def test_a_contender_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_
     assert summary["stages"]["steps"]["times"] == 3
     assert summary["stages"]["steps"]["flops"] == works["controlnet"].total_flops + works["unet"].total_flops
     assert "noise and texts" in summary["stages"]
-    result = {"configuration": "x", "guided_steps": 3, "steps": 3, "text_chunks": 1, "contenders": {"engine": summary}}
+    result = {"configuration": "x", "guided_steps": 3, "steps": 3, "text_chunks": 1, "runtimes": {"engine": summary}}
     report = {
         "machine": machine.describe_machine(),
-        "gpu": contender.gpu,
+        "gpu": runtime.gpu,
         "bundle": {"name": "b", "digest": "d", "precision": "fp32", "vae_precision": "fp32"},
         "floor": {"tflops": rate.tflops, "how": rate.how},
         "results": [result],

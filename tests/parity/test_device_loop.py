@@ -319,7 +319,7 @@ def test_buffers_are_what_was_said_before(bundle_fp32, folder, photo, changes):
         assert told - latent == backend.device.in_use
 
 
-PLANS = {"windows": SizePlan(64), "tiles": SizePlan(None, 64), "both": SizePlan(64, 64)}
+PLANS = {"latent tiles": SizePlan(64), "VAE tiles": SizePlan(None, 64), "both": SizePlan(64, 64)}
 
 
 def choose(monkeypatch, plan):
@@ -329,16 +329,16 @@ def choose(monkeypatch, plan):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["edm", "edm, guided at first only", "edm, everything", "dpmpp2m, pulled"])
-def test_windows_and_tiles_are_the_hosts_to_the_bit(on_device, on_host, photo, monkeypatch, name, plan):
+def test_latent_and_vae_tiles_equal_the_hosts_to_the_bit(on_device, on_host, photo, monkeypatch, name, plan):
     whole = on_host.restore(photo, seed=3, **SETTINGS[name]).photo.rgb
     choose(monkeypatch, PLANS[plan])
     found, expected = (r.restore(photo, seed=3, **SETTINGS[name]) for r in (on_device, on_host))
     assert np.array_equal(found.photo.rgb, expected.photo.rgb)
     assert not np.array_equal(found.photo.rgb, whole)
-    assert PLANS[plan].as_data().items() <= found.history["plan"].items()
+    assert PLANS[plan].as_data().items() <= found.provenance["plan"].items()
 
 
-def test_photos_of_a_batch_have_windows_too(on_device, on_host, photo, monkeypatch):
+def test_photos_of_a_batch_have_tiles_too(on_device, on_host, photo, monkeypatch):
     choose(monkeypatch, PLANS["both"])
     photos = [photo, photo[:, ::-1]]
     for seeds in ([1, 2], [7, 8]):
@@ -347,11 +347,11 @@ def test_photos_of_a_batch_have_windows_too(on_device, on_host, photo, monkeypat
             assert np.array_equal(one.photo.rgb, other.photo.rgb)
 
 
-def test_a_window_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(on_device, photo, device, monkeypatch):
-    choose(monkeypatch, PLANS["windows"])
+def test_a_tile_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(on_device, photo, device, monkeypatch):
+    choose(monkeypatch, PLANS["latent tiles"])
     on_device.restore(photo, steps=4)
     assert len(device.of("capture")) == 1
-    assert len(device.of("replay")) == 4 * 3 - 1  # three windows; the first is not replayed
+    assert len(device.of("replay")) == 4 * 3 - 1  # three tiles; the first is not replayed
     starts = [index for index, call in enumerate(device.calls) if call[2:] == ("prepare_step",)]
     ends = [index for index, call in enumerate(device.calls) if call[2:] == ("advance_step",)]
     assert len(starts) == len(ends) == 4
@@ -365,7 +365,7 @@ def test_a_window_is_recorded_once_and_nothing_waits_or_is_copied_between_steps(
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_memory_in_windows_is_flat_and_what_was_said(bundle_fp32, folder, photo, monkeypatch, plan):
+def test_memory_in_tiles_is_flat_and_what_was_said(bundle_fp32, folder, photo, monkeypatch, plan):
     backend = HostBackend(HostDevice(folder))
     with Restorer(open_bundle(bundle_fp32), backend) as restorer:
         choose(monkeypatch, PLANS[plan])
@@ -379,21 +379,21 @@ def test_memory_in_windows_is_flat_and_what_was_said(bundle_fp32, folder, photo,
     assert backend.device.in_use == 0
 
 
-def test_a_run_that_was_cancelled_amid_windows_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
-    choose(monkeypatch, PLANS["windows"])
+def test_a_run_that_was_cancelled_amid_tiles_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
+    choose(monkeypatch, PLANS["latent tiles"])
 
     def stop(progress):
         raise CancelledError
 
     with pytest.raises(CancelledError):
         on_device.restore(photo, steps=20, on_step=stop)
-    on_device._session._loop._work._made["window"].array[...] = 1  # as if a window had failed
+    on_device._session._loop._work._made["latent_tile"].array[...] = 1  # as if a tile had failed
     found, expected = (r.restore(photo, steps=3).photo.rgb for r in (on_device, on_host))
     assert np.array_equal(found, expected)
 
 
 def test_a_run_that_failed_amid_tiles_does_not_show_in_the_next(on_device, on_host, photo, monkeypatch):
-    choose(monkeypatch, PLANS["tiles"])
+    choose(monkeypatch, PLANS["latent tiles"])
     expected = on_host.restore(photo, steps=2).photo.rgb
     on_device.restore(photo, steps=2)
     decoder = on_device._runners.opened["vae_decoder"]
@@ -412,7 +412,7 @@ def test_a_run_that_failed_amid_tiles_does_not_show_in_the_next(on_device, on_ho
 
 
 def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
-    """Activations that grow with the cells, as a library tells them; the test bundle's windows have 256 pixels."""
+    """Activations that grow with the cells, as a library tells them; the test bundle's tiles have 256 pixels."""
     bundle = open_bundle(bundle_fp32)
     per_cell = 1 << 20
 
@@ -430,7 +430,7 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     cells = 64 * 128
     everything = (4 + 1) * cells / 1024
     assert plan_on(everything + 2, tile="off") == SizePlan()
-    assert plan_on(everything + 2) == SizePlan(256)  # beyond four windows' area
+    assert plan_on(everything + 2) == SizePlan(256)  # beyond four tiles' area
     assert plan_on(8 + 16 + 2, tile="off") == SizePlan(None, 512)
     assert plan_on(8 + 16 + 2) == SizePlan(256, 512)
     with pytest.raises(DoesNotFitError, match="out of GPU memory"):
@@ -440,7 +440,7 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
     with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
         plan_on(1000, vae_tiles="exact")
-    with pytest.raises(UsageError, match="windows of this side do not exist"):
+    with pytest.raises(UsageError, match="tiles of this size do not exist"):
         plan_on(1000, tile=100)
 
 
@@ -458,7 +458,7 @@ def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried_once(bundle
         monkeypatch.setattr(backend.device, "buffer", buffer)
         result = restorer.restore(photo, steps=2, min_size=64, on_note=notes.append)
         assert len(notes) == 1
-        assert "out of memory (sampled whole, decoded whole); tried again: sampled in windows of 128 pixels" in notes[0]
+        assert "out of memory (sampled whole, decoded whole); tried again: sampled in tiles of 128 pixels" in notes[0]
         again = on_host.restore(photo, steps=2, min_size=64, tile=128)
         assert np.array_equal(result.photo.rgb, again.photo.rgb)
     assert backend.device.in_use == 0

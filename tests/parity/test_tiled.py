@@ -1,4 +1,4 @@
-"""Restoring in windows and tiles, on real graphs: what must be equal is, and what memory lacks is tried smaller."""
+"""Tiled sampling and a tiled VAE, on real graphs: what must be equal is, and what memory lacks is tried smaller."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def latents(restorer):
     return rng.normal(size=(1, restorer.bundle.latent_channels, 16, 24)).astype(np.float32)
 
 
-def sampled(restorer, z_lq, texts=None, windows=None, **changes):
+def sampled(restorer, z_lq, texts=None, tiles=None, **changes):
     settings = restorer.defaults.updated({**STEPS, **{k: v for k, v in changes.items() if k != "at_once"}})
     center = z_lq * np.float32(0.5)
     return restorer.stages.sample(
@@ -34,42 +34,42 @@ def sampled(restorer, z_lq, texts=None, windows=None, **changes):
         restorer.stages.conditioning(settings) if texts is None else texts,
         settings,
         center=center,
-        windows=windows,
+        tiles=tiles,
         at_once=changes.get("at_once", 1),
     )
 
 
 @pytest.mark.parametrize("changes", [{}, {"sampler": "dpmpp2m", "restore_pull": 2.0}, {"churn": 3.0}])
-def test_windows_differ_from_the_whole_and_not_by_how_many_go_at_once(restorer, latents, changes):
-    windows = Tiling(16, 24, 16, 8)
-    assert len(windows) == 2
+def test_tiles_differ_from_the_whole_and_not_by_how_many_go_at_once(restorer, latents, changes):
+    tiles = Tiling(16, 24, 16, 8)
+    assert len(tiles) == 2
     whole = sampled(restorer, latents, **changes)
-    one = sampled(restorer, latents, windows=windows, **changes)
-    both = sampled(restorer, latents, windows=windows, at_once=2, **changes)
+    one = sampled(restorer, latents, tiles=tiles, **changes)
+    both = sampled(restorer, latents, tiles=tiles, at_once=2, **changes)
     np.testing.assert_allclose(one, both, atol=2e-4)
     assert np.isfinite(one).all()
     difference = np.sqrt(np.mean((one - whole) ** 2)) / whole.std()
     assert 1e-4 < difference < 1.0
 
 
-def test_a_window_as_large_as_the_latent_is_the_whole_bit_for_bit(restorer, latents):
-    assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, windows=Tiling(16, 24, 32, 16)))
+def test_a_tile_as_large_as_the_latent_is_the_whole_bit_for_bit(restorer, latents):
+    assert np.array_equal(sampled(restorer, latents), sampled(restorer, latents, tiles=Tiling(16, 24, 32, 16)))
 
 
-def test_the_setting_makes_the_windows(restorer):
+def test_the_setting_makes_the_tiles(restorer):
     settings = restorer.defaults.updated({**STEPS, "tile": 128})
-    assert restorer.plan((192, 128), settings).windows == Tiling(16, 24, 16, 8)
+    assert restorer.plan((192, 128), settings).latent_tiles == Tiling(16, 24, 16, 8)
 
 
-def test_a_prompt_for_a_window_changes_that_window_alone(restorer, latents):
-    windows = Tiling(16, 24, 16, 16)
+def test_a_prompt_for_a_tile_changes_that_tile_alone(restorer, latents):
+    tiles = Tiling(16, 24, 16, 16)
     one, other = (
         restorer.stages.conditioning(restorer.defaults.updated({**STEPS, "prompt": prompt, "steps": 1}))
         for prompt in ("a dog", "a tin roof")
     )
-    same = sampled(restorer, latents, lambda _: one, windows, steps=1)
-    assert np.array_equal(same, sampled(restorer, latents, one, windows, steps=1))
-    mixed = sampled(restorer, latents, lambda window: other if window.left else one, windows, steps=1)
+    same = sampled(restorer, latents, lambda _: one, tiles, steps=1)
+    assert np.array_equal(same, sampled(restorer, latents, one, tiles, steps=1))
+    mixed = sampled(restorer, latents, lambda tile: other if tile.left else one, tiles, steps=1)
     assert np.array_equal(mixed[..., :8], same[..., :8])
     assert np.abs(mixed[..., -8:] - same[..., -8:]).max() > 1e-4
 
@@ -78,18 +78,20 @@ def test_tiles_of_the_vae_lie_where_they_belong(restorer, latents):
     """Tiles of random weights agree where norms see the same; a tile in the wrong place would not correlate."""
     pixels = restorer.stages.decode(latents)
     tiles = Tiling(16, 24, 16, 8)
-    in_tiles = restorer.stages.decode(latents, way=tiles)
+    in_tiles = restorer.stages.decode(latents, vae_mode=tiles)
     assert in_tiles.shape == pixels.shape
     assert np.corrcoef(in_tiles.ravel(), pixels.ravel())[0, 1] > 0.9
     assert not np.array_equal(in_tiles, pixels)
     z = restorer.stages.encode_clean(pixels)
-    z_in_tiles = restorer.stages.encode_clean(pixels, way=tiles)
+    z_in_tiles = restorer.stages.encode_clean(pixels, vae_mode=tiles)
     assert z_in_tiles.shape == z.shape
     assert np.corrcoef(z_in_tiles.ravel(), z.ravel())[0, 1] > 0.9
 
 
 def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
-    assert np.array_equal(restorer.stages.decode(latents), restorer.stages.decode(latents, way=Tiling(16, 24, 64, 48)))
+    assert np.array_equal(
+        restorer.stages.decode(latents), restorer.stages.decode(latents, vae_mode=Tiling(16, 24, 64, 48))
+    )
 
 
 @pytest.mark.parametrize("band_bytes", [1, 20_000, 1 << 30])
@@ -100,7 +102,7 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
         pixels = restorer.stages.decode(latents)
         whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
-        rows = {"way": SlicedVae(band_bytes), "on_tile": lambda *at: told.append(at)}
+        rows = {"vae_mode": SlicedVae(band_bytes), "on_tile": lambda *at: told.append(at)}
         by_rows = [
             restorer.stages.decode(latents, **rows),
             restorer.stages.encode_clean(pixels, **rows),
@@ -117,7 +119,7 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
 
 def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
     both = np.concatenate([latents, latents * 3 + 1])
-    by_rows = restorer.stages.decode(both, way=SlicedVae(1))
+    by_rows = restorer.stages.decode(both, vae_mode=SlicedVae(1))
     assert relative_l2(by_rows, restorer.stages.decode(both)) < 1e-5
     assert relative_l2(by_rows[1:], restorer.stages.decode(both[1:])) < 1e-5
 
@@ -125,7 +127,7 @@ def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
 def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
     by_rows = restorer.restore(photo, **STEPS, vae_tiles="exact")
-    assert recorded_size_plan(by_rows.history, (192, 128)) == SizePlan(vae_by_rows=True)
+    assert recorded_size_plan(by_rows.provenance, (192, 128)) == SizePlan(vae_by_rows=True)
     np.testing.assert_allclose(by_rows.photo.rgb, whole.photo.rgb, atol=1e-4)
 
 
@@ -156,14 +158,14 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memo
     result = restorer.restore(photo, **STEPS, on_note=notes.append)
     assert result.photo.size == (192, 128)
     assert len(refused) == 1
-    assert notes == list(result.notes) == result.history["notes"]
+    assert notes == list(result.notes) == result.provenance["notes"]
     assert notes[0].startswith("out of memory (sampled whole, decoded whole); tried again: ")
-    assert notes[0].endswith("sampled in windows of 128 pixels, decoded by rows")
-    assert recorded_size_plan(result.history, (192, 128)) == SizePlan(128, vae_by_rows=True)
-    again = restorer.restore(photo, plan=restorer.plan((192, 128), result.settings, like=result.history))
+    assert notes[0].endswith("sampled in tiles of 128 pixels, decoded by rows")
+    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128, vae_by_rows=True)
+    again = restorer.restore(photo, plan=restorer.plan((192, 128), result.settings, like=result.provenance))
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
-    assert "notes" not in again.history
+    assert "notes" not in again.provenance
 
 
 def test_a_second_lack_of_memory_is_an_error(short_of_memory, photo):
@@ -188,26 +190,26 @@ def test_other_errors_are_not_tried_again(restorer, photo, monkeypatch):
 
 def test_the_record_says_how_it_was_worked_at(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
-    assert recorded_size_plan(whole.history, (192, 128)) == SizePlan()
+    assert recorded_size_plan(whole.provenance, (192, 128)) == SizePlan()
     tiled = restorer.restore(photo, **STEPS, tile=128)
-    assert recorded_size_plan(tiled.history, (192, 128)) == SizePlan(128)
-    assert tiled.history["settings"]["tile"] == 128
+    assert recorded_size_plan(tiled.provenance, (192, 128)) == SizePlan(128)
+    assert tiled.provenance["settings"]["tile"] == 128
     told = []
     restorer.restore(photo, **STEPS, tile=128, on_tile=lambda *at: told.append(at))
     assert told == [("step", 1, 2), ("step", 2, 2)] * 2
 
 
 def test_the_record_keeps_what_was_asked_beside_what_was_chosen(restorer, photo, monkeypatch):
-    """So that a folder that is gone on with knows its results, and `--like` repeats the windows."""
+    """So that a folder that is gone on with knows its results, and `--like` repeats the tiles."""
     monkeypatch.setattr("engine.pipeline.restorer.choose_plan", lambda *_: SizePlan(128))
     result = restorer.restore(photo, **STEPS)
-    assert result.history["settings"] == restorer.defaults.updated(STEPS).model_dump(mode="json")
-    assert result.history["settings"]["tile"] == "auto"
-    assert recorded_size_plan(result.history, (192, 128)) == SizePlan(128)
+    assert result.provenance["settings"] == restorer.defaults.updated(STEPS).model_dump(mode="json")
+    assert result.provenance["settings"]["tile"] == "auto"
+    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128)
 
 
 def test_a_side_that_is_no_multiple_is_refused(restorer, photo):
-    with pytest.raises(UsageError, match="windows of this side do not exist"):
+    with pytest.raises(UsageError, match="tiles of this size do not exist"):
         restorer.restore(photo, **STEPS, tile=100)
 
 

@@ -51,7 +51,7 @@ RESTORE = [
     (["empty.png"], 1, "empty.png: is not an image"),
     (["folder"], 1, "folder: holds no images"),
     (["thread.png", "--min-size", "1024"], 1, "too large for the memory of this computer"),
-    (["cup.jpg", "--tile", "100"], 2, "windows of this side do not exist"),
+    (["cup.jpg", "--tile", "100"], 2, "tiles of this size do not exist"),
     (["cup.jpg", "-o", "there.png"], 1, "there.png: exists already"),
     (["cup.jpg", "-o", "missing/out.png"], 1, "missing: no such folder"),
     (["cup.jpg", "-o", "missing/out"], 1, "no such folder"),
@@ -158,7 +158,7 @@ def test_a_photo_for_more_memory_than_there_is_is_refused(monkeypatch, capsys, b
     error = capsys.readouterr().err
     assert "thread.png" in error
     assert "too large for the memory of this computer" in error
-    assert "--vae-tiles auto works in windows" in error
+    assert "--vae-tiles auto uses tiles" in error
 
 
 def test_networks_that_give_no_numbers_are_told(monkeypatch, capsys, bundle_fp32, place):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine import Restorer
 from engine.cli.console import run_command
-from engine.image.files import read_history, read_photo
+from engine.image.files import read_photo, read_provenance
 from engine.restore import main
 
 
@@ -79,7 +79,7 @@ def test_the_same_command_goes_on_and_another_is_asked_about(restore, tmp_path):
     assert "--skip-existing" in err
     assert restore(photos, "-o", out, "--seed", 5, "--skip-existing")[1].startswith("3 photos: 0 restored, 3 had")
     assert restore(photos, "-o", out, "--seed", 5, "--overwrite")[0] == 0
-    assert {read_history(path)["settings"]["seed"] for path in out.iterdir()} == {5}
+    assert {read_provenance(path)["settings"]["seed"] for path in out.iterdir()} == {5}
 
 
 def test_a_photo_that_was_changed_is_not_taken_for_restored(restore, tmp_path):

@@ -34,8 +34,8 @@ def test_engine_and_torch_are_measured_in_turns(bundle_fp32, tmp_path):
     assert [result["guided_steps"] for result in report["results"]] == [2, 0]
     for result in report["results"]:
         assert f"## {result['configuration']}" in done.stdout
-        check_contenders(result["contenders"])
-    on, off = (result["contenders"]["engine"]["stages"]["unet"]["flops"] for result in report["results"])
+        check_runtimes(result["runtimes"])
+    on, off = (result["runtimes"]["engine"]["stages"]["unet"]["flops"] for result in report["results"])
     assert on == 2 * off  # guidance is a second pass
     assert report["machine"]["versions"]["torch"] != "not installed"
     assert report["machine"]["date"]
@@ -44,26 +44,26 @@ def test_engine_and_torch_are_measured_in_turns(bundle_fp32, tmp_path):
     assert report["floor"]["how"].startswith("ONNX Runtime, float32")
 
 
-def check_contenders(contenders):
-    assert list(contenders) == ["engine", "torch"]
-    for contender in contenders.values():
-        assert len(contender["totals_ms"]) == 2
-        assert set(contender["stages"]) >= {"text", "denoise encoder", "controlnet", "unet", "vae decoder", "color fix"}
-        for times, total_ms in zip(contender["stages_ms"], contender["totals_ms"], strict=True):
+def check_runtimes(runtimes):
+    assert list(runtimes) == ["engine", "torch"]
+    for runtime in runtimes.values():
+        assert len(runtime["totals_ms"]) == 2
+        assert set(runtime["stages"]) >= {"text", "denoise encoder", "controlnet", "unet", "vae decoder", "color fix"}
+        for times, total_ms in zip(runtime["stages_ms"], runtime["totals_ms"], strict=True):
             assert sum(times.values()) == pytest.approx(total_ms)
             assert min(times.values()) > 0
-        assert 0 < contender["outside_share"] < 1
-        unet = contender["stages"]["unet"]
+        assert 0 < runtime["outside_share"] < 1
+        unet = runtime["stages"]["unet"]
         assert unet["tflops"] == pytest.approx(unet["flops"] / unet["median_ms"] / 1e9)
         assert unet["each_ms"] == unet["median_ms"] / 2
         # A start has everything in it that a restoration has, and more.
-        assert contender["cold_start_ms"] == pytest.approx(sum(contender["cold_start_parts_ms"].values()))
-        assert min(contender["cold_start_parts_ms"].values()) > 0
-        assert contender["warm_start_ms"] > 0
+        assert runtime["cold_start_ms"] == pytest.approx(sum(runtime["cold_start_parts_ms"].values()))
+        assert min(runtime["cold_start_parts_ms"].values()) > 0
+        assert runtime["warm_start_ms"] > 0
     # Both do the same work.
-    assert contenders["engine"]["total"]["flops"] == contenders["torch"]["total"]["flops"] > 0
+    assert runtimes["engine"]["total"]["flops"] == runtimes["torch"]["total"]["flops"] > 0
     # torch is in one process and not in the other.
-    assert contenders["torch"]["peak_memory_bytes"] > contenders["engine"]["peak_memory_bytes"] + 100e6
+    assert runtimes["torch"]["peak_memory_bytes"] > runtimes["engine"]["peak_memory_bytes"] + 100e6
 
 
 def test_what_was_measured_is_kept_when_a_later_size_fails(bundle_fp32, tmp_path, monkeypatch):
@@ -73,10 +73,10 @@ def test_what_was_measured_is_kept_when_a_later_size_fails(bundle_fp32, tmp_path
 
     measure = latency.measure
 
-    def fails_at_128(contenders, place, configuration, counts, *, quiet):
+    def fails_at_128(runtimes, setup, configuration, counts, *, quiet):
         if configuration.size_px == 128:
             raise BackendError("out of memory")
-        return measure(contenders, place, configuration, counts, quiet=quiet)
+        return measure(runtimes, setup, configuration, counts, quiet=quiet)
 
     monkeypatch.setattr(latency, "measure", fails_at_128)
     file = tmp_path / "latency.json"
@@ -96,7 +96,7 @@ def test_an_fp16_bundle_runs_without_a_baseline(bundle_fp16):
     assert "Faster than" not in done.stdout
 
 
-def test_a_contender_that_cannot_start_is_told(bundle_fp16):
+def test_a_runtime_that_cannot_start_is_told(bundle_fp16):
     done = run("--bundle", bundle_fp16, "--baseline", "torch", "--matrix-tflops", 0.05)
     assert done.returncode == 1
     assert "torch: " in done.stderr  # whose error it is
@@ -138,10 +138,10 @@ def test_torch_without_cuda_is_told(bundle_fp32, monkeypatch):
         make_torch_backend(read_manifest(bundle_fp32), 0)
 
 
-def test_a_contender_that_dies_is_told():
+def test_a_runtime_that_dies_is_told():
     import multiprocessing
 
-    from benchmarks.contenders import _answer
+    from benchmarks.runtimes import _answer
     from engine.errors import BackendError
 
     context = multiprocessing.get_context("spawn")

@@ -392,17 +392,17 @@ def test_another_lora_takes_weightless_plans_over_and_changes_the_weights(preten
     assert len(pretend) == GRAPHS
     for graph in before.graphs.values():
         assert graph.plan.flags[-2:] == ("REFIT", "STRIP_PLAN")
-        with np.load(bundle.file(graph.probe)) as probe:
+        with np.load(bundle.file(graph.parity_sample)) as parity_sample:
             outputs = {f"expected {tensor.name}" for tensor in graph.spec.outputs}
-            assert set(probe) == {tensor.name for tensor in graph.spec.inputs} | outputs
-            assert all(np.abs(probe[name]).max() > 0 for name in outputs)
+            assert set(parity_sample) == {tensor.name for tensor in graph.spec.inputs} | outputs
+            assert all(np.abs(parity_sample[name]).max() > 0 for name in outputs)
     face = LoraRequest("face", tiny.loras["face"], 0.5)
     request = _request(tmp_path / "b", preset="lightning-lora", loras=(face,), **options)
     assert build(make_plan(request), Silent(), lambda line: None).status == "built"
     after = open_bundle(tmp_path / "b").manifest
     assert len(pretend) == GRAPHS
     assert after.weights.sha256 != before.weights.sha256
-    assert after.graphs["unet"].probe.sha256 != before.graphs["unet"].probe.sha256
+    assert after.graphs["unet"].parity_sample.sha256 != before.graphs["unet"].parity_sample.sha256
     assert all(graph.plan == before.graphs[name].plan for name, graph in after.graphs.items())
 
 

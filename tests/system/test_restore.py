@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine import Restorer
 from engine.cli.console import run_command
-from engine.image.files import read_history, read_photo
+from engine.image.files import read_photo, read_provenance
 from engine.restore import main
 
 
@@ -72,9 +72,9 @@ def test_like_makes_a_result_again(restore, photo, tmp_path):
     assert restore(photo, "-o", again, "--like", first)[0] == 0
     assert restore(photo, "-o", other, "--like", first, "--no-restore-pull", "--seed", 12)[0] == 0
     assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
-    assert read_history(first)["settings"] == read_history(again)["settings"]
-    assert read_history(first)["settings"]["prompt"] == 'a "cup", Tässchen'
-    changed = read_history(other)["settings"]
+    assert read_provenance(first)["settings"] == read_provenance(again)["settings"]
+    assert read_provenance(first)["settings"]["prompt"] == 'a "cup", Tässchen'
+    changed = read_provenance(other)["settings"]
     assert (changed["seed"], changed["restore_pull"], changed["steps"]) == (12, None, 4)
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(other)))
 
@@ -92,7 +92,7 @@ def test_samples_have_successive_seeds(restore, photo, tmp_path):
     status, out, _ = restore(photo, "-o", tmp_path / "out.png", "--samples", 2, "--seed", 5, "--steps", 2)
     assert status == 0
     assert [path.name for path in sorted(tmp_path.glob("out*"))] == ["out.5.png", "out.6.png"]
-    assert [read_history(tmp_path / f"out.{seed}.png")["settings"]["seed"] for seed in (5, 6)] == [5, 6]
+    assert [read_provenance(tmp_path / f"out.{seed}.png")["settings"]["seed"] for seed in (5, 6)] == [5, 6]
     assert out.count("seed") == 2
 
 

@@ -20,10 +20,10 @@ from tritonclient.utils import InferenceServerException
 
 from engine import Restorer
 from engine.image.decoding import decode_photo
-from engine.image.files import read_history
+from engine.image.files import read_provenance
 from triton_repo.client import AsyncClient, Client
-from triton_repo.meeting import folder_of
 from triton_repo.protocol import StoppedError
+from triton_repo.runtime_dir import runtime_dir_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -74,7 +74,7 @@ def inputs(library, image, options):
 
 @pytest.fixture(scope="module")
 def by_command(demo_bundle, tmp_path_factory):
-    """What `python -m engine.restore` makes of the photo: file, pixels and history."""
+    """What `python -m engine.restore` makes of the photo: file, pixels and provenance."""
     import subprocess
     import sys
 
@@ -96,7 +96,7 @@ def assert_same_picture(data, expected):
 def test_grpc_gives_the_pixels_of_the_command(client, by_command):
     result = client.restore(PHOTO, steps=STEPS, seed=7)
     assert_same_picture(result.image, np.asarray(Image.open(by_command)))
-    assert result.history == read_history(by_command)
+    assert result.provenance == read_provenance(by_command)
 
 
 def test_http_gives_the_pixels_of_the_command(server, by_command):
@@ -104,7 +104,7 @@ def test_http_gives_the_pixels_of_the_command(server, by_command):
         options = json.dumps({"steps": STEPS, "seed": 7}).encode()
         answer = http.infer("restore", inputs(triton_http, PHOTO, options))
         assert_same_picture(answer.as_numpy("restored")[0], np.asarray(Image.open(by_command)))
-        assert json.loads(answer.as_numpy("settings")[0]) == read_history(by_command)
+        assert json.loads(answer.as_numpy("settings")[0]) == read_provenance(by_command)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_settings_mean_what_they_mean_to_the_engine(client, direct, options):
     result = client.restore(small_png(), steps=2, seed=3, **SMALL, **options)
     alone = direct.restore(decode_photo(small_png()), steps=2, seed=3, **SMALL, **options)
     assert_same_picture(result.image, np.rint(alone.photo.rgb.clip(0, 1) * np.float32(255)).astype(np.uint8))
-    assert result.history == alone.history
+    assert result.provenance == alone.provenance
 
 
 def test_transparency_comes_back(client):
@@ -154,8 +154,8 @@ def test_photos_share_batches_and_each_is_what_it_is_alone(server, client, direc
     assert len({result.image for result in results}) == len(requests)
 
 
-def test_windows_are_those_of_each_request(server, direct):
-    """Requests that differ in nothing but their windows come together, and none gets another's."""
+def test_tiles_are_those_of_each_request(server, direct):
+    """Requests that differ in nothing but their tiles come together, and none gets another's."""
     requests = [{"tile": "off"}, {"tile": 256}]
 
     async def together():
@@ -166,7 +166,7 @@ def test_windows_are_those_of_each_request(server, direct):
     for request, result in zip(requests, results, strict=True):
         alone = direct.restore(decode_photo(PHOTO), steps=1, seed=8, **request)
         assert_same_picture(result.image, np.rint(alone.photo.rgb.clip(0, 1) * np.float32(255)).astype(np.uint8))
-        assert result.history == alone.history
+        assert result.provenance == alone.provenance
     assert results[0].image != results[1].image
 
 
@@ -309,7 +309,7 @@ BAD = {
     "a long prompt": (PHOTO, {"prompt": "word " * 2000}, "options.prompt: too long"),
     "a prompt of 100 MB": (PHOTO, lambda: b'{"prompt": "' + b"x" * 100_000_000 + b'"}', "options: too long"),
     "an unknown format": (PHOTO, {"format": "exe"}, "options.format"),
-    "windows that do not exist": (PHOTO, {"tile": 100}, "windows of this side do not exist"),
+    "tiles that do not exist": (PHOTO, {"tile": 100}, "tiles of this size do not exist"),
     "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE sees the whole photo"),
     "the VAE by rows": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE sees the whole photo"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
@@ -360,7 +360,7 @@ def test_wrong_tensors_are_refused_by_the_server(url, model):
 
 
 def test_members_refuse_what_the_ensemble_would_never_send(url, direct):
-    """Anybody can call a member; what it is given is checked there too."""
+    """Anybody can call a model; what it is given is checked there too."""
     spec = direct.bundle.spec("vae_decoder")
     channels = spec.tensor("z").shape[1]
     large = np.zeros((1, channels, 8, 4000), np.float32)
@@ -476,4 +476,7 @@ def test_memory_is_flat_in_threads(server):
             with pytest.raises(Exception, match="is not an image"):
                 list(opened.stream(b"hello"))
     assert threading.active_count() < 60
-    assert {file.name for file in folder_of(server.process.pid).iterdir()} == {"next", "turn"}  # locks: see `turns`
+    assert {file.name for file in runtime_dir_of(server.process.pid).iterdir()} == {
+        "next",
+        "turn",
+    }  # locks: see `cpu_lock`

@@ -290,7 +290,7 @@ def test_mistakes_at_the_client(server, tmp_path, monkeypatch, capsys, arguments
 
 
 def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
-    """A server from the command line, a photo through it with a bar and previews, a member that is killed, Ctrl-C."""
+    """A server from the command line, a photo through it with a bar and previews, a model that is killed, Ctrl-C."""
     import psutil
 
     ports = free_ports()
@@ -322,7 +322,7 @@ def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
             reader.join()
     assert status == 0
     assert f"ready: gRPC 127.0.0.1:{ports.grpc}" in "".join(said)
-    assert "a member has died; starting again in 1 s\n" in said
+    assert "a model has died; starting again in 1 s\n" in said
     assert said[-1] == "stopping\n"
     assert "4/4" in done.stderr
     assert '"steps": 4' in done.stdout
@@ -362,6 +362,6 @@ def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundl
         for number in range(200):
             ask(client, 1000 + number)
         after = memory_of(running)
-        assert set(before) == set(after)  # no member was started again
+        assert set(before) == set(after)  # no model was started again
     print({name: f"{before[name] / 2**20:.1f} -> {after[name] / 2**20:.1f} MiB" for name in before})
     assert sum(after.values()) < 1.02 * sum(before.values())

@@ -39,7 +39,7 @@ class Counter:
         return GraphCost({"fp16": count * 10**9}, count * 10**6, count)
 
 
-def contender(runs, gpu=None):
+def runtime(runs, gpu=None):
     return {
         "gpu": gpu,
         "launches": [],
@@ -62,11 +62,11 @@ def on_device():
 
 
 def summary(runs, gpu=None, rate=0.1, batch=1):
-    return summarize(contender(runs, gpu), works_of(LAUNCHES, Counter()), {"fp16": rate}, batch)
+    return summarize(runtime(runs, gpu), works_of(LAUNCHES, Counter()), {"fp16": rate}, batch)
 
 
-def report(contenders, gpu=None, configurations=("64 × 64 px, batch 1, 3 steps, cfg on",)):
-    result = {"steps": 3, "guided_steps": 2, "text_chunks": 1, "contenders": contenders}
+def report(runtimes, gpu=None, configurations=("64 × 64 px, batch 1, 3 steps, cfg on",)):
+    result = {"steps": 3, "guided_steps": 2, "text_chunks": 1, "runtimes": runtimes}
     return {
         "machine": {
             "date": "2026-11-24",
@@ -196,7 +196,7 @@ def test_every_stage_has_a_colour():
     assert set(plot._COLORS) == set(LABELS)
 
 
-def test_the_picture_shows_each_contender_of_each_configuration(tmp_path):
+def test_the_picture_shows_each_runtime_of_each_configuration(tmp_path):
     found = {"engine": summary([on_host()]), "torch": summary([on_host(2.0)])}
     made = report(found, configurations=[f"configuration {index}" for index in range(7)])
     figure = plot.make_figure(made)

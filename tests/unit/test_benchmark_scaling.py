@@ -19,7 +19,7 @@ def test_the_slope_is_the_power(power):
     assert slope(rows, "total_ms") == pytest.approx(power)
 
 
-def test_borders_are_the_windows_sides_inside_the_image():
+def test_borders_are_the_tiles_sides_inside_the_image():
     mask = border_mask(Tiling(48, 32, 32, 16), 1)
     assert sorted(np.flatnonzero(mask[:, 0])) == [15, 16, 31, 32]
     assert not border_mask(Tiling(32, 32, 32, 16)).any()
@@ -27,11 +27,11 @@ def test_borders_are_the_windows_sides_inside_the_image():
 
 def test_a_seam_is_found_and_even_noise_is_not():
     rng = np.random.default_rng(0)
-    windows = Tiling(96, 96, 32, 16)
+    tiles = Tiling(96, 96, 32, 16)
     whole = rng.normal(size=(1, 4, 96, 96)).astype(np.float32)
     noise = 0.01 * rng.normal(size=whole.shape).astype(np.float32)
-    even = compare(whole + noise, whole, windows, 1)
+    even = compare(whole + noise, whole, tiles, 1)
     assert 0.95 < even["ratio"] < SEAMLESS
-    seam = compare(whole + noise + 0.01 * border_mask(windows), whole, windows, 1)
+    seam = compare(whole + noise + 0.01 * border_mask(tiles), whole, tiles, 1)
     assert seam["ratio"] > SEAMLESS
     assert even["psnr_db"] == pytest.approx(20 * np.log10(np.ptp(whole) / 0.01), abs=0.3)

@@ -61,7 +61,7 @@ def test_bits_that_are_left_out_are_told():
     buffer = io.BytesIO()
     pillow_heif.encode("RGB;16", (96, 64), deep.tobytes(), buffer, quality=-1)
     photo = decode_photo(buffer.getvalue())
-    assert photo.remarks == ("its bits beyond 8 a channel were left out",)
+    assert photo.warnings == ("its bits beyond 8 a channel were left out",)
     assert np.corrcoef(photo.rgb.ravel(), deep.ravel())[0, 1] > 0.5
 
 

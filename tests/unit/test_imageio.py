@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from engine.bundle.storage import clean_stale_temp_files
 from engine.errors import ImageError, InputError, OutputError
-from engine.image.files import check_output, list_images, read_history, read_photo, write_photo
+from engine.image.files import check_output, list_images, read_photo, read_provenance, write_photo
 from engine.image.photo import Photo, photo_from_array, resize
 
 HISTORY = {"engine": "test", "settings": {"prompt": 'a "cup", Straße, 猫', "steps": 15}}
@@ -149,7 +149,7 @@ def test_xmp_of_a_png_is_read_whoever_wrote_it(tmp_path):
 def test_xmp_is_carried_into_every_format(tmp_path, suffix):
     write_photo(tmp_path / f"a{suffix}", Photo(ramp().astype(np.float32) / 255, xmp=b"<x:xmpmeta/>"), HISTORY)
     assert read_photo(tmp_path / f"a{suffix}").xmp == b"<x:xmpmeta/>"
-    assert read_history(tmp_path / f"a{suffix}") == HISTORY
+    assert read_provenance(tmp_path / f"a{suffix}") == HISTORY
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
@@ -370,7 +370,7 @@ def photo_with_everything():
 def test_metadata_survives_every_format(tmp_path, suffix):
     path = tmp_path / f"out{suffix}"
     write_photo(path, photo_with_everything(), HISTORY)
-    assert read_history(path) == HISTORY
+    assert read_provenance(path) == HISTORY
     photo = read_photo(path)
     assert photo.icc_profile == SRGB
     exif = Image.Exif()
@@ -452,7 +452,7 @@ def test_overwriting_is_asked_for(tmp_path):
         write_photo(path, photo_with_everything(), {})
     assert path.read_bytes() == before
     write_photo(path, photo_with_everything(), {"new": 1}, overwrite=True)
-    assert read_history(path) == {"new": 1}
+    assert read_provenance(path) == {"new": 1}
     assert os.listdir(tmp_path) == ["out.png"]
 
 
@@ -464,7 +464,7 @@ def test_history_too_long_for_jpeg_is_told(tmp_path):
 
 def test_a_picture_without_history_is_told(tmp_path):
     with pytest.raises(ImageError, match="holds no settings"):
-        read_history(save(tmp_path / "a.png", Image.fromarray(ramp())))
+        read_provenance(save(tmp_path / "a.png", Image.fromarray(ramp())))
 
 
 def test_folders_list_their_images(tmp_path):

@@ -1,4 +1,4 @@
-"""Whole, in windows, or refused: the choice by size, memory and settings, on SDXL's shapes."""
+"""Whole, in tiles, or refused: the choice by size, memory and settings, on SDXL's shapes."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,7 @@ from engine.errors import BackendError, ImageError, OutOfMemoryError, UsageError
 from engine.memory.size_plan import (
     SizePlan,
     choose_plan,
-    default_window,
+    default_tile,
     is_out_of_memory,
     sampling_bytes,
     vae_bytes,
@@ -47,12 +47,12 @@ def chosen(bundle, size, memory=1024 * GIB, **changes):
     return choose_plan(bundle, size, bundle.manifest.defaults.updated(changes), memory)
 
 
-def test_the_window_is_what_the_bundle_is_for(sdxl):
-    assert default_window(sdxl) == 1024
-    windows = SizePlan(1024).windows(sdxl, 192, 256)
-    assert (windows.size, windows.stride) == (128, 64)
-    assert {(w.height, w.width) for w in windows} == {(128, 128)}
-    assert [(w.top, w.left) for w in windows] == [(t, x) for t in (0, 64) for x in (0, 64, 128)]
+def test_the_tile_is_what_the_bundle_is_for(sdxl):
+    assert default_tile(sdxl) == 1024
+    tiles = SizePlan(1024).latent_tiles(sdxl, 192, 256)
+    assert (tiles.size, tiles.stride) == (128, 64)
+    assert {(w.height, w.width) for w in tiles} == {(128, 128)}
+    assert [(w.top, w.left) for w in tiles] == [(t, x) for t in (0, 64) for x in (0, 64, 128)]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_choice(sdxl, size, memory, changes, expected):
 def test_the_whole_is_refused_where_memory_cannot_hold_it(sdxl, option):
     with pytest.raises(ImageError, match="too large for the memory of this computer") as caught:
         chosen(sdxl, (8192, 8192), 8 * GIB, **{option: "off"})
-    assert f"--{option.replace('_', '-')} auto works in windows" in str(caught.value)
+    assert f"--{option.replace('_', '-')} auto uses tiles" in str(caught.value)
     assert "8 GiB" in str(caught.value)
 
 
@@ -131,14 +131,14 @@ def test_only_lack_of_memory_is_tried_again():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_a_result_repeats_its_windows():
+def test_a_result_repeats_its_tiles():
     for plan in (SizePlan(), SizePlan(1024), SizePlan(1024, 256), SizePlan(vae_by_rows=True)):
         metadata = {"plan": {"size_px": [2048, 1024], **plan.as_data()}}
         assert recorded_size_plan(metadata, (2048, 1024)) == plan
         assert recorded_size_plan(metadata, (1024, 2048)) is None
-    for odd in ({}, {"plan": None}, {"plan": {"size_px": [64, 64], "window_px": "128"}}):
+    for odd in ({}, {"plan": None}, {"plan": {"size_px": [64, 64], "tile_px": "128"}}):
         assert recorded_size_plan(odd, (64, 64)) is None
-    assert str(SizePlan(1024)) == "sampled in windows of 1024 pixels, decoded whole"
+    assert str(SizePlan(1024)) == "sampled in tiles of 1024 pixels, decoded whole"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_option(text, expected, capsys):
     if expected is None:
         with pytest.raises(SystemExit):
             parser.parse_args([f"--tile={text}"])
-        assert f"expected auto, off, or a window's side in pixels, got '{text}'" in capsys.readouterr().err
+        assert f"expected auto, off, or a tile's side in pixels, got '{text}'" in capsys.readouterr().err
     else:
         given = given_settings(parser.parse_args(["--tile", text, "--vae-tiles", "fast"]))
         assert given == {"tile": expected, "vae_tiles": "fast"}

@@ -1,4 +1,4 @@
-"""Windows cover every place, their weights sum to one and are symmetric, and a network in windows is the network."""
+"""Tiles cover every place, their weights sum to one and are symmetric, and a network in tiles is the network."""
 
 import numpy as np
 import pytest
@@ -24,16 +24,16 @@ def tilings(draw):
 
 @settings(deadline=None, max_examples=50)
 @given(tilings())
-def test_windows_cover_every_place_and_lie_inside(tiling):
+def test_tiles_cover_every_place_and_lie_inside(tiling):
     seen = np.zeros((tiling.height, tiling.width), int)
-    windows = list(tiling)
-    assert len(windows) == len(tiling)
-    for window in windows:
-        assert 0 <= window.top <= tiling.height - window.height
-        assert 0 <= window.left <= tiling.width - window.width
-        seen[window.top : window.top + window.height, window.left : window.left + window.width] += 1
+    tiles = list(tiling)
+    assert len(tiles) == len(tiling)
+    for tile in tiles:
+        assert 0 <= tile.top <= tiling.height - tile.height
+        assert 0 <= tile.left <= tiling.width - tile.width
+        seen[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width] += 1
     assert seen.min() >= 1
-    assert {(w.height, w.width) for w in windows} == {(min(tiling.size, tiling.height), min(tiling.size, tiling.width))}
+    assert {(w.height, w.width) for w in tiles} == {(min(tiling.size, tiling.height), min(tiling.size, tiling.width))}
     assert tiling.is_whole == (tiling.size >= max(tiling.height, tiling.width))
 
 
@@ -41,25 +41,25 @@ def test_windows_cover_every_place_and_lie_inside(tiling):
 @given(tilings())
 def test_weights_sum_to_one_everywhere(tiling):
     total = np.zeros((1, 1, tiling.height, tiling.width), np.float32)
-    for index, window in enumerate(tiling):
+    for index, tile in enumerate(tiling):
         assert (tiling.weights(index) >= 0).all()
-        tiling.add(total, index, np.ones((1, 1, window.height, window.width), np.float32))
+        tiling.add(total, index, np.ones((1, 1, tile.height, tile.width), np.float32))
     np.testing.assert_allclose(total, 1.0, atol=2e-6)
 
 
 @settings(deadline=None, max_examples=50)
 @given(tilings())
 def test_weights_are_symmetric_in_both_axes(tiling):
-    """Within a window, before what its neighbours take; and over rows and columns alike."""
+    """Within a tile, before what its neighbours take; and over rows and columns alike."""
     alone = tiling.profile(tiling.size)
     np.testing.assert_allclose(alone, alone[::-1], rtol=1e-12)
     turned = Tiling(tiling.width, tiling.height, tiling.size, tiling.stride, tiling.profile)
     weights = {(w.top, w.left): tiling.weights(i) for i, w in enumerate(tiling)}
-    for index, window in enumerate(turned):
-        np.testing.assert_array_equal(turned.weights(index), weights[window.left, window.top].T)
+    for index, tile in enumerate(turned):
+        np.testing.assert_array_equal(turned.weights(index), weights[tile.left, tile.top].T)
 
 
-def test_an_inner_window_on_a_regular_grid_is_symmetric_as_it_is_used():
+def test_an_inner_tile_on_a_regular_grid_is_symmetric_as_it_is_used():
     tiling = Tiling(80, 80, 32, 16)
     inner = tiling.weights(5)
     np.testing.assert_allclose(inner, inner[::-1], rtol=1e-5)
@@ -72,11 +72,11 @@ def test_an_inner_window_on_a_regular_grid_is_symmetric_as_it_is_used():
     ("length", "expected"),
     [(128, (0,)), (129, (0, 1)), (192, (0, 64)), (200, (0, 64, 72)), (500, (*range(0, 372, 64), 372))],
 )
-def test_the_last_window_is_shifted_inward(length, expected):
+def test_the_last_tile_is_shifted_inward(length, expected):
     assert starts_of(length, 128, 64) == expected
 
 
-def test_a_window_of_pixels_is_its_window_of_cells():
+def test_a_tile_of_pixels_is_its_tile_of_cells():
     cells = Tiling(50, 70, 32, 16, Trapezoid(0.5))
     for cell, pixel in zip(cells, cells.scaled(8), strict=True):
         assert (pixel.top, pixel.left, pixel.height, pixel.width) == tuple(
@@ -100,7 +100,7 @@ def test_what_acts_place_by_place_is_the_same_in_tiles():
     assert told == [(index + 1, len(cells)) for index in range(len(cells))]
 
 
-# -- the network in windows -------------------------------------------------------------------------
+# -- the network in tiles -------------------------------------------------------------------------
 
 
 class Local:
@@ -142,8 +142,8 @@ def run_table(chosen, network, z_lq, center):
     ],
 )
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_every_sampler_runs_in_windows_as_it_runs_whole(changes, at_once):
-    """A local network has no seams: only a window that is cropped, weighted or joined wrongly shows."""
+def test_every_sampler_runs_in_tiles_as_it_runs_whole(changes, at_once):
+    """A local network has no seams: only a tile that is cropped, weighted or joined wrongly shows."""
     chosen = Settings(steps=4).updated(changes)
     rng = np.random.default_rng(1)
     z_lq, center = rng.normal(size=(2, 2, 4, 40, 56)).astype(np.float32)
@@ -157,13 +157,13 @@ def test_every_sampler_runs_in_windows_as_it_runs_whole(changes, at_once):
     assert max(shape[0] for shape in seen) == 2 * at_once
 
 
-def test_windows_may_have_texts_of_their_own():
+def test_tiles_may_have_texts_of_their_own():
     z_lq = np.zeros((1, 4, 40, 56), np.float32)
     x = np.zeros_like(z_lq)
     step = table_for(Settings(steps=2)).steps[0]
 
-    def texts_at(window):
-        value = 1.0 if window.left < 20 else 3.0
+    def texts_at(tile):
+        value = 1.0 if tile.left < 20 else 3.0
         return [conditioning(value), conditioning(0.0)]
 
     tiled = TiledDenoiser(lambda rows, texts: Local([], rows, texts), TILING, z_lq, texts_at, at_once=3)
@@ -174,7 +174,7 @@ def test_windows_may_have_texts_of_their_own():
     np.testing.assert_allclose(neg, 0.0)
 
 
-def test_photos_keep_their_own_texts_in_every_window():
+def test_photos_keep_their_own_texts_in_every_tile():
     z_lq = np.zeros((2, 4, 40, 56), np.float32)
     own = Conditioning(np.zeros((2, 77, 4), np.float32), np.array([[1.0] * 3, [2.0] * 3], np.float32))
     step = table_for(Settings(steps=2, cfg_scale=1.0)).steps[0]
@@ -186,8 +186,8 @@ def test_photos_keep_their_own_texts_in_every_window():
 
 
 def test_texts_that_go_together_must_be_of_one_length():
-    def texts_at(window):
-        return [conditioning(0.0, 77 if window.left == 0 else 154)]
+    def texts_at(tile):
+        return [conditioning(0.0, 77 if tile.left == 0 else 154)]
 
     with pytest.raises(UsageError, match=r"\[77, 154\] tokens"):
         TiledDenoiser(lambda *_: None, TILING, np.zeros((1, 4, 40, 56), np.float32), texts_at, at_once=2)

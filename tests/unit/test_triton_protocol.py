@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 
 from engine.errors import UsageError
-from triton_repo import watch
+from triton_repo import progress_channel
 from triton_repo.protocol import Run, StoppedError, parse_options
 
 GOOD = [
@@ -51,16 +51,16 @@ def test_bad_options_are_refused_in_few_words(data, message):
 
 def test_a_name_of_a_stream_is_no_path():
     for name in ("../../etc/passwd", "/tmp/x", "a" * 31, "A" * 32, ""):
-        with pytest.raises(ValueError, match="watch"):
-            Run(watch=name)
+        with pytest.raises(ValueError, match="progress_channel"):
+            Run(progress_channel=name)
 
 
 @pytest.fixture
 def stream(tmp_path, monkeypatch):
     """(the stream's end, the sampling's end), connected."""
-    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
-    listening = watch.Watch()
-    sampling = watch.Watched(listening.name)
+    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
+    listening = progress_channel.ProgressReceiver()
+    sampling = progress_channel.ProgressSender(listening.name)
     assert listening.connect(1.0)
     yield listening, sampling
     sampling.close()
@@ -96,10 +96,10 @@ def test_a_stream_that_stops_ends_the_sampling_at_its_next_step(stream):
 
 
 def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
-    listening = watch.Watch()
+    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
+    listening = progress_channel.ProgressReceiver()
     listening.stop()
-    sampling = watch.Watched(listening.name)
+    sampling = progress_channel.ProgressSender(listening.name)
     assert listening.connect(1.0)
     with pytest.raises(StoppedError):
         sampling.tell(1, 9, None)
@@ -108,10 +108,14 @@ def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, mo
 
 
 def test_nobody_listens_under_a_name_that_was_made_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "meeting_folder", lambda: tmp_path)
+    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
     with pytest.raises(StoppedError, match="is gone"):
-        watch.Watched("0" * 32)
+        progress_channel.ProgressSender("0" * 32)
 
 
 def test_nothing_is_sent_but_json():
-    assert json.loads(Run(deadline=1.5).model_dump_json()) == {"deadline": 1.5, "watch": None, "preview_every": 0}
+    assert json.loads(Run(deadline=1.5).model_dump_json()) == {
+        "deadline": 1.5,
+        "progress_channel": None,
+        "preview_every": 0,
+    }

@@ -104,10 +104,10 @@ def test_the_ensemble_connects_tensors_of_one_type_and_shape(served):
     ensemble = configs["restore"]
     made = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in ensemble.input}
     for step in ensemble.ensemble_scheduling.step:
-        member = configs[step.model_name]
-        inputs, outputs = ({tensor.name: tensor for tensor in side} for side in (member.input, member.output))
+        model = configs[step.model_name]
+        inputs, outputs = ({tensor.name: tensor for tensor in side} for side in (model.input, model.output))
         assert set(step.input_map) == set(inputs), step.model_name
-        batch = [-1] if member.max_batch_size else []
+        batch = [-1] if model.max_batch_size else []
         for name, source in step.input_map.items():
             assert made[source] == (inputs[name].data_type, [*batch, *inputs[name].dims]), (step.model_name, name)
         for name, target in step.output_map.items():

@@ -9,7 +9,7 @@ from engine.backends import trt, trt_plan
 from engine.backends.trt import Arena, TrtBackend, TrtRunner, stream_weights
 from engine.backends.trt_library import TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
-from engine.backends.trt_plan import check_probe, refit
+from engine.backends.trt_plan import check_parity_sample, refit
 from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.bundle.profiles import Profile, Range
 from engine.errors import BackendError, OutOfMemoryError
@@ -300,7 +300,7 @@ def backend(bundle, monkeypatch):
     )
     monkeypatch.setattr(trt, "check_plan", lambda bundle, graph, library, device: graph.plan)
     monkeypatch.setattr(trt, "refit", lambda *rest: done.append("refit"))
-    monkeypatch.setattr(trt, "check_probe", lambda *rest: done.append("probe"))
+    monkeypatch.setattr(trt, "check_parity_sample", lambda *rest: done.append("parity_sample"))
     monkeypatch.setattr(trt, "make_log", lambda api: SimpleNamespace(last=""))
     made = TrtBackend(TrtLibrary("tensorrt", api, "10"), Streams())
     made.done, made.engines = done, engines
@@ -325,22 +325,22 @@ SIZES = [{"B": 2, "h": 8, "w": 8}]
 def test_a_refitted_plan_is_refitted_each_time_and_checked_once(backend, planned):
     for _ in range(3):
         backend.open(planned, "unet").close()
-    assert backend.done == ["open", "refit", "probe", "open", "refit", "open", "refit"]
+    assert backend.done == ["open", "refit", "parity_sample", "open", "refit", "open", "refit"]
     planned.digest = "other weights"
     backend.open(planned, "unet")
-    assert backend.done[-3:] == ["open", "refit", "probe"]
+    assert backend.done[-3:] == ["open", "refit", "parity_sample"]
 
 
 def test_a_probe_that_fails_is_run_again(backend, planned, monkeypatch):
     def fail(*rest):
-        backend.done.append("probe")
+        backend.done.append("parity_sample")
         raise BackendError("disagrees")
 
-    monkeypatch.setattr(trt, "check_probe", fail)
+    monkeypatch.setattr(trt, "check_parity_sample", fail)
     for _ in range(2):
         with pytest.raises(BackendError, match="disagrees"):
             backend.open(planned, "unet")
-    assert backend.done.count("probe") == 2
+    assert backend.done.count("parity_sample") == 2
 
 
 def test_what_a_plan_needs_is_known_after_it_was_opened_once_and_next_time_too(backend, planned):
@@ -415,7 +415,7 @@ def library_that(*, parses=True, missing=(), refits=True):
     return SimpleNamespace(Refitter=Refitter, OnnxParserRefitter=Parser, calls=calls)
 
 
-GRAPH = SimpleNamespace(spec=SPEC, file="unet.onnx", probe="unet.probe.npz")
+GRAPH = SimpleNamespace(spec=SPEC, file="unet.onnx", parity_sample="unet.parity_sample.npz")
 
 
 def test_a_refit_takes_all_weights_of_the_graph_at_once(bundle):
@@ -506,7 +506,7 @@ def test_a_refitted_plan_must_agree_with_the_probe(bundle):
     rng = np.random.default_rng(0)
     inputs = {"x": rng.standard_normal((1, 4, 8, 8), np.float32), "vector": np.ones((1, 10), np.float16)}
     expected = rng.standard_normal((1, 4, 8, 8), np.float32)
-    np.savez(bundle.path / "unet.probe.npz", **inputs, **{"expected eps": expected})
+    np.savez(bundle.path / "unet.parity_sample.npz", **inputs, **{"expected eps": expected})
 
     def runner(result):
         def infer(given):
@@ -515,10 +515,10 @@ def test_a_refitted_plan_must_agree_with_the_probe(bundle):
 
         return SimpleNamespace(infer=infer)
 
-    check_probe(runner(expected * 1.001), bundle, GRAPH)
+    check_parity_sample(runner(expected * 1.001), bundle, GRAPH)
     for wrong in (expected * 1.02, np.zeros_like(expected), expected[:, ::-1], np.full_like(expected, np.nan)):
         with pytest.raises(BackendError, match=r"unet\.eps: the refitted plan disagrees"):
-            check_probe(runner(wrong), bundle, GRAPH)
+            check_parity_sample(runner(wrong), bundle, GRAPH)
 
 
 def test_the_bound_of_each_precision_is_looser_than_its_rounding():

@@ -1,1 +1,1 @@
-"""The members that run inside the server's Python backend; a rendered `model.py` imports one."""
+"""The models that run inside the server's Python backend; a rendered `model.py` imports one."""

@@ -1,4 +1,4 @@
-"""What the members share: tensors in and out, errors as gRPC knows them, calls to other members, metrics."""
+"""What the models share: tensors in and out, errors as gRPC knows them, calls to other models, metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STAGE_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.
 
 
 class ForwardedError(RestoreError):
-    """Another member's error, with its code."""
+    """Another model's error, with its code."""
 
     def __init__(self, message: str, code: Any) -> None:
         super().__init__(message)
@@ -33,10 +33,10 @@ class ForwardedError(RestoreError):
 
 
 class Metrics:
-    """What a member counts, beside the server's own metrics; families of one name are one, whoever counts.
+    """What a model counts, beside the server's own metrics; families of one name are one, whoever counts.
 
     Args:
-        model: the member's name, a label of each.
+        model: the model's name, a label of each.
     """
 
     def __init__(self, model: str) -> None:
@@ -109,7 +109,7 @@ def blob(request: Any, name: str) -> bytes:
 
 
 def parsed(request: Any, name: str, model: type[Model]) -> Model:
-    """Return an input of JSON as a checked object; only who calls a member past the ensemble can get it wrong.
+    """Return an input of JSON as a checked object; only who calls a model past the ensemble can get it wrong.
 
     Raises:
         UsageError: it is none.
@@ -149,7 +149,7 @@ def failure(error: BaseException, metrics: Metrics) -> Any:
 def _code(error: BaseException) -> tuple[Any, str]:
     codes = pb_utils.TritonError
     if isinstance(error, ForwardedError):
-        return error.code, "another member"
+        return error.code, "another model"
     if isinstance(error, StoppedError):
         return codes.CANCELLED, "stopped"
     if isinstance(error, BusyError):
@@ -171,7 +171,7 @@ def answer_each(requests: Sequence[Any], answer: Callable[[Any], Any], metrics: 
 
 
 def call(model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Ask another member of this server.
+    """Ask another model of this server.
 
     Args:
         model: its name.

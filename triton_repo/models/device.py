@@ -1,12 +1,12 @@
-"""Where the server has put an instance of a member, and whom it shares that place with."""
+"""Where the server has put an instance of a model, and whom it shares that place with."""
 
 from __future__ import annotations
 
 import os
 
-from triton_repo.meeting import meeting_folder
+from triton_repo.cpu_lock import FairLock, NoLock
+from triton_repo.runtime_dir import runtime_dir
 from triton_repo.serving import ServingConfig
-from triton_repo.turns import NoTurn, Turn
 
 
 def device_of(arguments: dict[str, str]) -> str:
@@ -16,11 +16,11 @@ def device_of(arguments: dict[str, str]) -> str:
     return "cpu"
 
 
-def turn_of(arguments: dict[str, str], serving: ServingConfig) -> Turn | NoTurn:
-    """Return what an instance's networks run within: on a CPU all of whose cores each of them uses, their turn.
+def cpu_lock_of(arguments: dict[str, str], serving: ServingConfig) -> FairLock | NoLock:
+    """Return the lock that an instance's networks run under: a real one where each of them uses all cores of a CPU.
 
     Raises:
-        UsageError: see `meeting_folder`.
+        UsageError: see `runtime_dir`.
     """
     leaves_cores_free = 0 < serving.threads < (os.cpu_count() or 1)
-    return NoTurn() if device_of(arguments) != "cpu" or leaves_cores_free else Turn(meeting_folder())
+    return NoLock() if device_of(arguments) != "cpu" or leaves_cores_free else FairLock(runtime_dir())

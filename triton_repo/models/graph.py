@@ -1,4 +1,4 @@
-"""A graph of the bundle as a member of its own, run by the engine's backend; its name is the graph's."""
+"""A graph of the bundle as a model of its own, run by the engine's backend; its name is the graph's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from engine.backends import make_backend
 from engine.errors import ImageError
 from triton_repo.models.common import Metrics, array, failure, response
-from triton_repo.models.device import device_of, turn_of
+from triton_repo.models.device import cpu_lock_of, device_of
 from triton_repo.serving import ServingConfig
 
 
@@ -25,14 +25,14 @@ class TritonPythonModel:
         self._backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._runner = self._backend.open(bundle, args["model_name"])
         self._spec = self._runner.spec
-        self._turn = turn_of(args, serving)
+        self._lock = cpu_lock_of(args, serving)
         self._max_pixels = serving.pixels_allowed(bundle)
         self._cell_pixels = bundle.pixels_per_cell**2
         self._metrics = Metrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
-            with self._turn:
+            with self._lock:
                 return self._run(requests)
         except Exception as error:
             told = failure(error, self._metrics)

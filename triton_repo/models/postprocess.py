@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.image.decoding import decode_photo
 from engine.image.encoding import encode_photo
-from engine.image.preprocess import finish, fix_colors, result_size
-from engine.pipeline.provenance import history_of
+from engine.image.preprocess import fix_colors, postprocess, result_size
+from engine.pipeline.provenance import provenance_of
 from engine.pipeline.text import Prompts
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
@@ -36,9 +36,11 @@ class TritonPythonModel:
         # Decoded a second time: cheaper than to send all that belongs to a photo along with every request.
         source = decode_photo(blob(request, IMAGE), IMAGE, max_pixels=self._serving.max_photo_pixels)
         fixed = fix_colors(restored, stage1, settings.color_fix)
-        photo = finish(fixed[0], source, result_size(source.size, settings.upscale))
+        photo = postprocess(fixed[0], source, result_size(source.size, settings.upscale))
         size = (restored.shape[3], restored.shape[2])
-        history = history_of(self._bundle, settings, self._serving.plan(self._bundle, size, settings, self._prompts))
-        encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", history, IMAGE)
+        provenance = provenance_of(
+            self._bundle, settings, self._serving.plan(self._bundle, size, settings, self._prompts)
+        )
+        encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", provenance, IMAGE)
         self._metrics.took("postprocess", time.monotonic() - started)
-        return response(restored=strings([encoded], (1,)), settings=strings([json.dumps(history)], (1,)))
+        return response(restored=strings([encoded], (1,)), settings=strings([json.dumps(provenance)], (1,)))

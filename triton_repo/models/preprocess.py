@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import ImageError
 from engine.image.decoding import decode_photo
 from engine.image.encoding import check_format
-from engine.image.preprocess import frame, size_to_work_at
+from engine.image.preprocess import checked_working_size, preprocess
 from engine.pipeline.plan import texts_of
 from engine.sampling.sampler import table_for
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
@@ -43,7 +43,7 @@ class TritonPythonModel:
             )
         photo = decode_photo(encoded, IMAGE, max_pixels=self._serving.max_photo_pixels)
         check_format(photo, f".{delivery.format}", IMAGE)
-        size = size_to_work_at(self._bundle, photo.size, settings, self._max_pixels)
+        size = checked_working_size(self._bundle, photo.size, settings, self._max_pixels)
         width, height = photo.size
         if round(width * settings.upscale) * round(height * settings.upscale) > self._serving.max_photo_pixels:
             raise ImageError(
@@ -53,8 +53,8 @@ class TritonPythonModel:
                 found=f"{width} × {height} with --upscale {settings.upscale:g}",
                 fix="lower --upscale",
             )
-        self._serving.size_plan(self._bundle, size, settings)  # or windows that do not exist are refused by `sample`
-        pixels = frame(photo, size)[None]
+        self._serving.size_plan(self._bundle, size, settings)  # or tiles that do not exist are refused by `sample`
+        pixels = preprocess(photo, size)[None]
         texts = texts_of(settings, table_for(settings))
         deadline = None if delivery.timeout_s is None else started + delivery.timeout_s
         run = Run(deadline=deadline, preview_every=delivery.preview_every)

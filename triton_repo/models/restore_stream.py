@@ -1,7 +1,8 @@
 """`restore_stream`: the ensemble's way, walked step by step, with progress, previews and a way out.
 
-An ensemble gives one answer, at the end. This member calls the same members in the same order, and follows the
-sampling through `triton_repo.watch`. A stream whose client is gone closes that, and the loop ends at its next step.
+An ensemble gives one answer, at the end. This model calls the same models in the same order, and follows the
+sampling through `triton_repo.progress_channel`. A stream whose client is gone closes the channel, and the loop
+ends at its next step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 
 from engine.image.encoding import encode_photo
 from engine.image.photo import Photo
-from engine.image.preprocess import finish
+from engine.image.preprocess import postprocess
 from triton_repo.chain import chain
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
+from triton_repo.progress_channel import ProgressReceiver
 from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
 from triton_repo.serving import ServingConfig
-from triton_repo.watch import Watch
 
 #: Previews of a stream that wait for their decoding; more are left out.
 _PREVIEWS_WAITING = 4
@@ -100,7 +101,7 @@ class Stream:
 
         Raises:
             StoppedError: the client is gone.
-            ForwardedError: a member's error.
+            ForwardedError: a model's error.
         """
         values: Arrays = {IMAGE: self._image, OPTIONS: self._options}
         for link in chain():
@@ -110,39 +111,41 @@ class Stream:
             values |= {value: made[tensor] for tensor, value in link.outputs.items()}
             if link.model == "preprocess":
                 _, _, height, width = values["lq"].shape
-                self._tell({"kind": "accepted", "size": [width, height]})
-        history = json.loads(values[SETTINGS].reshape(-1)[0])
-        self._tell({"kind": "result", "history": history}, values[RESTORED].reshape(-1)[0])
+                self._send({"kind": "accepted", "size": [width, height]})
+        provenance = json.loads(values[SETTINGS].reshape(-1)[0])
+        self._send({"kind": "result", "provenance": provenance}, values[RESTORED].reshape(-1)[0])
 
     def _sample(self, inputs: Arrays, outputs: list[str]) -> Arrays:
         """Have the latent sampled, and tell of each step."""
-        watch = Watch()
+        receiver = ProgressReceiver()
         over = threading.Event()
-        told = Run.model_validate_json(inputs["run"].reshape(-1)[0]).model_copy(update={"watch": watch.name})
+        told = Run.model_validate_json(inputs["run"].reshape(-1)[0]).model_copy(
+            update={"progress_channel": receiver.name}
+        )
         inputs = {**inputs, "run": strings([told.model_dump_json()], (1, 1))}
-        looker = threading.Thread(target=self._look, args=(watch, over), daemon=True)
+        poller = threading.Thread(target=self._poll_cancel, args=(receiver, over), daemon=True)
         try:
-            looker.start()
+            poller.start()
             sampling = self._samplers.submit(call, "sample", inputs, outputs)
-            self._follow(watch, sampling, inputs["z_lq"].shape[1:])
+            self._follow(receiver, sampling, inputs["z_lq"].shape[1:])
             return sampling.result()
         finally:
             over.set()
-            looker.join()
-            watch.close()
+            poller.join()
+            receiver.close()
 
-    def _follow(self, watch: Watch, sampling: Future[Arrays], shape: tuple[int, ...]) -> None:
-        while not watch.connect(_LOOK_EVERY_S):
+    def _follow(self, receiver: ProgressReceiver, sampling: Future[Arrays], shape: tuple[int, ...]) -> None:
+        while not receiver.connect(_LOOK_EVERY_S):
             if sampling.done():
                 return  # with an error, before its first step
         started = time.monotonic()
         waiting: list[Future[None]] = []
         # Reports are read at once, or they would hold the sampling up; previews follow when they are decoded.
         with ThreadPoolExecutor(1, "previews") as previews:
-            while (report := watch.next(shape)) is not None:
+            while (report := receiver.next(shape)) is not None:
                 step, steps, estimate = report
                 elapsed_s = time.monotonic() - started
-                self._tell(
+                self._send(
                     {
                         "kind": "progress",
                         "step": step,
@@ -163,17 +166,17 @@ class Stream:
             return
         pixels = call("vae_decoder", {"z": estimate[None]}, ["pixels"])["pixels"][0]
         blank = Photo(np.zeros((*pixels.shape[1:], 3), np.float32))
-        shown = encode_photo(finish(pixels, blank, blank.size), ".jpg", {"preview": True})
-        self._tell({"kind": "preview", "step": step, "steps": steps}, shown)
+        shown = encode_photo(postprocess(pixels, blank, blank.size), ".jpg", {"preview": True})
+        self._send({"kind": "preview", "step": step, "steps": steps}, shown)
 
-    def _look(self, watch: Watch, over: threading.Event) -> None:
+    def _poll_cancel(self, receiver: ProgressReceiver, over: threading.Event) -> None:
         """Stop the sampling when the client is gone."""
         while not over.wait(_LOOK_EVERY_S):
             if self._sender.is_cancelled():
-                watch.stop()
+                receiver.stop()
                 return
 
-    def _tell(self, event: dict[str, Any], image: bytes = b"") -> None:
+    def _send(self, event: dict[str, Any], image: bytes = b"") -> None:
         if self._sender.is_cancelled():
             raise StoppedError("was cancelled")
         self._sender.send(response(**{EVENT: strings([json.dumps(event)], (1,)), RESTORED: strings([image], (1,))}))

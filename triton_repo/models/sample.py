@@ -1,6 +1,6 @@
 """`sample`: the loop, which an ensemble cannot hold: `Restorer.sample`, as the command line runs it.
 
-ControlNet and UNet are the engine's own runners in this process, not members: a step's control features are ten
+ControlNet and UNet are the engine's own runners in this process, not models: a step's control features are ten
 tensors, 54 MB in fp16 for each text of a photo at 1024², which would go from process to process at every step.
 """
 
@@ -26,10 +26,10 @@ from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
 from triton_repo.models.common import Metrics, array, call, failure, parsed, response
-from triton_repo.models.device import device_of, turn_of
+from triton_repo.models.device import cpu_lock_of, device_of
+from triton_repo.progress_channel import ProgressSender
 from triton_repo.protocol import Run, StoppedError
 from triton_repo.serving import ServingConfig
-from triton_repo.watch import Watched
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PendingRequest:
 
     Attributes:
         index: its place in the batch.
-        table, windows: its sampler's, and of its latent; jobs with equal ones run together.
+        table, tiles: its sampler's, and of its latent; jobs with equal ones run together.
         error: why it ended, if it did.
     """
 
@@ -47,10 +47,10 @@ class PendingRequest:
     settings: Settings
     run: Run
     table: StepTable
-    windows: Tiling
+    tiles: Tiling
     texts: tuple[Conditioning, ...]
     z_lq: Latent
-    watched: Watched | None = None
+    progress: ProgressSender | None = None
     error: Exception | None = None
     z: Latent | None = None
 
@@ -73,10 +73,10 @@ class PendingRequest:
         try:
             step, steps = progress.step.index + 1, len(self.table.steps)
             self.check_wanted(step)
-            if self.watched is not None:
+            if self.progress is not None:
                 wanted = self.run.preview_every and step % self.run.preview_every == 0 and step < steps
                 estimate = progress.denoised[row] if wanted and progress.denoised is not None else None
-                self.watched.tell(step, steps, estimate)
+                self.progress.tell(step, steps, estimate)
         except StoppedError as error:
             self.error = error
 
@@ -93,7 +93,7 @@ class TritonPythonModel:
         bundle = serving.open_bundle()
         backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._restorer = Restorer(bundle, backend)
-        self._turn = turn_of(args, serving)
+        self._lock = cpu_lock_of(args, serving)
         self._max_pixels = serving.pixels_allowed(bundle)
         self._metrics = Metrics(args["model_name"])
         self._warm_up()
@@ -114,8 +114,8 @@ class TritonPythonModel:
                     job.error = job.error or error
             finally:
                 for job in batch:
-                    if job.watched is not None:
-                        job.watched.close()
+                    if job.progress is not None:
+                        job.progress.close()
         errors |= {job.index: job.error for job in jobs if job.error is not None}
         answers = {
             index: pb_utils.InferenceResponse(error=failure(error, self._metrics)) for index, error in errors.items()
@@ -145,17 +145,17 @@ class TritonPythonModel:
         texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
         bundle, (rows, columns) = self._restorer.bundle, z_lq.shape[2:]
         size = (columns * bundle.pixels_per_cell, rows * bundle.pixels_per_cell)
-        windows = self._serving.size_plan(bundle, size, settings).windows(bundle, rows, columns)
-        job = PendingRequest(index, request, settings, run, table, windows, texts, z_lq)
+        tiles = self._serving.size_plan(bundle, size, settings).latent_tiles(bundle, rows, columns)
+        job = PendingRequest(index, request, settings, run, table, tiles, texts, z_lq)
         job.check_wanted(0)
-        job.watched = None if run.watch is None else Watched(run.watch)
+        job.progress = None if run.progress_channel is None else ProgressSender(run.progress_channel)
         return job
 
     def _batches(self, jobs: Sequence[PendingRequest]) -> Iterator[list[PendingRequest]]:
-        """Group what can share a pass: one sampler's table and windows, and pixels that one large photo could have."""
+        """Group what can share a pass: one sampler's table and tiles, and pixels that one large photo could have."""
         groups: dict[tuple[Any, ...], list[PendingRequest]] = {}
         for job in jobs:
-            key = (job.table, job.z_lq.shape, job.windows, job.texts[0].context.shape, len(job.texts))
+            key = (job.table, job.z_lq.shape, job.tiles, job.texts[0].context.shape, len(job.texts))
             groups.setdefault(key, []).append(job)
         for (_, shape, *_), group in groups.items():
             pixels = shape[2] * shape[3] * self._restorer.bundle.pixels_per_cell**2
@@ -172,23 +172,23 @@ class TritonPythonModel:
             if all(job.error is not None for job in batch):
                 raise _AllStopped
             if any(job.run.preview_every for job in batch):
-                self._turn.let_pass()  # a preview is of use while it is one
+                self._lock.yield_to_waiter()  # a preview is of use while it is one
 
         texts = [
             Conditioning(*(np.concatenate([getattr(text, part) for text in pair]) for part in ("context", "vector")))
             for pair in zip(*(job.texts for job in batch), strict=True)
         ]
         self._metrics.ran_together(len(batch))
-        center = self._center(batch)  # by another process, so before this one has its turn
+        center = self._center(batch)  # by another process, so before this one holds the lock
         try:
-            with self._turn, times.outside("sampling, outside the graphs"):
+            with self._lock, times.outside("sampling, outside the graphs"):
                 z = self._restorer.stages.sample(
                     np.concatenate([job.z_lq for job in batch]),
                     texts,
                     batch[0].settings,
                     seeds=[job.settings.seed for job in batch],
                     center=center,
-                    windows=batch[0].windows,
+                    tiles=batch[0].tiles,
                     on_step=on_step,
                     estimates=any(job.run.preview_every for job in batch),
                     times=times,

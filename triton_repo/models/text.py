@@ -1,4 +1,4 @@
-"""`text`: texts to what the networks are told; the two towers are members of their own."""
+"""`text`: texts to what the networks are told; the two towers are models of their own."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class TritonPythonModel:
                 del self._known[next(iter(self._known))]
             self._known[texts] = self._encode(texts)
         self._metrics.took("text", time.monotonic() - started)
-        # The latent goes through unchanged: who needs it afterwards follows in the ensemble, not beside this member.
+        # The latent goes through unchanged: who needs it afterwards follows in the ensemble, not beside this model.
         return response(**self._known[texts], z_after_text=array(request, "z_lq"))
 
     def _encode(self, texts: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
         found = self._prompts.encode(texts, self._run)
-        # Whatever the networks' precision, float32 holds it exactly, and every member can take it.
+        # Whatever the networks' precision, float32 holds it exactly, and every model can take it.
         return {
             name: np.stack([getattr(text, name) for text in found])[None].astype(np.float32)
             for name in ("context", "vector")

@@ -1,6 +1,6 @@
 """How a stream follows its sampling: a socket between two of the server's processes, closed to stop it.
 
-`restore_stream` listens under a random name in the server's meeting folder. `sample` is told the name,
+`restore_stream` listens under a random name in the server's runtime directory. `sample` is told the name,
 connects, and reports each step. When the stream's client has left, the stream closes the socket, and the loop ends
 at its next step. A request that makes a name up finds nobody there.
 """
@@ -15,8 +15,8 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from triton_repo.meeting import meeting_folder
 from triton_repo.protocol import StoppedError
+from triton_repo.runtime_dir import runtime_dir
 
 #: step, steps, and bytes of the estimate that follows.
 _HEAD = struct.Struct("<III")
@@ -24,12 +24,12 @@ _HEAD = struct.Struct("<III")
 _PATIENCE_S = 10.0
 
 
-class Watch:
+class ProgressReceiver:
     """The stream's end."""
 
     def __init__(self) -> None:
         self.name = secrets.token_hex(16)
-        self._file = meeting_folder() / self.name
+        self._file = runtime_dir() / self.name
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self._file))
         self._listener.listen(1)
@@ -88,7 +88,7 @@ class Watch:
         return found
 
 
-class Watched:
+class ProgressSender:
     """The sampling's end.
 
     Args:
@@ -101,7 +101,7 @@ class Watched:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(_PATIENCE_S)
         try:
-            self._socket.connect(str(meeting_folder() / name))
+            self._socket.connect(str(runtime_dir() / name))
         except OSError as error:
             self._socket.close()
             raise StoppedError("the stream that wanted this result is gone") from error

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageCms
 from engine.errors import ImageError, OutputError
 from engine.image.decoding import decode_photo
 from engine.image.encoding import encode_photo
-from engine.image.files import read_history, read_photo, write_photo
+from engine.image.files import read_photo, read_provenance, write_photo
 
 imagecodecs = pytest.importorskip("imagecodecs", reason="needs the 16bit extra")
 tifffile = pytest.importorskip("tifffile", reason="needs the 16bit extra")
@@ -45,7 +45,7 @@ def test_sixteen_bits_go_through(channels, suffix):
     photo = decode_photo(imagecodecs.png_encode(pixels))
     assert photo.bits == 16
     assert photo.grey is (channels == 2)
-    assert not photo.remarks
+    assert not photo.warnings
     again = read_back(encode_photo(photo, suffix, HISTORY), suffix)
     if suffix == ".tif" and channels == 2:  # stored as colours
         pixels = pixels[:, :, [0, 0, 0, 1]]
@@ -149,7 +149,7 @@ def test_what_is_about_the_photo_is_kept(tmp_path, channels, suffix):
     path = tmp_path / f"a{suffix}"
     write_photo(path, photo, HISTORY)
     again = read_photo(path)
-    assert read_history(path) == HISTORY
+    assert read_provenance(path) == HISTORY
     assert (again.bits, again.icc_profile, again.xmp) == (16, SRGB, b"<x:xmpmeta/>")
     assert again.dpi == pytest.approx((300.0, 300.0), rel=1e-3)
     kept = Image.Exif()
@@ -177,7 +177,7 @@ def test_without_the_library_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     photo = decode_photo(encoded)
     assert photo.bits == 8
-    assert photo.remarks == (
+    assert photo.warnings == (
         "its 16 bits a channel were read as 8: no module imagecodecs; for 16: pip install imagecodecs tifffile",
     )
     assert np.abs(photo.rgb - whole.rgb).max() <= 1 / 255
@@ -191,7 +191,7 @@ def test_print_colours_are_converted_at_eight_bits_and_it_is_told():
     tifffile.imwrite(buffer, noise(4), photometric="separated")
     photo = decode_photo(buffer.getvalue())
     assert photo.bits == 8
-    assert photo.remarks == ("its 16 bits a channel were read as 8 (CMYK is converted)",)
+    assert photo.warnings == ("its 16 bits a channel were read as 8 (CMYK is converted)",)
 
 
 def test_a_fourth_channel_without_a_meaning_is_left_out():
@@ -206,7 +206,7 @@ def test_premultiplied_colours_are_converted_at_eight_bits_and_it_is_told():
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, np.full((4, 4, 4), 32896, np.uint16), photometric="rgb", extrasamples=["assocalpha"])
     photo = decode_photo(buffer.getvalue())
-    assert (photo.bits, len(photo.remarks)) == (8, 1)
+    assert (photo.bits, len(photo.warnings)) == (8, 1)
     assert photo.rgb == pytest.approx(1.0, abs=0.01)
 
 

@@ -1,6 +1,6 @@
-"""The contenders: each a process of its own, taking turns restoration by restoration.
+"""The runtimes: each a process of its own, taking turns restoration by restoration.
 
-So a contender's libraries, peak memory and cold start are its own, and what else the machine does falls
+So a runtime's libraries, peak memory and cold start are its own, and what else the machine does falls
 on all of them alike.
 """
 
@@ -26,8 +26,8 @@ _END_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Place:
-    """What all contenders run, and on what.
+class RunSetup:
+    """What all runtimes run, and on what.
 
     Attributes:
         bundle: its folder.
@@ -72,7 +72,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Counts:
+class RepeatCounts:
     """How many restorations: first `warmup` that are not counted, then `repeats` that are."""
 
     warmup: int
@@ -80,25 +80,25 @@ class Counts:
 
 
 def measure(
-    contenders: Sequence[str], place: Place, configuration: Configuration, counts: Counts, *, quiet: bool
+    runtimes: Sequence[str], setup: RunSetup, configuration: Configuration, counts: RepeatCounts, *, quiet: bool
 ) -> dict[str, dict[str, Any]]:
-    """Return what each contender's process tells of one configuration, as plain data.
+    """Return what each runtime's process tells of one configuration, as plain data.
 
     Returns:
-        By contender: "runs", the counted restorations, each with "graphs_ms", "outside_ms", "device_ms",
+        By runtime: "runs", the counted restorations, each with "graphs_ms", "outside_ms", "device_ms",
         "total_ms"; "launches", of one restoration; "cold_start_ms", its parts, and "warm_start_ms";
         "peak_memory_bytes", "gpu_peak_bytes" and "gpu", None where there is none.
     Raises:
-        BackendError: a contender cannot run it, or its process ends.
+        BackendError: a runtime cannot run it, or its process ends.
     """
-    context = multiprocessing.get_context("spawn")  # no library of one contender in another
+    context = multiprocessing.get_context("spawn")  # no library of one runtime in another
     workers: dict[str, tuple[Any, Connection]] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
-        for name in contenders:
+        for name in runtimes:
             here, there = context.Pipe()
             started = time.perf_counter()
-            process = context.Process(target=_work, args=(there, name, place, configuration), daemon=True)
+            process = context.Process(target=_work, args=(there, name, setup, configuration), daemon=True)
             process.start()
             there.close()  # so that the end of the process is the end of the pipe
             workers[name] = process, here
@@ -117,7 +117,7 @@ def measure(
             connection.close()
             process.join(timeout=_END_SECONDS)
             process.kill()
-    return {name: _starts_and_peaks(contender) for name, contender in found.items()}
+    return {name: _starts_and_peaks(runtime) for name, runtime in found.items()}
 
 
 def _starts_and_peaks(found: dict[str, Any]) -> dict[str, Any]:
@@ -159,16 +159,16 @@ def _answer(name: str, process: Any, connection: Connection) -> dict[str, Any]:
     return answer
 
 
-def _work(connection: Connection, name: str, place: Place, configuration: Configuration) -> None:
+def _work(connection: Connection, name: str, setup: RunSetup, configuration: Configuration) -> None:
     """Be the other process: one restoration per message."""
     try:
-        contender = _Contender(name, place, configuration)
-        open_ms = contender.open()
-        connection.send({"gpu": contender.gpu, "import_ms": contender.import_ms, "open_ms": open_ms})
+        runtime = _Runtime(name, setup, configuration)
+        open_ms = runtime.open()
+        connection.send({"gpu": runtime.gpu, "import_ms": runtime.import_ms, "open_ms": open_ms})
         while True:
             task = connection.recv()
-            open_ms = contender.reopen() if task["again"] else 0.0
-            connection.send({"open_ms": open_ms, **contender.restore(watched=task["watched"])})
+            open_ms = runtime.reopen() if task["again"] else 0.0
+            connection.send({"open_ms": open_ms, **runtime.restore(watched=task["watched"])})
     except (EOFError, KeyboardInterrupt):
         return
     except RestoreError as error:
@@ -178,10 +178,10 @@ def _work(connection: Connection, name: str, place: Place, configuration: Config
         connection.send({"error": {"problem": "the process failed", "found": f"{type(error).__name__}: {error}"}})
 
 
-class _Contender:
-    """What runs in a process: it imports only what its contender needs."""
+class _Runtime:
+    """What runs in a process: it imports only what its runtime needs."""
 
-    def __init__(self, name: str, place: Place, configuration: Configuration) -> None:
+    def __init__(self, name: str, setup: RunSetup, configuration: Configuration) -> None:
         started = time.perf_counter()
         import numpy as np
 
@@ -190,7 +190,7 @@ class _Contender:
         if name != ENGINE:
             import benchmarks.torch_backend  # noqa: F401
         self.import_ms = (time.perf_counter() - started) * 1e3
-        self._name, self._place, self._configuration = name, place, configuration
+        self._name, self._setup, self._configuration = name, setup, configuration
         shape = (configuration.size_px, configuration.size_px, 3)
         seeds = range(configuration.batch)
         self._photos = [np.random.default_rng(seed).random(shape, dtype=np.float32) for seed in seeds]
@@ -204,20 +204,20 @@ class _Contender:
         from engine.pipeline.device_session import DeviceBackend
         from engine.pipeline.restorer import Restorer
 
-        place = self._place
+        setup = self._setup
         started = time.perf_counter()
-        bundle = open_bundle(place.bundle)
+        bundle = open_bundle(setup.bundle)
         if self._name == ENGINE:
             from engine.backends import make_backend
 
-            device = "cpu" if place.gpu is None else f"cuda:{place.gpu}"
-            backend = make_backend(place.backend, device=device, threads=place.threads)
+            device = "cpu" if setup.gpu is None else f"cuda:{setup.gpu}"
+            backend = make_backend(setup.backend, device=device, threads=setup.threads)
         else:
             from benchmarks.torch_backend import make_torch_backend
 
             compiled = self._name == "torch-compile"
-            backend = make_torch_backend(bundle, place.gpu, compiled=compiled, threads=place.threads)
-        budget = place.vram_budget_gib if self._name == ENGINE else None
+            backend = make_torch_backend(bundle, setup.gpu, compiled=compiled, threads=setup.threads)
+        budget = setup.vram_budget_gib if self._name == ENGINE else None
         self._restorer = Restorer(bundle, backend, vram_budget_bytes=None if budget is None else int(budget * 2**30))
         open_ms = (time.perf_counter() - started) * 1e3
         self._memory = None

@@ -1,4 +1,4 @@
-"""Windows of an image on a device: cut out, run and added up without the host; its oracle is `sampling.tiling`."""
+"""Tiles of an image on a device: cut, run and blended without the host. The reference is `engine.sampling.tiling`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Arrays = dict[str, tuple[tuple[int, ...], DType]]
 
 
 @dataclass(frozen=True)
-class WindowTables:
-    """Where a tiling's windows lie and what their values count, on a device.
+class TileTables:
+    """The places and weights of a tiling's tiles, on a device.
 
     Attributes:
         tiling: of an image.
@@ -53,19 +53,19 @@ class WindowTables:
         for name, value in values.items():
             stream.upload(self.buffers[name], value)
 
-    def take(self, stream: Stream, window: Buffer, image: Buffer, part: Buffer, passes: int = 1) -> None:
-        """Copy a window's part of an image.
+    def take(self, stream: Stream, tile: Buffer, image: Buffer, part: Buffer, passes: int = 1) -> None:
+        """Copy a tile's part of an image.
 
         Args:
-            window: u32[1], its number.
+            tile: u32[1], its number.
             image: f32[B,C,H,W].
             part: f32[P·B,C,h,w]; it gets the part `passes` times.
         """
         self._check(image, part)
         stream.launch(
-            "take_window",
+            "take_tile",
             math.prod(part.shape) // part.shape[0] * image.shape[0],
-            window,
+            tile,
             self.buffers["tops"],
             self.buffers["lefts"],
             image,
@@ -74,12 +74,12 @@ class WindowTables:
             passes,
         )
 
-    def add(self, stream: Stream, window: Buffer, part: Buffer, image: Buffer) -> None:
-        """Add a window's part f32[B,C,h,w], weighted, to an image f32[B,C,H,W]."""
+    def add(self, stream: Stream, tile: Buffer, part: Buffer, image: Buffer) -> None:
+        """Add a tile's part f32[B,C,h,w], weighted, to an image f32[B,C,H,W]."""
         self._check(image, part)
         names = ("tops", "lefts", "row_weights", "column_weights")
         tables = (self.buffers[name] for name in names)
-        stream.launch("add_window", math.prod(part.shape), window, *tables, part, image, *self._sizes)
+        stream.launch("add_tile", math.prod(part.shape), tile, *tables, part, image, *self._sizes)
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class WindowTables:
 
 def tile_arrays(bundle: Bundle, work: Workload) -> Arrays:
     """Return what a VAE that runs in tiles keeps on the device; {} if it sees the whole."""
-    tiles = work.tiles
+    tiles = work.vae_tiles
     if tiles is None:
         return {}
     decoder = bundle.spec("vae_decoder")
@@ -102,7 +102,7 @@ def tile_arrays(bundle: Bundle, work: Workload) -> Arrays:
     tables = {
         f"{name} {table}": array
         for name, tiling in _tilings(bundle, tiles).items()
-        for table, array in WindowTables.arrays(tiling).items()
+        for table, array in TileTables.arrays(tiling).items()
     }
     return {**{f"{name} tile": array for name, array in parts.items()}, **tables, "tile": ((1,), "uint32")}
 
@@ -122,8 +122,8 @@ class VaeTiles:
         self._parts = {name: buffers[f"{name} tile"] for name in ("z", "pixels")}
         self._tables = {}
         for name, tiling in _tilings(bundle, tiles).items():
-            tables = {table: buffers[f"{name} {table}"] for table in WindowTables.arrays(tiling)}
-            self._tables[name] = WindowTables(tiling, tables)
+            tables = {table: buffers[f"{name} {table}"] for table in TileTables.arrays(tiling)}
+            self._tables[name] = TileTables(tiling, tables)
             self._tables[name].upload(stream)
 
     def enqueue(self, stream: Stream, runner: BufferRunner, source: Buffer, target: Buffer) -> None:
@@ -137,7 +137,7 @@ class VaeTiles:
             before.take(stream, self._tile, source, cut)
             runner.enqueue(stream, {names[0]: cut}, {names[1]: made})
             after.add(stream, self._tile, made, target)
-            stream.launch("advance_window", 1, self._tile, self._number)
+            stream.launch("advance_tile", 1, self._tile, self._number)
 
 
 def _tilings(bundle: Bundle, tiles: Tiling) -> dict[str, Tiling]:

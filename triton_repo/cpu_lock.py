@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 
-class Turn:
+class FairLock:
     """What a process holds while it has its turn: two locks on files, which the system takes from a process that dies.
 
     Who waits for the turn holds the place behind it. So a process that has just had its turn, and wants another, cannot
@@ -36,14 +36,14 @@ class Turn:
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._turn, fcntl.LOCK_UN)
 
-    def let_pass(self) -> None:
+    def yield_to_waiter(self) -> None:
         """Let one that waits go first, within a turn; nothing happens where nobody does."""
         self.__exit__()
         self.__enter__()
 
 
-class NoTurn(nullcontext[None]):
+class NoLock(nullcontext[None]):
     """The same for a process whose networks keep nobody waiting."""
 
-    def let_pass(self) -> None:
+    def yield_to_waiter(self) -> None:
         """Nobody waits."""

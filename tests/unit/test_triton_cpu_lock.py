@@ -8,10 +8,10 @@ import time
 import pytest
 
 from engine.errors import UsageError
-from triton_repo.meeting import folder_of, meeting_folder
-from triton_repo.models.device import turn_of
+from triton_repo.cpu_lock import FairLock
+from triton_repo.models.device import cpu_lock_of
+from triton_repo.runtime_dir import runtime_dir, runtime_dir_of
 from triton_repo.serving import ServingConfig
-from triton_repo.turns import Turn
 
 SPAWN = multiprocessing.get_context("spawn")
 PATIENCE_S = 60
@@ -19,9 +19,9 @@ PATIENCE_S = 60
 
 def count_up(folder, counter, times):
     """Add to a number without any care, so that what is done at the same time is lost."""
-    turn = Turn(folder)
+    lock = FairLock(folder)
     for _ in range(times):
-        with turn:
+        with lock:
             value = counter.value
             time.sleep(0.001)
             counter.value = value + 1
@@ -38,9 +38,9 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def take_turn_after_turn(folder, taken, stop):
-    turn = Turn(folder)
+    lock = FairLock(folder)
     while not stop.is_set():
-        with turn:
+        with lock:
             taken.value += 1
             time.sleep(0.02)
 
@@ -49,13 +49,13 @@ def test_who_waits_is_next(tmp_path):
     taken, stop = SPAWN.Value("i"), SPAWN.Event()
     greedy = SPAWN.Process(target=take_turn_after_turn, args=(tmp_path, taken, stop))
     greedy.start()
-    turn = Turn(tmp_path)
+    lock = FairLock(tmp_path)
     try:
         while not taken.value:
             time.sleep(0.01)
         for _ in range(10):
             before = taken.value
-            with turn:
+            with lock:
                 assert taken.value - before <= 2  # the one under way, and one that had been waiting
     finally:
         stop.set()
@@ -63,10 +63,10 @@ def test_who_waits_is_next(tmp_path):
 
 
 def test_nobody_else_has_a_turn_meanwhile(tmp_path):
-    turn = Turn(tmp_path)
-    with turn:
+    lock = FairLock(tmp_path)
+    with lock:
         assert not is_free(tmp_path)
-        turn.let_pass()  # nobody waits
+        lock.yield_to_waiter()  # nobody waits
         assert not is_free(tmp_path)
     assert is_free(tmp_path)
 
@@ -81,29 +81,29 @@ def is_free(folder):
 
 
 def wait_for_turn(folder, waits, had):
-    turn = Turn(folder)
+    lock = FairLock(folder)
     waits.set()
-    with turn:
+    with lock:
         had.set()
 
 
 def test_who_waits_can_go_first_within_a_turn(tmp_path):
     waits, had = SPAWN.Event(), SPAWN.Event()
     other = SPAWN.Process(target=wait_for_turn, args=(tmp_path, waits, had))
-    turn = Turn(tmp_path)
-    with turn:
+    lock = FairLock(tmp_path)
+    with lock:
         other.start()
         assert waits.wait(PATIENCE_S)
         assert not had.wait(0.2)
         while not had.is_set():
-            turn.let_pass()
+            lock.yield_to_waiter()
             time.sleep(0.01)
         assert not is_free(tmp_path)
     other.join(PATIENCE_S)
 
 
 def hold(folder, held):
-    with Turn(folder):
+    with FairLock(folder):
         held.set()
         time.sleep(PATIENCE_S)
 
@@ -114,29 +114,29 @@ def test_a_process_that_dies_gives_its_turn_up(tmp_path):
     holder.start()
     assert held.wait(PATIENCE_S)
     holder.kill()
-    with Turn(tmp_path):
+    with FairLock(tmp_path):
         holder.join(PATIENCE_S)
     assert holder.exitcode != 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "threads", "in_turns"),
+    ("kind", "threads", "is_locked"),
     [("CPU", 0, True), ("CPU", 1, False), ("CPU", 4, True), ("CPU", 8, True), ("GPU", 0, False)],
 )
-def test_turns_are_for_those_that_use_every_core(kind, threads, in_turns, monkeypatch, tmp_path):
+def test_turns_are_for_those_that_use_every_core(kind, threads, is_locked, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     serving = ServingConfig(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
-    turn = turn_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
-    assert isinstance(turn, Turn) == in_turns
-    with turn:
-        turn.let_pass()
+    lock = cpu_lock_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
+    assert isinstance(lock, FairLock) == is_locked
+    with lock:
+        lock.yield_to_waiter()
 
 
 def test_processes_meet_where_nobody_else_can_go(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert meeting_folder() == folder_of(os.getppid())
-    assert meeting_folder().stat().st_mode & 0o777 == 0o700
-    meeting_folder().chmod(0o755)
+    assert runtime_dir() == runtime_dir_of(os.getppid())
+    assert runtime_dir().stat().st_mode & 0o777 == 0o700
+    runtime_dir().chmod(0o755)
     with pytest.raises(UsageError, match="belongs to somebody else"):
-        meeting_folder()
+        runtime_dir()
