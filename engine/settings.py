@@ -1,4 +1,4 @@
-"""What a restoration can be told, with its bounds; one definition for API, command line and bundle."""
+"""The settings of a restoration with their bounds and help: one definition for API, command line and bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Sampler = Literal["edm", "dpmpp2m"]
 ColorFix = Literal["wavelet", "adain", "none"]
 #: "auto" leaves the choice to size and memory, "off" samples the whole latent; a number is a tile's side in pixels.
 TileSize = Annotated[int, Field(ge=64, le=8192)] | Literal["auto", "off"]
-#: "exact" works at a few rows at a time, "fast" at tiles, which is approximate.
+#: "exact" runs a few rows at a time, "fast" in tiles, which is approximate.
 VaeTiles = Literal["auto", "off", "exact", "fast"]
 
 #: Our own words; they steer guidance towards a clean photograph and away from what degrades one.
@@ -28,6 +28,13 @@ NEGATIVE_WORDS = (
 
 #: Characters; hundreds of chunks, each of which makes every step slower.
 MAX_TEXT = 16_000
+
+
+class Option(NamedTuple):
+    """Where a setting stands in a command's help, and what stands for its value there."""
+
+    group: str
+    metavar: str | None = None
 
 
 class ScaleRange(NamedTuple):
@@ -60,27 +67,55 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(15, ge=1, le=1000, description="sampling steps")
-    sampler: Sampler = Field("edm", description="RestoreEDM or RestoreDPM++2M")
-    cfg_scale: CfgScale = Field(
-        ScaleRange(2.0, 2.0), description="guidance s; 1 turns it off; the paper's lambda is s - 1"
+    upscale: Annotated[float, Option("size", "X")] = Field(
+        1.0, gt=0, le=16, description="size of the result over the photo's"
     )
-    control_scale: ControlScale = Field(ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling")
-    restore_pull: float | None = Field(
-        None, gt=0, le=100, description="power of the pull towards the stage-1 image; None is off"
+    min_size: Annotated[int, Option("size", "PX")] = Field(
+        1024, ge=64, le=8192, description="least shorter side that the networks see; the result's size stays"
     )
-    churn: float = Field(0.0, ge=0, le=1000, description="noise added back over the run (edm)")
-    s_noise: float = Field(1.0, ge=0, le=10, description="std of the noise added while sampling")
-    eta: float = Field(1.0, ge=0, le=10, description="0 is deterministic, 1 the SDE (dpmpp2m)")
-    color_fix: ColorFix = Field("wavelet", description="where the colours come from: stage 1, or the result")
-    upscale: float = Field(1.0, gt=0, le=16, description="size of the result over that of the photo")
-    min_size: int = Field(1024, ge=64, le=8192, description="least shorter side that the networks see, in pixels")
-    tile: TileSize = Field("auto", description="side in pixels of the tiles for sampling, auto, or off")
-    vae_tiles: VaeTiles = Field("auto", description="whether the VAE works at parts: exact, or fast")
-    prompt: str = Field("", max_length=MAX_TEXT, description="what the photo shows")
-    quality_words: str = Field(QUALITY_WORDS, max_length=MAX_TEXT, description="appended to the prompt")
-    negative_prompt: str = Field(NEGATIVE_WORDS, max_length=MAX_TEXT, description="what guidance leads away from")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the noise")
+    tile: Annotated[TileSize, Option("size", "auto|off|PX")] = Field(
+        "auto",
+        description="sample in tiles of PX pixels that overlap by half; auto: large photos, at the bundle's own size",
+    )
+    vae_tiles: Annotated[VaeTiles, Option("size")] = Field(
+        "auto",
+        description="run the autoencoder a few rows at a time, exactly, or in tiles, which is approximate and needs "
+        "least memory; auto: whole, exact or fast, the first that memory holds",
+    )
+    prompt: Annotated[str, Option("text", "TEXT")] = Field(
+        "", max_length=MAX_TEXT, description="what the photo shows; of any length"
+    )
+    quality_words: Annotated[str, Option("text", "TEXT")] = Field(
+        QUALITY_WORDS, max_length=MAX_TEXT, description=f'appended to the prompt; default: "{QUALITY_WORDS}"'
+    )
+    negative_prompt: Annotated[str, Option("text", "TEXT")] = Field(
+        NEGATIVE_WORDS, max_length=MAX_TEXT, description="what guidance leads away from"
+    )
+    steps: Annotated[int, Option("sampling", "N")] = Field(15, ge=1, le=1000, description="sampling steps")
+    sampler: Annotated[Sampler, Option("sampling")] = Field("edm", description="RestoreEDM or RestoreDPM++2M")
+    cfg_scale: Annotated[CfgScale, Option("sampling", "S[:END]")] = Field(
+        ScaleRange(2.0, 2.0),
+        description="guidance s, from the first step to the last; 1 turns it off; the paper's lambda is s - 1",
+    )
+    control_scale: Annotated[ControlScale, Option("sampling", "S[:END]")] = Field(
+        ScaleRange(1.0, 1.0), description="how strongly the photo steers the sampling"
+    )
+    restore_pull: Annotated[float | None, Option("sampling", "R")] = Field(
+        None, gt=0, le=100, description="pull towards the stage-1 image, fading as (sigma/max)^R"
+    )
+    churn: Annotated[float, Option("sampling", "C")] = Field(
+        0.0, ge=0, le=1000, description="noise added back over the run (edm)"
+    )
+    s_noise: Annotated[float, Option("sampling", "S")] = Field(
+        1.0, ge=0, le=10, description="std of the noise added while sampling"
+    )
+    eta: Annotated[float, Option("sampling", "E")] = Field(
+        1.0, ge=0, le=10, description="0 is deterministic, 1 the SDE (dpmpp2m)"
+    )
+    seed: Annotated[int, Option("sampling", "N")] = Field(
+        0, ge=0, le=2**63 - 1, description="of the noise; the same seed gives the same result"
+    )
+    color_fix: Annotated[ColorFix, Option("sampling")] = Field("wavelet", description="take the colours of stage 1")
 
     def updated(self, changes: dict[str, Any]) -> Settings:
         """Return these settings with some replaced.
