@@ -371,10 +371,10 @@ def test_members_refuse_what_the_ensemble_would_never_send(url, direct):
             raw.infer("vae_decoder", [tensor], client_timeout=60)
         with pytest.raises(InferenceServerException, match="options.steps: too many steps"):
             raw.infer("sample", sample_inputs(direct, {"steps": 1000}, {}), client_timeout=60)
-        with pytest.raises(InferenceServerException, match=r"run.watch: impossible"):
-            raw.infer("sample", sample_inputs(direct, {}, {"watch": "../../etc/passwd"}), client_timeout=60)
+        with pytest.raises(InferenceServerException, match=r"run.progress_channel: impossible"):
+            raw.infer("sample", sample_inputs(direct, {}, {"progress_channel": "../../etc/passwd"}), client_timeout=60)
         with pytest.raises(InferenceServerException, match="the stream that wanted this result is gone"):
-            raw.infer("sample", sample_inputs(direct, {}, {"watch": "0" * 32}), client_timeout=60)
+            raw.infer("sample", sample_inputs(direct, {}, {"progress_channel": "0" * 32}), client_timeout=60)
         with pytest.raises(InferenceServerException, match="not finite"):
             raw.infer("sample", sample_inputs(direct, {}, {}, value=np.nan), client_timeout=60)
 
