@@ -24,7 +24,7 @@ from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
 from engine.cli.options import gibibytes, path_option, whole_number
 from engine.errors import BundleError, OutputError, UsageError, from_os_error
-from engine.memory.host_memory import total_memory_bytes
+from engine.memory.budget import MemoryBudget
 from engine.memory.residency import host_weights
 from engine.units import format_memory
 from triton_repo.repository import BACKEND_FILES, MEMBERS, PYTHON_MEMBERS, SERVED_BY, DeploymentConfig, configurations
@@ -32,8 +32,6 @@ from triton_repo.serving import ServingConfig
 
 #: Says that a folder is ours, and may be rendered again.
 _MARK = ".rendered"
-#: Of the memory, what copies of weights may take.
-_WEIGHTS_SHARE = 0.7
 #: Fields of `Serving` that are options: name, bounds, and what they mean.
 _LIMITS = (
     ("threads", 0, 256, "of a CPU; default: one per core"),
@@ -146,25 +144,25 @@ def _check(bundle: Bundle, layout: DeploymentConfig) -> None:
 
 def _check_memory(bundle: Bundle, request: Request) -> None:
     """Refuse copies of networks that the memory does not hold: they would be swapped out, or kill the server."""
-    memory = request.memory_bytes
-    if memory is None:
+    budget = None if request.memory_bytes is None else MemoryBudget(request.memory_bytes)
+    if budget is None:
         if request.layout.gpus and request.layout.instances > 1:
             raise UsageError("how much memory has a GPU?", where="--instances", fix="tell with --memory GIB")
-        memory = None if request.layout.gpus else total_memory_bytes()
-    if memory is None:
-        return
+        if request.layout.gpus:
+            return
+        budget = MemoryBudget.total()
     weights = host_weights(bundle)
     if request.layout.gpus:
         weights = {name: graph.weights_bytes for name, graph in bundle.manifest.graphs.items()}
     shared = sum(weights[name] for name in MEMBERS)
     copied = weights["controlnet"] + weights["unet"]
     needed = shared + request.layout.instances * copied
-    if needed > _WEIGHTS_SHARE * memory:
-        fitting = max(0, int((_WEIGHTS_SHARE * memory - shared) // copied))
+    if needed > budget.weights:
+        fitting = max(0, (budget.weights - shared) // copied)
         raise UsageError(
             "out of memory",
             where="--instances",
-            expected=f"at most {fitting}, as {format_memory(memory)} hold",
+            expected=f"at most {fitting}, as {format_memory(budget.bytes)} hold",
             found=f"{request.layout.instances}, whose weights take {format_memory(needed)}",
         )
 

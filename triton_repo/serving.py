@@ -9,17 +9,15 @@ from pydantic import BaseModel, ConfigDict
 
 from engine.bundle.manifest import Bundle, open_bundle
 from engine.errors import BundleError, UsageError
-from engine.image.preprocess import Size, pixels_in_memory
-from engine.memory.host_memory import total_memory_bytes
-from engine.memory.size_plan import SizePlan, choose_plan
+from engine.image.preprocess import Size
+from engine.memory.budget import MemoryBudget
+from engine.memory.size_plan import SizePlan, choose_plan, pixels_of_attention
 from engine.pipeline.plan import RestorationPlan, make_plan
 from engine.pipeline.text import Prompts
 from engine.settings import Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
 PARAMETER = "engine"
-#: Of the memory, what one pass of the VAE's attention may take: other passes, weights and photos are there too.
-_ATTENTION_SHARE = 4
 
 
 class ServingConfig(BaseModel):
@@ -76,7 +74,7 @@ class ServingConfig(BaseModel):
 
     def pixels_allowed(self, bundle: Bundle) -> int:
         """Return how many pixels the networks may see of a photo, on this computer."""
-        return min(self.max_pixels, pixels_in_memory(bundle, total_memory_bytes() // _ATTENTION_SHARE))
+        return min(self.max_pixels, pixels_of_attention(bundle, MemoryBudget.total().served_attention))
 
     def plan(self, bundle: Bundle, size: Size, settings: Settings, prompts: Prompts) -> RestorationPlan:
         """Return the plan of one photo of (width, height) pixels; see `size_plan`."""
@@ -88,7 +86,7 @@ class ServingConfig(BaseModel):
         Raises:
             UsageError, ImageError: as `engine.memory.size_plan.choose_plan`.
         """
-        return SizePlan(choose_plan(bundle, size, settings, total_memory_bytes()).tile_px)
+        return SizePlan(choose_plan(bundle, size, settings, MemoryBudget.total()).tile_px)
 
     def check(self, settings: Settings) -> None:
         """Refuse settings beyond what this server takes on.

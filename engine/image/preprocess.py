@@ -43,12 +43,6 @@ def load_photo(photo: PhotoLike) -> Photo:
     raise ImageError("not a photo", expected=expected, found=type(photo).__name__)
 
 
-def pixels_in_memory(bundle: Bundle, memory_bytes: int) -> int:
-    """Return how many pixels the networks can take: the VAE's attention compares each cell with each, in float32."""
-    cells = math.isqrt(memory_bytes // np.dtype(np.float32).itemsize)
-    return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
-
-
 def checked_working_size(bundle: Bundle, photo_size: Size, settings: Settings, max_pixels: int) -> Size:
     """Return a photo's working size, (width, height) in pixels, if the networks can take it.
 

@@ -14,12 +14,10 @@ from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import Bundle, Graph
 from engine.device.interface import STREAMS
 from engine.errors import BackendError, DoesNotFitError
+from engine.memory.budget import MemoryBudget
 from engine.recipe import PHASES, stream_of
 from engine.sampling.tiling import Tiling
 from engine.units import format_memory
-
-#: Of a computer's memory, what weights may take.
-_HOST_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -191,25 +189,25 @@ def choose_kept(
     return None if best is None else best[2]
 
 
-def choose_resident_graphs(bundle: Bundle, memory_bytes: int) -> frozenset[str]:
+def choose_resident_graphs(bundle: Bundle, budget: MemoryBudget) -> frozenset[str]:
     """Return the graphs that stay in a computer's memory, where processors compute in float32.
 
     Args:
         bundle: whose graphs they are.
-        memory_bytes: of the computer; `_HOST_SHARE` of it may be weights.
+        budget: of the computer's memory.
     Raises:
         BackendError: the graphs of one stage do not fit.
     """
     weights = host_weights(bundle)
-    kept = choose_kept(weights, PHASES, int(_HOST_SHARE * memory_bytes))
+    kept = choose_kept(weights, PHASES, budget.weights)
     if kept is None:
-        needed = int(_largest(weights, PHASES) / _HOST_SHARE)
+        needed = MemoryBudget.for_weights(_largest(weights, PHASES))
         raise BackendError(
             "out of memory",
             where=bundle.path,
-            expected=f"{format_memory(needed)} for weights in float32 and the rest",
-            found=format_memory(memory_bytes),
-            fix="use a computer with more memory, or a GPU",
+            expected=f"{format_memory(needed.bytes)} for weights in float32 and the rest",
+            found=f"{format_memory(budget.bytes)} available",
+            fix="close other programs, use a computer with more memory, or a GPU",
         )
     return kept
 

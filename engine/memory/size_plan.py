@@ -17,7 +17,8 @@ from engine.bundle.graphspec import parse_axis, resolve
 from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import ImageError, OutOfMemoryError, UsageError
-from engine.image.preprocess import Size
+from engine.image.preprocess import MAX_WORKING_PIXELS, Size
+from engine.memory.budget import MemoryBudget
 from engine.memory.vae_slices import SlicedVae, peak_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian
 from engine.settings import Settings
@@ -26,10 +27,6 @@ from engine.units import format_memory
 #: How a graph of the VAE runs on an image: by slices, or in tiles; one tile may be the whole.
 VaeMode = Tiling | SlicedVae
 
-#: Of the computer's memory, what activations may take if nobody asks for more.
-_SHARE = 0.5
-#: And of it, what the VAE's maps may take by rows: they are held beside everything else of a large photo.
-_ROWS_SHARE = 0.25
 #: A latent is sampled whole up to so many tiles' area: beyond, SDXL repeats things, and attention grows squared.
 _WHOLE_UP_TO = 4
 #: Smaller tiles show too little of a picture, whatever a bundle's working size.
@@ -135,20 +132,19 @@ def default_tile(bundle: Bundle) -> int:
     return max(_MIN_TILE_PX, bundle.manifest.defaults.min_size) // multiple * multiple
 
 
-def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: int | None) -> SizePlan:
+def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBudget) -> SizePlan:
     """Choose how a photo is restored on a computer; photos restored beside it do not matter.
 
     Args:
         bundle: whose networks work.
         size: (width, height) in pixels that the networks see.
         settings: what they leave open is chosen by size and memory; what they say is done, or refused.
-        memory_bytes: of the computer; None if the system does not tell.
+        budget: of the computer's memory.
     Raises:
         UsageError: tiles of that size do not exist.
         ImageError: what was asked for does not fit.
     """
     tile = default_tile(bundle)
-    memory = math.inf if memory_bytes is None else memory_bytes
     _check_tile(bundle, settings)
     if settings.vae_tiles == "exact" and not bundle.has_pieces:
         raise UsageError(
@@ -159,34 +155,34 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, memory_bytes: in
             fix="bundles for a CPU, built by this version, have what it takes",
         )
     needed = {"tile": sampling_bytes(bundle, size), "vae_tiles": vae_bytes(bundle, size)}
-    if settings.vae_tiles == "exact" and (need := rows_bytes(bundle, size)) > memory:
+    if settings.vae_tiles == "exact" and (need := rows_bytes(bundle, size)) > budget.bytes:
         raise ImageError(
             "too large for an exact VAE",
             where=f"{size[0]} × {size[1]} pixels",
             expected=f"{format_memory(need)} of memory",
-            found=format_memory(int(memory)),
+            found=f"{format_memory(budget.bytes)} available",
             fix="--vae-tiles fast needs less, and is approximate",
         )
     for option, need in needed.items():
-        if getattr(settings, option) == "off" and need > memory:
+        if getattr(settings, option) == "off" and need > budget.bytes:
             name = f"--{option.replace('_', '-')}"
             raise ImageError(
                 "too large for the memory of this computer",
                 where=f"{size[0]} × {size[1]} pixels",
                 expected=f"{format_memory(need)} of memory",
-                found=format_memory(int(memory)),
+                found=f"{format_memory(budget.bytes)} available",
                 fix=f"leave out {name} off: {name} auto uses tiles",
             )
     if settings.tile == "auto":
-        too_large = _is_beyond_the_whole(bundle, size) or needed["tile"] > _SHARE * memory
+        too_large = _is_beyond_the_whole(bundle, size) or needed["tile"] > budget.activations
         tile_px = tile if too_large and max(size) > tile else None
     else:
         tile_px = None if settings.tile == "off" or settings.tile >= max(size) else settings.tile
     vae_tile_px = _VAE_TILE_CELLS * bundle.pixels_per_cell
-    whole_fits = needed["vae_tiles"] <= _SHARE * memory
+    whole_fits = needed["vae_tiles"] <= budget.activations
     by_rows = settings.vae_tiles == "exact"
     if settings.vae_tiles == "auto" and not whole_fits:
-        by_rows = bundle.has_pieces and rows_bytes(bundle, size) <= _ROWS_SHARE * memory
+        by_rows = bundle.has_pieces and rows_bytes(bundle, size) <= budget.slices
     if by_rows:
         return SizePlan(tile_px, vae_by_rows=True)
     whole = settings.vae_tiles == "off" or (settings.vae_tiles == "auto" and whole_fits) or max(size) <= vae_tile_px
@@ -259,6 +255,12 @@ def rows_bytes(bundle: Bundle, size: Size) -> int:
         peak_bytes(bundle.manifest.graphs[graph].pieces, resolve(bundle.spec(graph).inputs[0].shape, symbols))
         for graph in bundle.vae_graphs
     )
+
+
+def pixels_of_attention(bundle: Bundle, memory_bytes: int) -> int:
+    """Return how many pixels the VAE's attention takes at once, which compares each cell with each, in float32."""
+    cells = math.isqrt(memory_bytes // _FLOAT)
+    return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
 
 
 def sampling_bytes(bundle: Bundle, size: Size) -> int:

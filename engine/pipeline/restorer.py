@@ -22,7 +22,6 @@ from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.errors import BackendError, DoesNotFitError, UsageError
 from engine.image.photo import Photo
 from engine.image.preprocess import (
-    MAX_WORKING_PIXELS,
     PhotoLike,
     Size,
     checked_working_size,
@@ -32,7 +31,7 @@ from engine.image.preprocess import (
     preprocess,
     result_size,
 )
-from engine.memory.host_memory import total_memory_bytes
+from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
@@ -43,9 +42,6 @@ from engine.recipe import Operation
 from engine.sampling.sampler import Latent
 from engine.settings import Settings
 from engine.timings import Timings
-
-#: Arrays of a photo's size on the host: as it came, as the networks see it, stage 1, the result, the colour fix's, out.
-_BYTES_PER_PIXEL = 20 * 3 * 4
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,9 @@ class Restorer:
             opened.callback(backend.close)
             if vram_budget_bytes is not None and vram_budget_bytes <= 0:
                 raise UsageError("a budget of GPU memory must be above 0", found=f"{vram_budget_bytes} bytes")
-            memory = None if isinstance(backend, DeviceBackend) else total_memory_bytes()
-            kept = None if memory is None else choose_resident_graphs(bundle, memory)
+            # Once: what is loaded later must not change the plan of the next photo.
+            self._memory = MemoryBudget.available()
+            kept = None if isinstance(backend, DeviceBackend) else choose_resident_graphs(bundle, self._memory)
             self.bundle = bundle
             self._runners = Runners(backend, bundle, kept)
             opened.callback(self._runners.close)
@@ -165,13 +162,7 @@ class Restorer:
         Raises:
             ImageError: it is too large for this computer.
         """
-        return checked_working_size(self.bundle, photo_size, settings, self.max_pixels)
-
-    @property
-    def max_pixels(self) -> int:
-        """How many pixels the networks may see at most: what the computer holds beside tiles."""
-        memory = total_memory_bytes()
-        return MAX_WORKING_PIXELS if memory is None else min(MAX_WORKING_PIXELS, memory // _BYTES_PER_PIXEL)
+        return checked_working_size(self.bundle, photo_size, settings, self._memory.pixels)
 
     def plan(
         self, photo_size: Size, settings: Settings, *, photos: int = 1, like: Mapping[str, Any] | None = None
@@ -195,7 +186,7 @@ class Restorer:
         recorded = None if like is None else recorded_size_plan(like, size)
         prompts = self.stages.prompts
         if self._session is None:
-            chosen = recorded or choose_plan(self.bundle, size, settings, total_memory_bytes())
+            chosen = recorded or choose_plan(self.bundle, size, settings, self._memory)
             return make_plan(self.bundle, prompts, size, settings, chosen, photos)
         candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
         # What the settings leave open may be smaller still; what they ask for is done, or refused.

@@ -225,3 +225,17 @@ def test_every_size_comes_back_as_it_is_times_the_scale(restorer, size, upscale)
     assert result.photo.size == tuple(int(side * upscale + 0.5) for side in size)
     assert np.isfinite(result.photo.rgb).all()
     assert restorer.plan((64, 64), restorer.defaults).size_plan == SizePlan()
+
+
+def test_a_plan_is_made_for_the_memory_that_is_left_and_stays(monkeypatch, bundle_fp32):
+    """Another program has taken nearly all; what a restorer loads itself does not change the plan of the next photo."""
+    available = [12 * 10**9, 10**9]
+    monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: available.pop(0))
+    with Restorer.open(bundle_fp32) as restorer:
+        settings = restorer.defaults.updated({"min_size": 1024})
+        first, second = (restorer.plan((1024, 1024), settings) for _ in range(2))
+    assert first == second
+    assert first.size_plan.vae_by_rows
+    monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: 16 * 10**9)
+    with Restorer.open(bundle_fp32) as restorer:
+        assert not restorer.plan((1024, 1024), settings).size_plan.vae_by_rows

@@ -152,7 +152,7 @@ def test_out_of_memory_is_no_bug(monkeypatch, capsys, bundle_fp32, photo_path, t
 
 def test_a_photo_for_more_memory_than_there_is_is_refused(monkeypatch, capsys, bundle_fp32, place):
     """At the whole, which was asked for, the VAE's maps alone take 4 kB for each of 64 × 576,000 pixels."""
-    monkeypatch.setattr("engine.pipeline.restorer.total_memory_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: 16 * 10**9)
     arguments = [str(place / "thread.png"), "--bundle", str(bundle_fp32), "--min-size", "64", "--vae-tiles", "off"]
     assert run_command(restore_main, arguments) == 1
     error = capsys.readouterr().err

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.errors import BackendError
+from engine.memory.budget import MemoryBudget
 from engine.memory.residency import (
     PHASES,
     Activations,
@@ -242,16 +243,16 @@ def bundle_of(weights):
 
 
 def test_a_computer_keeps_what_leaves_room_for_every_stage_in_float32():
-    assert choose_resident_graphs(bundle_of(SDXL), 64 * GB) == set(GRAPHS)
-    kept = choose_resident_graphs(bundle_of(SDXL), 25 * GB)
+    assert choose_resident_graphs(bundle_of(SDXL), MemoryBudget(64 * GB)) == set(GRAPHS)
+    kept = choose_resident_graphs(bundle_of(SDXL), MemoryBudget(25 * GB))
     assert "unet" in kept
     assert not {"controlnet", "text_encoder_2"} <= kept  # all three would be 18.7 GB
 
 
 def test_a_computer_that_cannot_hold_one_stage_is_told_so():
     with pytest.raises(BackendError, match="out of memory") as caught:
-        choose_resident_graphs(bundle_of(SDXL), 16 * GB)
-    assert caught.value.found == "14.9 GiB"
+        choose_resident_graphs(bundle_of(SDXL), MemoryBudget(16 * GB))
+    assert caught.value.found == "14.9 GiB available"
     assert caught.value.expected.startswith("20.6 GiB for weights")
 
 

@@ -13,6 +13,7 @@ from layouts import our_shapes
 from engine.bundle.manifest import Bundle
 from engine.cli.options import add_settings, given_settings
 from engine.errors import BackendError, ImageError, OutOfMemoryError, UsageError
+from engine.memory.budget import MemoryBudget
 from engine.memory.size_plan import (
     SizePlan,
     choose_plan,
@@ -44,7 +45,7 @@ def sdxl():
 
 
 def chosen(bundle, size, memory=1024 * GIB, **changes):
-    return choose_plan(bundle, size, bundle.manifest.defaults.updated(changes), memory)
+    return choose_plan(bundle, size, bundle.manifest.defaults.updated(changes), MemoryBudget(memory))
 
 
 def test_the_tile_is_what_the_bundle_is_for(sdxl):
@@ -68,7 +69,6 @@ def test_the_tile_is_what_the_bundle_is_for(sdxl):
         ((4096, 3072), 1024 * GIB, {"vae_tiles": "exact"}, SizePlan(1024, vae_by_rows=True)),
         ((1024, 1024), 6 * GIB, {}, SizePlan(None, 512)),
         ((1024, 1024), 8 * GIB, {}, SizePlan(None, vae_by_rows=True)),
-        ((1024, 1024), None, {}, SizePlan()),
         ((1024, 1024), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan(512, 512)),
         ((512, 512), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan()),
         ((4096, 4096), 1024 * GIB, {"tile": "off", "vae_tiles": "off"}, SizePlan()),
