@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from annotated_types import Ge, Le
 from google.protobuf import text_format
 
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
@@ -28,26 +29,10 @@ from engine.memory.budget import MemoryBudget
 from engine.memory.residency import host_weights
 from engine.units import format_memory
 from triton_repo.repository import BACKEND_FILES, MEMBERS, PYTHON_MEMBERS, SERVED_BY, DeploymentConfig, configurations
-from triton_repo.serving import ServingConfig
+from triton_repo.serving import LIMITS, ServingConfig
 
 #: Says that a folder is ours, and may be rendered again.
 _MARK = ".rendered"
-#: Fields of `Serving` that are options: name, bounds, and what they mean.
-_LIMITS = (
-    ("threads", 0, 256, "of a CPU; default: one per core"),
-    ("max_batch", 1, 64, "photos of one size that are restored together; default: {standard}, 1 is off"),
-    (
-        "max_pixels",
-        4096,
-        1 << 28,
-        "that the networks see of a photo; default: a square of twice the bundle's size, or 1024²",
-    ),
-    ("max_photo_pixels", 1, 1 << 30, "of photos and of results; default: {standard}"),
-    ("max_image_bytes", 1, 1 << 30, "of an encoded photo; default: {standard}"),
-    ("max_steps", 1, 1000, "of a restoration; default: {standard}"),
-    ("max_text", 1, 16_000, "characters of a text; default: {standard}"),
-    ("max_streams", 1, 1000, "at once; default: {standard}"),
-)
 _MODEL = '''"""Rendered by triton_repo/render.py; the model is `triton_repo.models.{module}`."""
 
 from triton_repo.models.{module} import TritonPythonModel
@@ -261,19 +246,18 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     )
     serving.add_argument("--no-cache", action="store_true", help="compute equal requests again")
     bounds = parser.add_argument_group("bounds of a request")
-    for name, low, high, meaning in _LIMITS:
-        standard = ServingConfig.model_fields[name].default
-        bounds.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=whole_number(low, high),
-            metavar="N",
-            help=meaning.format(standard=standard),
-        )
+    for name, limit in LIMITS.items():
+        low = next(bound.ge for bound in limit.metadata if isinstance(bound, Ge))
+        high = next(bound.le for bound in limit.metadata if isinstance(bound, Le))
+        assert isinstance(low, int)
+        assert isinstance(high, int)
+        option = f"--{name.replace('_', '-')}"
+        bounds.add_argument(option, type=whole_number(low, high), metavar="N", help=limit.description)
 
 
 def request_of(options: argparse.Namespace, bundle: Path, output: Path, served_from: Path | None = None) -> Request:
     """Return what the options of `add_layout` ask for."""
-    limits = {name: value for name, *_ in _LIMITS if (value := getattr(options, name)) is not None}
+    limits = {name: value for name in LIMITS if (value := getattr(options, name)) is not None}
     memory = None if options.memory is None else int(options.memory * 2**30)
     layout = DeploymentConfig(
         options.backend,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from engine.backends import MAX_THREADS
 from engine.bundle.manifest import Bundle, open_bundle
 from engine.errors import BundleError, UsageError
 from engine.image.preprocess import Size
@@ -14,7 +15,7 @@ from engine.memory.budget import MemoryBudget
 from engine.memory.size_plan import SizePlan, choose_plan, pixels_of_attention
 from engine.pipeline.plan import RestorationPlan, make_plan
 from engine.pipeline.text import Prompts
-from engine.settings import Settings
+from engine.settings import MAX_TEXT, Settings
 
 #: The name of the configuration's parameter that holds all of it, as JSON.
 PARAMETER = "engine"
@@ -27,12 +28,9 @@ class ServingConfig(BaseModel):
         bundle: its folder, where the server runs.
         digest: of the bundle that the repository was rendered from.
         backend: of `engine.backends`, that runs the networks inside the Python backend.
-        threads: that one operator may use on a CPU; 0 is one per core.
-        max_batch: photos that are restored together.
-        max_image_bytes: of an encoded photo. max_photo_pixels: of a decoded one.
-        max_pixels: that the networks see, of one photo; and for a batch, `max_batch` times the default size.
-        max_text: characters of each text. max_steps: of a restoration.
-        max_streams: that `restore_stream` serves at once.
+
+    The others, `LIMITS`, are described where they are defined. A batch may have `max_batch` times the default size's
+    pixels, or `max_pixels`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,14 +38,23 @@ class ServingConfig(BaseModel):
     bundle: Path
     digest: str
     backend: str
-    threads: int = 0
-    max_batch: int = 4
-    max_image_bytes: int = 64 << 20
-    max_photo_pixels: int = 32_000_000
-    max_pixels: int = 1 << 20
-    max_text: int = 4000
-    max_steps: int = 200
-    max_streams: int = 16
+    threads: int = Field(0, ge=0, le=MAX_THREADS, description="of a CPU; default: one per core")
+    max_batch: int = Field(
+        4, ge=1, le=64, description="photos of one size that are restored together; default: 4, 1 is off"
+    )
+    max_pixels: int = Field(
+        1 << 20,
+        ge=4096,
+        le=1 << 28,
+        description="that the networks see of a photo; default: a square of twice the bundle's size, or 1024²",
+    )
+    max_photo_pixels: int = Field(
+        32_000_000, ge=1, le=1 << 30, description="of photos and of results; default: 32000000"
+    )
+    max_image_bytes: int = Field(64 << 20, ge=1, le=1 << 30, description="of an encoded photo; default: 67108864")
+    max_steps: int = Field(200, ge=1, le=1000, description="of a restoration; default: 200")
+    max_text: int = Field(4000, ge=1, le=MAX_TEXT, description="characters of a text; default: 4000")
+    max_streams: int = Field(16, ge=1, le=1000, description="served by restore_stream at once; default: 16")
 
     @classmethod
     def of(cls, arguments: dict[str, str]) -> ServingConfig:
@@ -117,3 +124,7 @@ class ServingConfig(BaseModel):
                     expected=f"up to {self.max_text} characters on this server",
                     found=f"{length} characters",
                 )
+
+
+#: The configuration's numbers: limits that the one who renders may change, each an option of its name.
+LIMITS = {name: field for name, field in ServingConfig.model_fields.items() if field.annotation is int}
