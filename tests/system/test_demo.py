@@ -23,10 +23,10 @@ def psnr(truth, found):
     return peak_signal_noise_ratio(truth, found, data_range=1.0)
 
 
-def measure(folder, images, bundle):
+def measure(folder, images, bundle, *options):
     """Run the benchmark; returns its report, with its rows by degradation and method."""
     file = folder / "quality.json"
-    assert quality.main(["--quiet", "--bundle", str(bundle), "--images", images, "--json", str(file)]) == 0
+    assert quality.main(["--quiet", "--bundle", str(bundle), "--images", images, "--json", str(file), *options]) == 0
     report = json.loads(file.read_text())
     return {**report, "rows": {(row["degradation"], row["method"]): row for row in report["rows"]}}
 
@@ -39,9 +39,10 @@ def test_the_files_are_small_and_in_half_precision():
             assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"F16"}  # noqa: SIM118
 
 
-@pytest.fixture(scope="module")
-def report(demo_bundle, tmp_path_factory):
-    return measure(tmp_path_factory.mktemp("quality"), "photos", demo_bundle)
+@pytest.fixture(scope="module", params=["3", pytest.param("8", marks=pytest.mark.slow)])
+def report(request, demo_bundle, tmp_path_factory):
+    """Of the first photos, or of all."""
+    return measure(tmp_path_factory.mktemp("quality"), "photos", demo_bundle, "--limit", request.param)
 
 
 @pytest.fixture
