@@ -15,9 +15,8 @@ from engine.backends.trt_plan import check_parity_sample, check_plan, failed, re
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, TrtEngine
 from engine.bundle.profiles import choose_profile
-from engine.bundle.storage import atomic_write, plain_name
+from engine.bundle.storage import bundle_cache_dir, plain_name, write_cache
 from engine.device.interface import STREAMS, Buffer, Device, Stream
-from engine.errors import OutputError
 from engine.memory.residency import Activations
 from engine.recipe import stream_of
 from engine.units import format_memory
@@ -79,7 +78,7 @@ class TrtBackend:
             self.device,
             self.streams[place],
             self._arenas[place],
-            self._beside(bundle, "kernels") if self.library.is_rtx else None,
+            self._cached(bundle, f"{graph}.kernels"),
             self._log,
             memory,
         )
@@ -122,16 +121,17 @@ class TrtBackend:
         self.device.close()
 
     def _notes_of(self, bundle: Bundle) -> MemoryNotes:
-        # GPUs of one capability differ in how much they run at once, and so in what they need.
-        file = self._beside(bundle, f"{plain_name(self.device.name)}.memory")
+        file = self._cached(bundle, "activations.json")
         if file not in self._notes:
             self._notes[file] = MemoryNotes(file)
         return self._notes[file]
 
-    def _beside(self, bundle: Bundle, what: str) -> Path:
-        """Return a file beside the bundle, for what holds for this library and GPUs of this capability."""
-        capability = self.device.compute_capability
-        return bundle.path.with_name(f".{bundle.path.name}.{self.library.version}.sm{capability}.{what}")
+    def _cached(self, bundle: Bundle, what: str) -> Path:
+        """Return a file of the cache for what holds for this bundle, this library and GPUs of this name.
+
+        Of this name: GPUs of one compute capability differ in how much they run at once.
+        """
+        return bundle_cache_dir(bundle.digest) / plain_name(f"{self.library.label} {self.device.name}") / what
 
 
 class Arena:
@@ -191,7 +191,7 @@ class TrtRunner(BufferRunner):
         device: Device,
         stream: Stream,
         arena: Arena,
-        cache: Path | None,
+        cache: Path,
         log: Any,
         memory: PlanMemory,
     ) -> None:
@@ -283,24 +283,17 @@ class TrtRunner(BufferRunner):
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         self._runtime_cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):  # none yet
-            self._runtime_cache.deserialize(self._cache_file().read_bytes())
+            self._runtime_cache.deserialize(self._cache.read_bytes())
         config.set_runtime_cache(self._runtime_cache)
         return config
 
-    def _cache_file(self) -> Path:
-        assert self._cache is not None
-        return self._cache.with_name(f"{self._cache.name}.{self.spec.name}")
-
     def _keep_cache(self) -> None:
-        """Write the kernels that were compiled, for the next start; not where the folder is not ours to write."""
+        """Write the kernels that were compiled, for the next start."""
         if self._runtime_cache is None:
             return
-        file, kernels = self._cache_file(), self._runtime_cache.serialize()
-        self._runtime_cache = None
-        if kernels is None:
-            return
-        with contextlib.suppress(OutputError), atomic_write(file, "keep the kernels") as whole:
-            whole.write(bytes(kernels))
+        kernels, self._runtime_cache = self._runtime_cache.serialize(), None
+        if kernels is not None:
+            write_cache(self._cache, bytes(kernels))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What plans need for activations, kept beside the bundle: only an opened plan tells, and opening takes seconds."""
+"""What plans need for activations, kept in the cache: only an opened plan tells, and opening takes seconds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from engine.bundle.manifest import TrtEngine
 from engine.bundle.profiles import choose_profile
-from engine.bundle.storage import atomic_write
-from engine.errors import OutputError
+from engine.bundle.storage import write_cache
 from engine.memory.residency import Activations
 
 
@@ -75,5 +74,4 @@ class MemoryNotes:
             return
         self._notes = {key: note for key, note in self._notes.items() if key in keys} | {plan.key: memory}
         plain = {key: note.model_dump(mode="json") for key, note in self._notes.items()}
-        with contextlib.suppress(OutputError), atomic_write(self._file, "keep the notes") as file:
-            file.write(json.dumps(plain).encode())
+        write_cache(self._file, json.dumps(plain).encode())

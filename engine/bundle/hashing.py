@@ -15,8 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from engine.bundle.storage import atomic_write, cache_dir
-from engine.errors import OutputError
+from engine.bundle.storage import cache_dir, write_cache
 
 #: Smaller files are hashed in a tenth of a second.
 WORTH_KEEPING_BYTES = 64 << 20
@@ -58,8 +57,7 @@ def hash_file(path: Path) -> str:
     found = _hash(path)
     settled = now_ns - max(before.modified_ns, before.changed_ns) > SETTLED_NS
     if settled and _state(path) == before:
-        with suppress(OSError, OutputError):
-            _keep(memory, _Entry(state=before, sha256=found))
+        write_cache(memory, _Entry(state=before, sha256=found).model_dump_json().encode())
     return found
 
 
@@ -80,9 +78,3 @@ def _hash(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _keep(memory: Path, entry: _Entry) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(memory, "keep the hash") as file:
-        file.write(entry.model_dump_json().encode())

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
-from engine.errors import from_os_error
+from engine.errors import OutputError, from_os_error
 
 #: How a file is called while it is written, behind a dot and 32 hexadecimal digits.
 _PART = ".part"
@@ -63,6 +63,19 @@ APP_NAME = "restoration-engine"
 
 
 def cache_dir() -> Path:
-    """Return the folder for traces and hashes: $RESTORE_CACHE or the user's cache folder."""
+    """Return the folder for all that can be made again: $RESTORE_CACHE or the user's cache folder."""
     named = os.environ.get("RESTORE_CACHE")
     return Path(named) if named else user_cache_path(APP_NAME)
+
+
+def bundle_cache_dir(digest: str) -> Path:
+    """Return the cache's folder for what a library has made of one bundle, such as kernels."""
+    return cache_dir() / "bundles" / digest[:32]
+
+
+def write_cache(path: Path, data: bytes) -> None:
+    """Write a file of the cache; where that is not possible nothing is lost but time."""
+    with contextlib.suppress(OSError, OutputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "write the cache") as file:
+            file.write(data)

@@ -16,7 +16,7 @@ from engine.bundle.graphspec import PRECISION_DTYPES, Precision
 from engine.bundle.hashing import hash_file
 from engine.bundle.manifest import FORMAT, Source
 from engine.bundle.profiles import Profile
-from engine.bundle.storage import APP_NAME
+from engine.bundle.storage import APP_NAME, cache_dir, plain_name
 from engine.errors import BackendError, BuildError, CheckpointError, RestoreError, UsageError
 from engine.settings import Settings, validated
 from export.build.presets import PRESETS
@@ -360,7 +360,7 @@ def _plan_options(
     }
     if request.weight_stripped:
         _check_sample_fits(definitions, profiles)
-    timings = None if library.is_rtx else request.output.with_name(f".{request.output.name}.timings")
+    timings = None if library.is_rtx else cache_dir() / "timings" / plain_name(library.label)
     return PlanOptions(
         library,
         targets,

@@ -19,7 +19,7 @@ from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.bundle.graphspec import DType, GraphSpec, parse_axis, resolve
 from engine.bundle.manifest import File, Graph, TrtEngine, describe_file, plan_key
 from engine.bundle.profiles import Profile
-from engine.bundle.storage import atomic_write
+from engine.bundle.storage import write_cache
 from engine.errors import BuildError, UsageError
 from export.trt.audit import HeavyLayer, audit, heavy_layers, inspect_engine
 
@@ -248,8 +248,7 @@ def read_timing_cache(config: Any, file: Path) -> None:
 
 def keep_timing_cache(config: Any, file: Path) -> None:
     """Write what has been measured so far."""
-    with atomic_write(file, "keep the timing cache") as whole:
-        whole.write(bytes(config.get_timing_cache().serialize()))
+    write_cache(file, bytes(config.get_timing_cache().serialize()))
 
 
 def _check_network(api: Any, network: Any, spec: GraphSpec) -> None:
