@@ -1,25 +1,53 @@
-"""Encoded pictures of any common format to a `Photo`; decoding is Pillow's, or a library's that does what it lacks."""
+"""Encoded pictures of any common format to a `Photo`: pixels by libvips, or by a library that reads what it does not."""
 
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from mmap import mmap
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
-from engine.errors import ImageError
-from engine.image.high_bit_depth import apply_high_bit_depth, read_wide
-from engine.image.photo import DAMAGE, Photo, photo_from_image
+from engine.errors import ImageError, first_line
+from engine.image import formats
+from engine.image.blocks import Blocks, iptc_of, read_jpeg, read_png, read_webp
+from engine.image.codec import Samples, dtype_of, open_pixels, read_pixels, to_srgb, vips
+from engine.image.formats import Format, sniff
+from engine.image.metadata import (
+    ICC_TAG,
+    IPTC_TAG,
+    PHOTOSHOP_TAG,
+    XMP_TAG,
+    Carried,
+    carry_directory,
+    carry_exif,
+    dress,
+)
+from engine.image.photo import Photo
+from engine.image.pillow_images import DAMAGE, blocks_of, carried_of, photo_from_image
+from engine.image.raw import develop
+from engine.image.tags import EXIF, GPS, Directory, TagError, TagFile
 
-READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
-#: Only these decoders see a stranger's file; Pillow has others that start programs.
-_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
-#: What a HEIC file may say that it is, behind "ftyp"; one that says `mif1` may be an AVIF, which Pillow reads.
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _BITS = 254, 255, 256, 257, 258
+_COMPRESSION, _PHOTOMETRIC, _CHANNELS, _EXTRA, _SAMPLE_FORMAT = 259, 262, 277, 338, 339
+_LOWEST, _HIGHEST, _DNG_VERSION = 340, 341, 50706
+#: What sensors see (CFA, and DNG's linear raw), and Lab.
+_RAW_PHOTOMETRICS, _CIE_LAB = (32803, 34892), 8
+#: Compressions of TIFF that libvips' package reads; Pillow has a few more.
+_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50001)
+_READERS = {"JPEG": read_jpeg, "PNG": read_png, "WebP": read_webp}
+_LOAD_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {"unlimited": True}, "AVIF": {"unlimited": True}}
+#: By Pillow's name of each format: the module that teaches it that format, if any, and the extra that brings it.
+_PILLOW = {
+    "BMP": ("BMP", None, None),
+    "GIF": ("GIF", None, None),
+    "AVIF": ("AVIF", None, None),
+    "HEIC": ("HEIF", "pillow_heif", "heic"),
+    "JPEG XL": ("JXL", "pillow_jxl", "jxl"),
+    "TIFF": ("TIFF", None, None),
+}
 
 
 def decode_photo(data: bytes, where: object = "image", *, max_pixels: int | None = None) -> Photo:
@@ -28,88 +56,299 @@ def decode_photo(data: bytes, where: object = "image", *, max_pixels: int | None
     Args:
         data: of any format that is read.
         where: what errors call it.
-        max_pixels: that it may have; it is asked for its size before it is decoded.
+        max_pixels: that it may have; it is asked for its size before it is decoded. None for any number.
     Raises:
-        ImageError: not an image, truncated, animated, empty or too large.
+        ImageError: not an image, damaged, animated, empty, too large, or of a kind whose samples or library are
+            not known.
     """
-    with image_errors(where):
-        return decode(io.BytesIO(data), where, max_pixels)
+    file_format = sniff(data, where)
+    guard = _Guard(where, max_pixels)
+    try:
+        if file_format is formats.RAW:
+            return develop(data, where, max_pixels)
+        if file_format is formats.TIFF:
+            return _decode_tiff(data, guard)
+        if file_format in (formats.JPEG, formats.PNG, formats.WEBP):
+            return _decode_plain(data, file_format, guard)
+        return _decode_by_pillow(data, file_format, guard)
+    except (TagError, *DAMAGE) as error:
+        raise ImageError("is truncated or damaged", where=where, found=first_line(error)) from error
+    except vips().Error as error:
+        raise ImageError("is truncated or damaged", where=where, found=_reason(error)) from error
 
 
-def decode(source: Path | io.BytesIO, where: object, max_pixels: int | None) -> Photo:
-    """Return the photo that a file, or its bytes, holds; errors as they come, see `image_errors`."""
-    with open_image(source, where) as image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise _too_large(where, max_pixels, f"{image.width} × {image.height}")
-        wide = read_wide(image, source)
-        photo = photo_from_image(image, where)
+class _Guard:
+    """Looks at a picture's size before it is decoded."""
+
+    def __init__(self, where: object, max_pixels: int | None) -> None:
+        self.where, self._max_pixels = where, max_pixels
+
+    def check(self, width: int, height: int, pictures: int = 1) -> None:
+        """Raise an ImageError for a picture that is empty, not alone, or larger than allowed."""
+        size = f"{width} × {height}"
+        if width < 1 or height < 1:
+            raise ImageError("has no pixels", where=self.where, found=size)
+        if pictures > 1:
+            fix = "extract one of them first"
+            raise ImageError("holds several pictures", where=self.where, found=f"{pictures} of them", fix=fix)
+        if self._max_pixels is not None and width * height > self._max_pixels:
+            raise ImageError(
+                "is too large",
+                where=self.where,
+                expected=f"up to {self._max_pixels / 1e6:.0f} million pixels",
+                found=size,
+                fix="cut it into parts, or scale it down",
+            )
+
+
+def _decode_plain(data: bytes, file_format: Format, guard: _Guard) -> Photo:
+    """Decode a JPEG, PNG or WebP."""
+    blocks = _READERS[file_format.name](data)
+    carried = carry_exif(blocks.exif)
+    options = _LOAD_OPTIONS.get(file_format.name, {})
+    image = open_pixels(data, file_format, fail_on="truncated", **options)
+    guard.check(image.width, image.height, blocks.pictures)
+    try:
+        photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc)
+    except vips().Error as error:
+        # A JPEG with all its pixels and no end marker, as some programs leave it, is whole. What is missing before
+        # the marker is a warning of the library's.
+        if file_format is not formats.JPEG or "premature end" not in str(error):
+            raise
+        image = open_pixels(data + b"\xff\xd9", file_format, fail_on="warning")
+        photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc)
+        photo = replace(photo, warnings=("its end marker is missing; all its pixels are there",))
+    return dress(photo, blocks, carried)
+
+
+def _photo(image: Any, orientation: int, where: object, *, icc: bytes | None, samples: Samples | None = None) -> Photo:
+    """Decode a picture that libvips has opened, with its profile, or sRGB's where it must be converted.
+
+    Raises:
+        ImageError: a profile that is needed cannot be used, or the bands have no meaning.
+        pyvips.Error: the file is damaged.
+    """
+    dtype = dtype_of(image)
+    wide = dtype.itemsize > 1
+    inks, lab = image.interpretation == "cmyk", image.interpretation in ("lab", "labs", "labq")
+    if (inks and icc) or lab:
+        try:
+            image, icc = to_srgb(image, embedded=inks, wide=wide)
+        except (ValueError, vips().Error) as error:
+            found = _reason(error)
+            raise ImageError("its colour profile cannot be applied", where=where, found=found) from error
+        samples, inks, dtype = None, False, dtype_of(image)
+    if samples is None:
+        if dtype.kind != "u":
+            raise _unknown_range(f"samples are {image.format}", where)
+        white = float(np.iinfo(dtype).max)
+        colours = 4 if inks else 1 if image.bands < 3 else 3
+        extra = image.bands - colours
+        samples = Samples(colours, colours if extra > 0 else None, 0.0, white, white)
+    rgb, alpha = read_pixels(image, samples, orientation)
+    return Photo(rgb, alpha, grey=samples.colours == 1, bits=16 if wide else 8, icc_profile=icc)
+
+
+# -- TIFF -----------------------------------------------------------------------------------------
+
+
+def _decode_tiff(data: bytes, guard: _Guard) -> Photo:
+    file = TagFile.open(data)
+    chain = file.chain()
+    first = chain[0]
+    if _is_raw(file, chain):
+        return develop(data, guard.where, None)
+    blocks, carried = tiff_blocks(first), carry_directory(first)
+    guard.check(first.number(_WIDTH), first.number(_HEIGHT), _pictures(chain))
+    if _needs_pillow(first):
+        with _opened(data, formats.TIFF, guard.where) as image:
+            photo = _twelve_bits(image) if first.number(_BITS, 1) == 12 else photo_from_image(image, guard.where)
+        if first.number(_BITS, 1) == 12:
+            return dress(photo, blocks, carried)
+        icc = photo.icc_profile
+        return replace(dress(replace(photo, warnings=()), blocks, carried), icc_profile=icc)
+    image = open_pixels(data, formats.TIFF, fail_on="error")
+    guard.check(image.width, image.height)
+    photo = _photo(
+        image, carried.orientation, guard.where, icc=blocks.icc, samples=_samples(first, image, guard.where)
+    )
+    return dress(photo, blocks, carried)
+
+
+def tiff_blocks(directory: Directory) -> Blocks:
+    """Return what a TIFF's directory holds beside the pixels but its EXIF."""
+    resources = directory.raw(PHOTOSHOP_TAG)
+    iptc = directory.raw(IPTC_TAG) or (iptc_of(resources) if resources else None)
+    left = ("layers",) if 37724 in directory.tags else ()
+    return Blocks(xmp=directory.raw(XMP_TAG), iptc=iptc, icc=directory.raw(ICC_TAG), left=left)
+
+
+def _is_raw(file: TagFile, chain: list[Directory]) -> bool:
+    """Tell whether a TIFF is a camera's raw, whose first picture is a thumbnail."""
+    below = [inner for directory in chain[:16] for inner in file.below(directory)]
+    if any(each.number(_PHOTOMETRIC) in _RAW_PHOTOMETRICS for each in (*chain, *below)):
+        return True
+    largest = max((each.number(_WIDTH) * each.number(_HEIGHT) for each in below), default=0)
+    first = chain[0]
+    # A reduced picture before a larger one: a raw of a kind of its own, such as a compressed NEF.
+    return bool(first.number(_SUBFILE) & 1) and largest > first.number(_WIDTH) * first.number(_HEIGHT)
+
+
+def _pictures(chain: list[Directory]) -> int:
+    """Count a TIFF's pictures without smaller copies, masks and depth maps of the first one."""
+    copies = sum(bool(each.number(_SUBFILE) & 5) or each.number(_OLD_SUBFILE) == 2 for each in chain[1:])
+    return len(chain) - copies
+
+
+def _needs_pillow(directory: Directory) -> bool:
+    """Tell whether a TIFF is of a kind that libvips' package does not read: rare compressions, 8-bit Lab, 12 bits."""
+    if directory.number(_COMPRESSION, 1) not in _COMPRESSIONS or directory.number(_BITS, 1) == 12:
+        return True
+    return directory.number(_PHOTOMETRIC) == _CIE_LAB and directory.number(_BITS, 1) == 8
+
+
+def _twelve_bits(image: Image.Image) -> Photo:
+    """Return a grey picture of 12 bits a sample, which Pillow gives as they are."""
+    if image.mode != "I;16":
+        raise ValueError(f"12 bits a sample, of a kind that is not read ({image.mode})")
+    grey = np.asarray(image).astype(np.float32) / np.float32(4095.0)
+    return Photo(np.repeat(grey.clip(0.0, 1.0)[:, :, None], 3, axis=2), grey=True, bits=16)
+
+
+def _samples(directory: Directory, image: Any, where: object) -> Samples:
+    """Return what a TIFF's bands mean, by its tags.
+
+    Raises:
+        ImageError: nothing says which values are black and white.
+    """
+    dtype = dtype_of(image)
+    extra = [int(value) for value in directory.numbers(_EXTRA)]
+    colours = image.bands - len(extra) if extra and image.interpretation != "cmyk" else image.bands
+    colours = 4 if image.interpretation == "cmyk" else 1 if colours < 3 else 3
+    alpha = next((colours + index for index, kind in enumerate(extra) if kind in (1, 2)), None)
+    if alpha is not None and alpha >= image.bands:
+        alpha = None
+    if dtype.kind == "u":
+        white = float(np.iinfo(dtype).max)
+        return Samples(colours, alpha, 0.0, white, white)
+    lowest, highest = directory.numbers(_LOWEST), directory.numbers(_HIGHEST)
+    kind = "signed" if dtype.kind == "i" else "floating-point"
+    if not lowest or not highest or not np.isfinite([*lowest, *highest]).all() or min(lowest) >= max(highest):
+        raise _unknown_range(f"{kind} samples of {directory.number(_BITS)} bits, and no tags that say it", where)
+    black, white = float(min(lowest)), float(max(highest))
+    if directory.number(_PHOTOMETRIC) == 0:  # white is the lowest
+        black, white = white, black
+        if dtype.kind == "f":  # libvips has taken them from 1
+            black, white = 1 - black, 1 - white
+    return Samples(colours, alpha, black, white, max(abs(black), abs(white)))
+
+
+def _unknown_range(found: str, where: object) -> ImageError:
+    return ImageError(
+        "holds values of unknown range",
+        where=where,
+        expected="whole numbers without sign, or the tags SMinSampleValue and SMaxSampleValue",
+        found=found,
+        fix="convert it to 8 or 16 bits a channel",
+    )
+
+
+# -- by Pillow ------------------------------------------------------------------------------------
+
+
+def _decode_by_pillow(data: bytes, file_format: Format, guard: _Guard) -> Photo:
+    if file_format is formats.AVIF and (deep := _deep_avif(data, guard)) is not None:
+        return deep
+    with _opened(data, file_format, guard.where) as image:
+        guard.check(image.width, image.height)
+        photo = photo_from_image(image, guard.where)
         if image.info.get("bit_depth", 8) > 8:  # pillow-heif's
             photo = replace(photo, warnings=(*photo.warnings, "its bits beyond 8 a channel were left out"))
-        return photo if wide is None else apply_high_bit_depth(photo, wide)
+    cicp = _nclx(data) if file_format in (formats.AVIF, formats.HEIC) and not photo.icc_profile else None
+    return photo if cicp is None else dress(photo, _beside(photo, cicp), Carried(photo.exif, dpi=photo.dpi))
 
 
-def open_image(source: Path | io.BytesIO, where: object) -> Image.Image:
-    """Open a picture of a format that is read, without its pixels; errors as they come, see `image_errors`.
+def _beside(photo: Photo, cicp: bytes) -> Blocks:
+    return Blocks(xmp=photo.xmp, texts=photo.texts, dpi=photo.dpi, iptc=photo.iptc, cicp=cicp)
+
+
+def _deep_avif(data: bytes, guard: _Guard) -> Photo | None:
+    """Return an AVIF of 10 or 12 bits a channel; None for one of 8, whose colours Pillow's decoder interpolates better."""
+    image = open_pixels(data, formats.AVIF, fail_on="truncated", unlimited=True)
+    bits = int(image.get("bits-per-sample")) if "bits-per-sample" in image.get_fields() else 8
+    if bits <= 8:
+        return None
+    guard.check(image.width, image.height)
+    white = float(((1 << bits) - 1) << (16 - bits))  # libvips moves samples up
+    colours = 1 if image.bands < 3 else 3
+    samples = Samples(colours, colours if image.bands > colours else None, 0.0, white, white)
+    with _opened(data, formats.AVIF, guard.where) as described:
+        blocks, carried = blocks_of(described), carried_of(described)
+    photo = _photo(image, 1, guard.where, icc=blocks.icc, samples=samples)  # libvips has turned it
+    return dress(photo, replace(blocks, cicp=None if blocks.icc else _nclx(data)), carried)
+
+
+def _nclx(data: bytes) -> bytes | None:
+    """Return the code points of the colours of an AVIF or HEIC, None if it states none."""
+    place = data.find(b"colrnclx", 0, 1 << 16)
+    if place < 0 or place + 15 > len(data):
+        return None
+    primaries, transfer = data[place + 9], data[place + 11]
+    return bytes([primaries, transfer, 0, 1])
+
+
+def _opened(data: bytes, file_format: Format, where: object) -> Image.Image:
+    """Open a picture by Pillow, without its pixels.
 
     Raises:
-        ImageError: it is a HEIC photo, and the library for those is missing.
+        ImageError: it needs a library that is missing.
     """
+    name, module, extra = _PILLOW[file_format.name]
     Image.init()
-    if "HEIF" not in Image.OPEN and _is_heic(source):
-        _learn_heic(where)
-    formats = [name for name in _READ_FORMATS if name in Image.OPEN]  # Pillow may be built without some
-    return Image.open(source, formats=formats)
-
-
-def _is_heic(source: Path | io.BytesIO) -> bool:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            start = file.read(64)
-    else:
-        start = source.getvalue()[:64]
-    return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and b"avif" not in start[12:]
-
-
-def _learn_heic(where: object) -> None:
-    """Tell Pillow how HEIC is read; only here, since the library takes longer to load than most photos."""
+    if name not in Image.OPEN and module is not None:
+        try:
+            learned = __import__(module)
+        except ModuleNotFoundError as error:
+            raise ImageError(
+                f"is a {file_format.name} photo, which needs a library to be read",
+                where=where,
+                found=f"no module {error.name}",
+                fix=f"pip install {module.replace('_', '-')}, or 'restoration-engine[{extra}]'",
+            ) from error
+        if module == "pillow_heif":
+            learned.register_heif_opener()
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the guard's to say
     try:
-        import pillow_heif
-    except ModuleNotFoundError as error:
-        raise ImageError(
-            "is a HEIC photo, which needs a library to be read",
-            where=where,
-            found=f"no module {error.name}",
-            fix="pip install pillow-heif",
-        ) from error
-    pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(data), formats=[name] if name in Image.OPEN else [])
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-@contextmanager
-def image_errors(where: object) -> Iterator[None]:
-    """Turn what Pillow raises for a bad file into an `ImageError`."""
+def exif_of(data: bytes | mmap, where: object = "image") -> bytes | None:
+    """Return the EXIF block of a file, without what holds for the stored file alone; its pixels are not decoded.
+
+    Args:
+        data: the file's bytes, which may be mapped from it.
+        where: what errors call it.
+    Raises:
+        ImageError: it is of no format that is read, or damaged.
+    """
+    file_format = sniff(data, where)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures, which it refuses when they are huge, and of damaged
-            # metadata, which becomes a warning.
-            warnings.simplefilter("ignore")
-            yield
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(
-            "is not an image, or of a format that is not read", where=where, expected=", ".join(READ_SUFFIXES)
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise _too_large(where, 2 * (Image.MAX_IMAGE_PIXELS or 0)) from error
-    except DAMAGE as error:
-        raise ImageError("is truncated or damaged", where=where, found=str(error)) from error
+        if file_format is formats.TIFF:
+            file = TagFile.open(data)
+            return carry_directory(file.directory(file.first, (EXIF, GPS))).exif
+        if file_format.name in _READERS:
+            return _READERS[file_format.name](data).exif
+        if file_format is formats.AVIF:
+            with _opened(bytes(data), file_format, where) as image:
+                return carried_of(image).exif
+    except (TagError, *DAMAGE) as error:
+        raise ImageError("is truncated or damaged", where=where, found=first_line(error)) from error
+    return None
 
 
-def _too_large(where: object, max_pixels: int, found: str | None = None) -> ImageError:
-    return ImageError(
-        "is too large",
-        where=where,
-        expected=f"up to {max_pixels / 1e6:.0f} million pixels",
-        found=found,
-        fix="cut it into parts, or scale it down",
-    )
+def _reason(error: Exception) -> str:
+    """Return what a library says of a file in one line."""
+    lines = [line.strip() for line in str(getattr(error, "detail", error)).splitlines() if line.strip()]
+    return (lines[-1] if lines else str(error))[:300]

@@ -1,155 +1,162 @@
-"""A `Photo` to the bytes of a file, with everything that was about it; encoding is Pillow's, but for 16-bit colours."""
+"""A `Photo` to the bytes of a file, with everything that is carried along."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image
 
 from engine.errors import OutputError
-from engine.image.high_bit_depth import to_u16, write_png, write_tiff
-from engine.image.photo import XMP_IN_PNG, Photo, Pixels
+from engine.image import formats
+from engine.image.blocks import Blocks, write_jpeg, write_png, write_webp
+from engine.image.codec import encode_pixels, stored_pixels, vips
+from engine.image.formats import Format, output_format
+from engine.image.metadata import (
+    ICC_TAG,
+    IPTC_TAG,
+    PROVENANCE_BYTES,
+    RESOLUTION_UNIT,
+    X_RESOLUTION,
+    XMP_TAG,
+    Y_RESOLUTION,
+    blocks_for,
+    note_of,
+)
+from engine.image.photo import Photo
+from engine.image.tags import TagFile, pack, read_exif
 
-_WRITE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".avif": "AVIF",
-}
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"quality": 95, "method": 4},
-    "TIFF": {},  # uncompressed: Pillow's compressing encoder cannot store EXIF
-    "AVIF": {"quality": 90, "subsampling": "4:4:4"},
-}
-#: EXIF's "record of what has been done to the image": the same place in every format.
-PROVENANCE_TAG = ExifTags.Base.ImageHistory
-_SIZE_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+Size = tuple[int, int]
 
 
-def encode_photo(photo: Photo, suffix: str, provenance: Mapping[str, Any], where: object = "image") -> bytes:
+def encode_photo(
+    photo: Photo,
+    suffix: str,
+    provenance: Mapping[str, Any],
+    where: object = "image",
+    *,
+    quality: int | None = None,
+) -> bytes:
     """Return a photo as the bytes of a file.
+
+    What the format has no place for, as `check_format` tells, is left out.
 
     Args:
         photo: with what is to be carried along.
         suffix: ".png", ".jpg", …: the format.
         provenance: how it was made; `read_provenance` gives it back.
         where: what errors call it.
+        quality: of JPEG, WebP and AVIF, 1 to 100; None for the format's own.
     Raises:
-        OutputError: an unknown format, one that cannot hold the photo, or a library is missing.
+        OutputError: an unknown format, or one that cannot hold the photo or its provenance.
     """
-    file_format = check_format(photo, suffix, where)
-    try:
-        return _encode(photo, file_format, json.dumps(provenance, ensure_ascii=True), where)
-    except (OSError, ValueError) as error:  # such as EXIF over 64 kB in a JPEG
+    file_format = output_format(suffix, where)
+    check_size(file_format, photo.size, where)
+    _check_alpha(file_format, photo, where)
+    blocks, _ = blocks_for(photo, file_format, note_of(provenance))
+    limit = file_format.limit("exif")
+    if limit is not None and len(blocks.exif or b"") > limit:
         raise OutputError(
-            f"cannot be stored as {file_format}", where=where, found=str(error), fix="write a PNG instead"
-        ) from error
-
-
-def check_format(photo: Photo, suffix: str, where: object = "image") -> str:
-    """Return Pillow's name of the format that an ending means, which must hold all that belongs to the photo.
-
-    Raises:
-        OutputError: an unknown format, or one that cannot hold the photo.
-    """
-    file_format = format_of(suffix, where)
-    if photo.alpha is not None and file_format == "JPEG":
-        raise OutputError("JPEG cannot hold the photo's transparency", where=where, fix="write a PNG or WebP instead")
-    return file_format
-
-
-def format_of(suffix: str, where: object) -> str:
-    """Return Pillow's name of the format that an ending means.
-
-    Raises:
-        OutputError: it is none that is written.
-    """
+            f"cannot be stored as {file_format.name}",
+            where=where,
+            expected=f"settings of up to {limit} bytes",
+            found=f"{len(blocks.exif or b'')} bytes",
+            fix="write a PNG instead",
+        )
     try:
-        return _WRITE_FORMATS[suffix.lower()]
-    except KeyError:
+        if file_format is formats.AVIF:
+            return _avif(photo, blocks, quality)
+        encoded = encode_pixels(photo, file_format, quality)
+    except (OSError, ValueError, vips().Error) as error:
+        fix = "write a PNG instead"
+        raise OutputError(f"cannot be stored as {file_format.name}", where=where, found=str(error), fix=fix) from error
+    if file_format is formats.JPEG:
+        return write_jpeg(encoded, blocks)
+    if file_format is formats.PNG:
+        return write_png(encoded, blocks)
+    if file_format is formats.WEBP:
+        return write_webp(encoded, blocks, photo.size, alpha=photo.alpha is not None)
+    return _tiff(encoded, blocks)
+
+
+def check_format(photo: Photo, suffix: str, where: object = "image", *, size: Size | None = None) -> tuple[str, ...]:
+    """Find out whether a format holds a photo's result, before the work.
+
+    Args:
+        photo: as it was read.
+        suffix: of the result.
+        where: what errors call it.
+        size: (width, height) in pixels of the result; None if it is the photo's.
+    Returns:
+        What will be left out, a sentence each.
+    Raises:
+        OutputError: an unknown format, or one that cannot hold the pixels.
+    """
+    file_format = output_format(suffix, where)
+    check_size(file_format, size or photo.size, where)
+    _check_alpha(file_format, photo, where)
+    return blocks_for(photo, file_format, " " * PROVENANCE_BYTES)[1]
+
+
+def check_size(file_format: Format, size: Size, where: object) -> None:
+    """Find out whether a format holds a picture of (width, height) pixels.
+
+    Raises:
+        OutputError: it does not.
+    """
+    most = file_format.max_pixels
+    if max(size) <= file_format.max_side and (most is None or size[0] * size[1] <= most):
+        return
+    expected = f"up to {file_format.max_side} pixels a side" + (f", {most / 1e6:.0f} million in all" if most else "")
+    raise OutputError(
+        f"is too large for {file_format.name}",
+        where=where,
+        expected=expected,
+        found=f"{size[0]} × {size[1]}",
+        fix="write a PNG or TIFF instead",
+    )
+
+
+def _check_alpha(file_format: Format, photo: Photo, where: object) -> None:
+    if photo.alpha is not None and not file_format.alpha:
         raise OutputError(
-            "no format that is written", where=where, expected=", ".join(_WRITE_FORMATS), found=suffix or "no ending"
-        ) from None
+            f"{file_format.name} cannot hold the photo's transparency", where=where, fix="write a PNG or WebP instead"
+        )
 
 
-def _encode(photo: Photo, file_format: str, note: str, where: object) -> bytes:
-    exif = _exif_of(photo, note)
-    options = dict(_SAVE_OPTIONS.get(file_format, {}))
-    if file_format == "AVIF" and photo.alpha is not None:
+def _tiff(encoded: bytes, blocks: Blocks) -> bytes:
+    """Return a TIFF whose directory, moved to its end, holds blocks too."""
+    file = TagFile.open(encoded)
+    directory = file.directory(file.first)
+    for code in (X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT):  # libvips states one always
+        directory.tags.pop(code, None)
+    exif = read_exif(blocks.exif or b"").in_order(file.order)
+    directory.tags = {**exif.tags, **directory.tags}
+    directory.children = exif.children
+    for code, kind, value in ((XMP_TAG, 1, blocks.xmp), (IPTC_TAG, 7, blocks.iptc), (ICC_TAG, 7, blocks.icc)):
+        if value:
+            directory.put(code, kind, value)
+    body, offset = pack(directory, len(encoded) + len(encoded) % 2, big=file.big)
+    at, width = (8, 8) if file.big else (4, 4)
+    first = offset.to_bytes(width, "little" if file.order == "<" else "big")
+    return b"".join([encoded[:at], first, encoded[at + width :], bytes(len(encoded) % 2), body])
+
+
+def _avif(photo: Photo, blocks: Blocks, quality: int | None) -> bytes:
+    """Return an AVIF, by Pillow: libvips writes another EXIF block than the one it is given."""
+    options: dict[str, Any] = {"quality": quality or formats.AVIF.quality, "subsampling": "4:4:4"}
+    if photo.alpha is not None:
         options["quality"] = 100  # the encoder has one quality for both, and transparency is kept as it was
-    if photo.icc_profile:
-        options["icc_profile"] = photo.icc_profile
-    if photo.dpi:
-        options["dpi"] = photo.dpi
-    if file_format == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for keyword, text in photo.texts:
-            options["pnginfo"].add_itxt(keyword, text)
-        if photo.xmp:
-            options["pnginfo"].add_itxt(XMP_IN_PNG, photo.xmp.decode(errors="replace"))
-    elif file_format == "JPEG" and photo.texts:
-        options["comment"] = "\n".join(text for _, text in photo.texts)
-    elif file_format == "TIFF" and photo.xmp:
-        exif[ExifTags.Base.XMLPacket] = photo.xmp
-    if photo.xmp and file_format in ("JPEG", "WEBP", "AVIF"):
-        options["xmp"] = photo.xmp
-    options["exif"] = exif.tobytes()
-    if photo.bits == 16 and file_format in ("PNG", "TIFF"):
-        return _encode_wide(photo, file_format, options, exif, where)
-    return _save(to_image(photo), file_format, options)
-
-
-def _encode_wide(photo: Photo, file_format: str, options: dict[str, Any], exif: Image.Exif, where: object) -> bytes:
-    if photo.grey and photo.alpha is None:
-        return _save(Image.fromarray(to_u16(photo)), file_format, options)
-    if file_format == "PNG":
-        return write_png(to_u16(photo), _save(Image.new("RGB", (1, 1)), "PNG", options), where)
-    if photo.icc_profile:
-        exif[ExifTags.Base.InterColorProfile] = photo.icc_profile
-    if photo.dpi:
-        exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = photo.dpi
-        exif[ExifTags.Base.ResolutionUnit] = 2  # inches
-    # Pillow cannot read 16-bit grey with transparency from a TIFF, so that is stored as colours.
-    return write_tiff(to_u16(replace(photo, grey=False)), exif)
-
-
-def _exif_of(photo: Photo, note: str) -> Image.Exif:
-    """Return a photo's EXIF with a note of how it was made, and its size brought up to date."""
-    exif = Image.Exif()
-    exif.load(photo.exif or b"")
-    details = exif.get_ifd(ExifTags.IFD.Exif)
-    details[PROVENANCE_TAG] = note
-    for tag, side in zip(_SIZE_TAGS, photo.size, strict=True):
-        if tag in details:
-            details[tag] = side
-    return exif
-
-
-def _save(image: Image.Image, file_format: str, options: dict[str, Any]) -> bytes:
+    for name, value in (("icc_profile", blocks.icc), ("exif", blocks.exif), ("xmp", blocks.xmp)):
+        if value:
+            options[name] = value
     buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
+    to_image(photo).save(buffer, "AVIF", **options)
     return buffer.getvalue()
 
 
 def to_image(photo: Photo) -> Image.Image:
     """Return the pixels of a photo as a Pillow image, with 8 bits a channel."""
-    image = Image.fromarray(_to_u8(photo.rgb))
-    if photo.grey:
-        image = image.convert("L")
-    if photo.alpha is not None:
-        image.putalpha(Image.fromarray(_to_u8(photo.alpha)))
-    return image
-
-
-def _to_u8(pixels: Pixels) -> NDArray[np.uint8]:
-    return np.rint(pixels.clip(0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
+    pixels = stored_pixels(photo, wide=False)
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -5,7 +5,8 @@ A result is written beside its place and moved there, so no half file is ever se
 
 from __future__ import annotations
 
-import json
+import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -13,53 +14,67 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags
-
 from engine.bundle.storage import atomic_write
 from engine.errors import ImageError, OutputError, from_os_error
-from engine.image.decoding import READ_SUFFIXES, decode, image_errors, open_image
-from engine.image.encoding import PROVENANCE_TAG, check_format, encode_photo, format_of
+from engine.image.decoding import decode_photo, exif_of
+from engine.image.encoding import Size, check_format, encode_photo
+from engine.image.formats import READ_SUFFIXES, output_format
+from engine.image.metadata import provenance_in
 from engine.image.photo import Photo
 
+#: Bytes of a name that all common disks hold.
+_MAX_NAME = 255
 
-def read_photo(path: Path) -> Photo:
+
+def read_photo(path: Path, *, max_pixels: int | None = None) -> Photo:
     """Read a photo from a file.
 
+    Args:
+        path: of the file; what it holds is told by its content, not by its ending.
+        max_pixels: that it may have; it is asked for its size before it is decoded. None for any number.
     Raises:
-        ImageError: missing, not an image, truncated, animated, empty, too large, or a HEIC without a library.
+        ImageError: missing, not an image, damaged, animated, empty, too large, or of a kind whose samples or
+            library are not known.
     """
     with _file_errors(path):
-        return decode(path, path, None)
+        return decode_photo(path.read_bytes(), path, max_pixels=max_pixels)
 
 
 @contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
     """Turn what reading a picture's file raises into an `ImageError`."""
     try:
-        with image_errors(path):
-            if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-                raise ImageError("is not a file", where=path, expected="an image file")
-            yield
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise ImageError("is not a file", where=path, expected="an image file")
+        yield
     except FileNotFoundError:
         raise ImageError("no such file", where=path, fix="check the path") from None
     except IsADirectoryError:
         raise ImageError("is a folder", where=path, expected="an image file") from None
     except PermissionError:
         raise ImageError("no permission to read it", where=path) from None
+    except OSError as error:
+        raise ImageError("cannot be read", where=path, found=error.strerror or str(error)) from error
 
 
-def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = False) -> None:
+def check_output(
+    path: Path, photo: Photo | None = None, *, overwrite: bool = False, size: Size | None = None
+) -> tuple[str, ...]:
     """Find out, before the work, whether a result could be written.
 
     Args:
         path: where it would go.
         photo: that it would be made from, if it was read already.
         overwrite: whether a file that is there may be replaced.
+        size: (width, height) in pixels of the result; None if it is the photo's.
+    Returns:
+        What of the photo the format cannot hold and will be left out, a sentence each.
     Raises:
-        OutputError: an unknown format, a file that is there, a folder that is missing or not
-            writable, or a format that cannot hold the photo.
+        OutputError: an unknown format, a name that is too long, a file that is there, a folder that is missing or
+            not writable, or a format that cannot hold the photo.
     """
-    format_of(path.suffix, path)
+    output_format(path.suffix, path)
+    check_name(path)
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
         raise OutputError("exists already", where=path, fix="choose another name with -o, or allow it with --overwrite")
     folder = path.parent
@@ -70,8 +85,24 @@ def check_output(path: Path, photo: Photo | None = None, *, overwrite: bool = Fa
         raise OutputError(problem, where=folder, fix=fix)
     if not os.access(folder, os.W_OK):
         raise OutputError("no permission to write there", where=folder, fix="choose another place with -o")
-    if photo is not None:
-        check_format(photo, path.suffix, path)
+    return () if photo is None else check_format(photo, path.suffix, path, size=size)
+
+
+def check_name(path: Path) -> None:
+    """Find out whether a file can have a name.
+
+    Raises:
+        OutputError: it is too long, or makes no sense to the disk.
+    """
+    if len(os.fsencode(path.name)) > _MAX_NAME:
+        raise from_os_error(OSError(errno.ENAMETOOLONG, ""), path, "write the image")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # the folder's to say
+    except (OSError, ValueError) as error:
+        known = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+        raise from_os_error(known, path, "write the image") from error
 
 
 def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
@@ -95,7 +126,14 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
     return sorted(found)
 
 
-def write_photo(path: Path, photo: Photo, provenance: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def write_photo(
+    path: Path,
+    photo: Photo,
+    provenance: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    quality: int | None = None,
+) -> None:
     """Write a photo, whole or not at all.
 
     Args:
@@ -103,11 +141,12 @@ def write_photo(path: Path, photo: Photo, provenance: Mapping[str, Any], *, over
         photo: with what is to be carried along.
         provenance: how it was made; `read_provenance` gives it back.
         overwrite: replace a file that is there.
+        quality: of JPEG, WebP and AVIF, 1 to 100; None for the format's own.
     Raises:
         OutputError: as `check_output`, or the disk is full.
     """
     check_output(path, photo, overwrite=overwrite)
-    write_file(path, encode_photo(photo, path.suffix, provenance, path))
+    write_file(path, encode_photo(photo, path.suffix, provenance, path, quality=quality))
 
 
 def write_file(path: Path, encoded: bytes) -> None:
@@ -126,13 +165,12 @@ def read_provenance(path: Path) -> dict[str, Any]:
     Raises:
         ImageError: it cannot be read, or holds no such note.
     """
-    with _file_errors(path):
+    with _file_errors(path), path.open("rb") as file:
         try:
-            with open_image(path, path) as image:
-                note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(PROVENANCE_TAG)
-            provenance = json.loads(note) if isinstance(note, str) else None
-        except ValueError:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                provenance = provenance_in(exif_of(data, path))
+        except ValueError:  # an empty file
             provenance = None
-    if not isinstance(provenance, dict):
+    if provenance is None:
         raise ImageError("holds no settings", where=path, expected="a result of this engine, not re-saved since")
     return provenance

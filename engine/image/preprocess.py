@@ -16,7 +16,8 @@ from engine.bundle.manifest import Bundle
 from engine.errors import ImageError, RestoreError
 from engine.image import colorfix
 from engine.image.files import read_photo
-from engine.image.photo import Photo, Pixels, photo_from_array, photo_from_image, resize
+from engine.image.photo import Photo, Pixels, photo_from_array, resize
+from engine.image.pillow_images import photo_from_image
 from engine.settings import ColorFix, Settings
 
 _COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
@@ -25,16 +26,19 @@ MAX_WORKING_PIXELS = 1 << 26
 PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 
 
-def load_photo(photo: PhotoLike) -> Photo:
+def load_photo(photo: PhotoLike, *, max_pixels: int | None = None) -> Photo:
     """Return a photo given as a path, a Pillow image, an array or a `Photo`.
 
+    Args:
+        photo: one of these.
+        max_pixels: that a file may have; None for any number.
     Raises:
         ImageError: it is none of these, or cannot be read.
     """
     if isinstance(photo, Photo):
         return photo
     if isinstance(photo, (str, PathLike)):
-        return read_photo(Path(photo))
+        return read_photo(Path(photo), max_pixels=max_pixels)
     if isinstance(photo, Image):
         return photo_from_image(photo)
     if isinstance(photo, np.ndarray):

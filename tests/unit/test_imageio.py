@@ -113,17 +113,6 @@ def test_sixteen_bit_colours_with_a_transparent_one(tmp_path):
     assert read_photo(tmp_path / "a.png").alpha.tolist() == [[0.0, 1.0]]
 
 
-@pytest.mark.parametrize("top", [65535, 70000])
-def test_wide_integers_are_sixteen_bits_or_refused(tmp_path, top):
-    values = np.array([[0, top // 2, top]], dtype=np.int32)
-    path = save(tmp_path / "a.tif", Image.fromarray(values))
-    if top > 65535:
-        with pytest.raises(ImageError, match="unknown range"):
-            read_photo(path)
-    else:
-        assert read_photo(path).rgb[0, :, 0] == pytest.approx([0, 0.5, 1], abs=1e-4)
-
-
 def test_a_print_image_goes_through_its_profile(tmp_path):
     """The profile says that ink 0 is black paper: without it the result is the opposite."""
     image = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
@@ -279,7 +268,7 @@ def test_what_cannot_be_read_is_told(tmp_path, make, message):
     path = tmp_path / "photo.png"
     make(path)
     with pytest.raises(ImageError, match=rf"photo\.png: .*({message})"):
-        read_photo(path)
+        read_photo(path, max_pixels=500_000_000)
 
 
 def test_damaged_exif_costs_only_the_exif(tmp_path):
