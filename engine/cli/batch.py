@@ -14,6 +14,7 @@ from engine.cli.jobs import PhotoJob, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
 from engine.image.photo import Photo
+from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
@@ -68,6 +69,8 @@ class BatchRunner:
         overwrite: whether results that are there are replaced.
         previews: whether outcomes come with small pictures.
         like: metadata of a result whose tiles are taken again for photos of its size.
+        quality: of JPEGs, WebPs and AVIFs, None for each format's own.
+        any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
     """
 
     restorer: Restorer
@@ -75,10 +78,14 @@ class BatchRunner:
     overwrite: bool = False
     previews: bool = False
     like: dict[str, Any] | None = None
+    quality: int | None = None
+    any_size: bool = False
 
     def read(self, job: PhotoJob) -> Photo | None:
         """Read a photo, unless nothing is to be done about it."""
-        return read_photo(job.photo) if job.outputs or self.previews else None
+        if job.error is not None or not (job.outputs or self.previews):
+            return None
+        return read_photo(job.photo, max_pixels=None if self.any_size else self.restorer.max_photo_pixels)
 
     def restore(self, photo: Photo, plan: RestorationPlan, seed: int, watch: ProgressListener) -> Restored:
         """Restore a photo as planned, from a seed's noise."""
@@ -93,7 +100,7 @@ class BatchRunner:
 
     def write(self, output: Path, result: Restored) -> None:
         """Write a result."""
-        write_photo(output, result.photo, result.provenance, overwrite=self.overwrite)
+        write_photo(output, result.photo, result.provenance, overwrite=self.overwrite, quality=self.quality)
 
     def remaining(self, job: PhotoJob) -> PhotoJob:
         """Return a job without what was made since it was planned: by a worker that was lost, or another run."""
@@ -101,7 +108,7 @@ class BatchRunner:
             return job
         made = [(seed, output) for seed, output in job.outputs if self._is_made(job, seed, output)]
         outputs = tuple(item for item in job.outputs if item not in made)
-        return PhotoJob(job.photo, outputs, (*job.done, *(output for _, output in made)))
+        return PhotoJob(job.photo, outputs, (*job.done, *(output for _, output in made)), job.error)
 
     def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
         provenance = provenance_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
@@ -178,6 +185,8 @@ def _restore_one(
     writer: ThreadPoolExecutor,
     behind: _Open | None,
 ) -> None:
+    if current.job.error is not None:
+        raise current.job.error
     if current.job.outputs:
         watch.begin(current.job)
     photo = source.result()
@@ -190,9 +199,13 @@ def _restore_one(
         return
     for warning in photo.warnings:
         watch.note(f"note: {job.photo}: {warning}")
+    left: tuple[str, ...] = ()
     for _, output in job.outputs:
         _make_folder(output.parent)
-        check_output(output, photo, overwrite=work.overwrite)
+        size = result_size(photo.size, work.settings.upscale)
+        left = check_output(output, photo, overwrite=work.overwrite, size=size)
+    for warning in left:
+        watch.note(f"note: {job.photo}: {warning}")
     plan = work.restorer.plan(photo.size, work.settings, like=work.like)
     if plan.size_plan != SizePlan() or plan.memory is not None:
         watch.note(f"{job.photo}: {plan}", detail=True)

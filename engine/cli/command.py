@@ -2,6 +2,7 @@
 
 python -m engine.restore photo.jpg                       writes photo.restored.png beside it
 python -m engine.restore photos/ -o out/ --upscale 2     every image of a folder; again: goes on where it was stopped
+python -m engine.restore photos/ -o out/ --format same   in each photo's own format
 python -m engine.restore photo.jpg --like other.png      with the settings that made other.png
 """
 
@@ -19,13 +20,23 @@ from engine.backends import BACKENDS, MAX_THREADS
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
-from engine.cli.jobs import PhotoJob, Placement, check_folder, find_photos, is_folder, plan_jobs
+from engine.cli.jobs import (
+    PhotoJob,
+    Placement,
+    check_folder,
+    check_options,
+    find_photos,
+    is_folder,
+    plan_jobs,
+    raws_left_out,
+)
 from engine.cli.options import add_settings, gibibytes, given_settings, path_option, whole_number
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError, RestoreError
 from engine.image.files import read_provenance
+from engine.image.formats import WRITTEN
 from engine.pipeline.provenance import provenance_of
 from engine.settings import Settings
 
@@ -34,7 +45,9 @@ def restore(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
     changes, like = _changes(options)
-    placement = Placement(options.output, options.samples, options.overwrite, options.skip_existing)
+    file_format = options.format or "png"
+    placement = Placement(options.output, options.samples, options.overwrite, options.skip_existing, file_format)
+    check_options(placement, options.format, options.quality)
     found = find_photos(options.images, placement, recursive=options.recursive)
     check_folder(options.output)
     if options.report is not None:
@@ -48,6 +61,8 @@ def restore(arguments: Sequence[str]) -> int:
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {bundle.manifest.notice}", file=sys.stderr)
         _warn_of_idle_options(options, settings)
+        if not options.quiet and (raws := raws_left_out(options.images, recursive=options.recursive)):
+            print(f"note: camera raws in the folders were left out: {raws}; name one to restore it", file=sys.stderr)
 
         def provenance(seed: int) -> dict[str, Any]:
             return provenance_of(bundle, settings.updated({"seed": seed}))
@@ -88,12 +103,12 @@ def _outcomes(
     chosen = options.tile is not None or options.vae_tiles is not None
     tiles = None if chosen else like  # what the command line says of tiles holds
     if restorer is not None:
-        return restore_all(jobs, BatchRunner(restorer, settings, options.overwrite, previews, tiles), watch)
+        work = BatchRunner(restorer, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
+        return restore_all(jobs, work, watch)
     engine = {**_engine(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
-    return restore_on_cluster(
-        jobs, WorkerConfig(engine, settings, options.overwrite, previews, tiles), uses_gpu, options.ray, watch
-    )
+    config = WorkerConfig(engine, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
+    return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
 
 
 def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -178,7 +193,23 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=path_option,
         metavar="FILE|DIR",
-        help="default: IMG.restored.png beside IMG; a name without an ending is a folder, for PNGs",
+        help="default: IMG.restored.png beside IMG; a name without an ending is a folder",
+    )
+    parser.add_argument(
+        "--format",
+        choices=(*WRITTEN, "same"),
+        help="of results whose file is not named; same is each photo's own, or PNG; default: png",
+    )
+    parser.add_argument(
+        "--quality",
+        type=whole_number(1, 100),
+        metavar="N",
+        help="of JPEG, WebP and AVIF, 1 to 100; default: 95, and 90 for AVIF",
+    )
+    parser.add_argument(
+        "--any-size",
+        action="store_true",
+        help="read photos whatever memory their size takes; else those that cannot fit are refused",
     )
     present = parser.add_mutually_exclusive_group()
     present.add_argument("--overwrite", action="store_true", help="replace results that exist")

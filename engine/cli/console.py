@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,9 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 
 
 def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interrupted: threading.Event) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is not UTF-8 comes out as it is
+            stream.reconfigure(errors="surrogateescape")
     try:
         status = main(arguments)
         sys.stdout.flush()  # here, where a full disk can still be told

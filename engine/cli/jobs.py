@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
-from engine.image.decoding import READ_SUFFIXES
-from engine.image.files import check_output, list_images, read_provenance
+from engine.image.files import check_name, check_output, list_images, read_provenance
+from engine.image.formats import RAW, READ_SUFFIXES, format_of_suffix, output_suffix
 
 #: Marks a result that lies beside its photo.
 _RESULT = ".restored"
@@ -28,11 +28,19 @@ class Found:
 
 @dataclass(frozen=True)
 class PhotoJob:
-    """A photo, the seeds and files of results that are to be made, and results that are there already."""
+    """A photo and its results.
+
+    Attributes:
+        photo: its file.
+        outputs: seeds and files of results that are to be made.
+        done: results that are there already.
+        error: why nothing can be made of it, if that is known before the work.
+    """
 
     photo: Path
     outputs: tuple[tuple[int, Path], ...]
     done: tuple[Path, ...] = ()
+    error: RestoreError | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,14 @@ class Placement:
         samples: results per photo, from successive seeds.
         overwrite: whether they are replaced.
         skip_existing: whether they are kept, whatever made them.
+        file_format: of results whose names are not given: one of `engine.image.formats.WRITTEN`, or "same".
     """
 
     output: Path | None
     samples: int = 1
     overwrite: bool = False
     skip_existing: bool = False
+    file_format: str = "png"
 
 
 def find_photos(names: Sequence[Path], placement: Placement, *, recursive: bool = False) -> list[Found]:
@@ -95,21 +105,31 @@ def plan_jobs(
         placement: of their results.
         seed: of the first result of each.
         provenance: of a seed: what a result is made with.
+    A name that is too long is its own photo's error where there are others.
+
     Raises:
         OutputError: a file could not be written, or two results would have one name.
         UsageError: several photos, and a file for one.
     """
-    place = _placer(found, placement.output)
+    place = _placer(found, placement)
     jobs = []
     taken: dict[Path, Path] = {}
     inputs = {item.photo.resolve() for item in found}
     for item in found:
         outputs: list[tuple[int, Path]] = []
         done: list[Path] = []
+        error: RestoreError | None = None
         for index in range(placement.samples):
             output = place(item)
             if placement.samples > 1:
                 output = output.with_name(f"{output.stem}.{seed + index}{output.suffix}")
+            try:
+                check_name(output)
+            except OutputError as refusal:
+                if len(found) == 1:
+                    raise
+                error = refusal
+                break
             if output.resolve() in inputs:
                 raise OutputError("would replace a photo", where=output, fix="choose another name with -o")
             if output in taken:
@@ -126,8 +146,14 @@ def plan_jobs(
             if output.parent.is_dir() or not is_folder(placement.output):  # else it is made when it is needed
                 check_output(output, overwrite=placement.overwrite)
             outputs.append((seed + index, output))
-        jobs.append(PhotoJob(item.photo, tuple(outputs), tuple(done)))
+        jobs.append(PhotoJob(item.photo, () if error else tuple(outputs), tuple(done), error))
     return jobs
+
+
+def raws_left_out(names: Sequence[Path], *, recursive: bool) -> int:
+    """Count the camera raws in folders, which are no photos there: most lie beside their JPEGs."""
+    folders = [name for name in names if name.is_dir()]
+    return sum(len(list_images(folder, recursive=recursive, suffixes=RAW.suffixes)) for folder in folders)
 
 
 def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
@@ -182,8 +208,9 @@ def _is_kept(item: Found, output: Path, placement: Placement, provenance: Callab
     return True
 
 
-def _placer(found: Sequence[Found], target: Path | None) -> Callable[[Found], Path]:
+def _placer(found: Sequence[Found], placement: Placement) -> Callable[[Found], Path]:
     """Return the function from a photo to its result's place."""
+    target = placement.output
     if target is not None and not is_folder(target):
         if len(found) > 1:
             raise UsageError("several photos need a folder", where="-o", found=target)
@@ -194,12 +221,32 @@ def _placer(found: Sequence[Found], target: Path | None) -> Callable[[Found], Pa
             return item.photo.parent
         return target / item.photo.parent.relative_to(item.folder) if item.folder is not None else target
 
+    def suffix_of(item: Found) -> str:
+        return output_suffix(placement.file_format, item.photo.suffix)
+
     # A camera's JPEG beside the PNG made from it: then each keeps its whole name.
-    places = Counter((folder_of(item), item.photo.stem) for item in found)
+    places = Counter((folder_of(item), item.photo.stem, suffix_of(item).lower()) for item in found)
 
     def place(item: Found) -> Path:
-        folder = folder_of(item)
-        stem = item.photo.stem if places[folder, item.photo.stem] == 1 else item.photo.name
-        return folder / (f"{stem}{_RESULT}.png" if target is None else f"{stem}.png")
+        folder, suffix = folder_of(item), suffix_of(item)
+        stem = item.photo.stem if places[folder, item.photo.stem, suffix.lower()] == 1 else item.photo.name
+        return folder / (f"{stem}{_RESULT}{suffix}" if target is None else f"{stem}{suffix}")
 
     return place
+
+
+def check_options(placement: Placement, given_format: str | None, quality: int | None) -> None:
+    """Find out whether the options for results' files make sense together.
+
+    Raises:
+        UsageError: a file of one format, and another format; or a quality of what has none.
+    """
+    target = placement.output
+    named = None if target is None or is_folder(target) else format_of_suffix(target.suffix)
+    if given_format is not None and named is not None and given_format not in ("same", named.name.lower()):
+        found = f"{target} and --format {given_format}"
+        raise UsageError("the file's ending says another format", where="--format", found=found)
+    lossless = named.quality is None if named is not None else placement.file_format in ("png", "tiff")
+    if quality is not None and lossless:
+        fix = "add --format jpeg, webp or avif, or name a file of that format"
+        raise UsageError("a PNG or TIFF has no quality to choose", where="--quality", found=quality, fix=fix)

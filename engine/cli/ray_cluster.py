@@ -33,7 +33,7 @@ class WorkerConfig:
 
     Attributes:
         engine: what `Restorer.open` is called with.
-        settings, overwrite, previews, like: as `engine.cli.batch.BatchRunner` has them.
+        settings, overwrite, previews, like, quality, any_size: as `engine.cli.batch.BatchRunner` has them.
     """
 
     engine: dict[str, Any]
@@ -41,6 +41,8 @@ class WorkerConfig:
     overwrite: bool = False
     previews: bool = False
     like: dict[str, Any] | None = None
+    quality: int | None = None
+    any_size: bool = False
 
 
 def restore_on_cluster(
@@ -103,7 +105,7 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
     cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
     ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield from (Outcome(job) for job in jobs if not _is_work(job, plan))
+    yield from (Outcome(job, error=job.error) for job in jobs if not _is_work(job, plan))
     rows = [
         {"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs) if _is_work(job, plan)
     ]
@@ -128,7 +130,7 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
 
 
 def _is_work(job: PhotoJob, plan: WorkerConfig) -> bool:
-    return bool(job.outputs) or plan.previews
+    return job.error is None and (bool(job.outputs) or plan.previews)
 
 
 class _Actor:
@@ -136,7 +138,8 @@ class _Actor:
 
     def __init__(self, plan: WorkerConfig) -> None:
         restorer = Restorer.open(**plan.engine)
-        self._work = BatchRunner(restorer, plan.settings, plan.overwrite, plan.previews, plan.like)
+        options = (plan.overwrite, plan.previews, plan.like, plan.quality, plan.any_size)
+        self._work = BatchRunner(restorer, plan.settings, *options)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()

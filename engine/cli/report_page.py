@@ -81,7 +81,7 @@ class ReportPage:
     def add(self, outcome: Outcome) -> None:
         """Add a photo; one that failed is told when the page is written."""
         if outcome.before is not None and outcome.after is not None:
-            self._cards.write(_card(outcome, outcome.before, outcome.after).encode())
+            self._cards.write(_encoded(_card(outcome, outcome.before, outcome.after)))
 
     def write(self, tally: RunSummary, facts: Mapping[str, Any]) -> None:
         """Write the page, whole or not at all.
@@ -107,9 +107,9 @@ class ReportPage:
         ).rsplit(marker, 1)
         self._cards.seek(0)
         with atomic_write(self._path, "write the report") as file:
-            file.write(head.encode())
+            file.write(_encoded(head))
             shutil.copyfileobj(self._cards, file)
-            file.write(tail.encode())
+            file.write(_encoded(tail))
 
 
 def _card(outcome: Outcome, before: bytes, after: bytes) -> str:
@@ -140,6 +140,11 @@ def _failures(tally: RunSummary) -> str:
         return ""
     rows = "".join(f"<li><b>{escape(photo)}</b>: {escape(reason(error))}</li>" for photo, error in tally.failed)
     return f'<section class="failed"><h2>Failed</h2><ul>{rows}</ul></section>'
+
+
+def _encoded(text: str) -> bytes:
+    """Return text as UTF-8; what of a name is none is shown as a question mark."""
+    return text.encode("utf-8", "replace")
 
 
 def _data_url(webp: bytes) -> str:

@@ -99,8 +99,7 @@ def write_jpeg(data: bytes, blocks: Blocks) -> bytes:
     if blocks.icc:
         pieces = [blocks.icc[at : at + _ICC_PART] for at in range(0, len(blocks.icc), _ICC_PART)]
         parts += [
-            _segment(0xE2, _ICC_START + bytes([number, len(pieces)]) + piece)
-            for number, piece in enumerate(pieces, 1)
+            _segment(0xE2, _ICC_START + bytes([number, len(pieces)]) + piece) for number, piece in enumerate(pieces, 1)
         ]
     parts += [_segment(0xFE, text_bytes(text)) for _, text in blocks.texts]
     return b"".join([*parts, data[2:]])

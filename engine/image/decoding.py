@@ -115,7 +115,8 @@ def _decode_plain(data: bytes, file_format: Format, guard: _Guard) -> Photo:
         # the marker is a warning of the library's.
         if file_format is not formats.JPEG or "premature end" not in str(error):
             raise
-        image = open_pixels(data + b"\xff\xd9", file_format, fail_on="warning")
+        ended = data + b"\xff\xd9"  # named: the library does not keep it
+        image = open_pixels(ended, file_format, fail_on="warning")
         photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc)
         photo = replace(photo, warnings=("its end marker is missing; all its pixels are there",))
     return dress(photo, blocks, carried)
@@ -169,9 +170,7 @@ def _decode_tiff(data: bytes, guard: _Guard) -> Photo:
         return replace(dress(replace(photo, warnings=()), blocks, carried), icc_profile=icc)
     image = open_pixels(data, formats.TIFF, fail_on="error")
     guard.check(image.width, image.height)
-    photo = _photo(
-        image, carried.orientation, guard.where, icc=blocks.icc, samples=_samples(first, image, guard.where)
-    )
+    photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc, samples=_samples(first, image, guard.where))
     return dress(photo, blocks, carried)
 
 

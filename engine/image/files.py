@@ -105,11 +105,12 @@ def check_name(path: Path) -> None:
         raise from_os_error(known, path, "write the image") from error
 
 
-def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
+def list_images(folder: Path, *, recursive: bool = False, suffixes: tuple[str, ...] = READ_SUFFIXES) -> list[Path]:
     """Return the images of a folder by name, without hidden files.
 
     Args:
         folder: to look in.
+        suffixes: of what counts as an image, in small letters.
         recursive: whether its subfolders are looked through too; hidden ones and links are not.
     Raises:
         InputError: a folder cannot be read.
@@ -122,7 +123,7 @@ def list_images(folder: Path, *, recursive: bool = False) -> list[Path]:
     for place, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         paths = (Path(place, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in READ_SUFFIXES and path.is_file()]
+        found += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
     return sorted(found)
 
 

@@ -62,9 +62,7 @@ JPEG = Format(
     quality=95,
     blocks=(("exif", _SEGMENT - 6), ("xmp", _SEGMENT - 29), ("iptc", _SEGMENT - 27), ("texts", _SEGMENT)),
 )
-WEBP = Format(
-    "WebP", (".webp",), written=True, max_side=16_383, quality=95, blocks=(("exif", None), ("xmp", None))
-)
+WEBP = Format("WebP", (".webp",), written=True, max_side=16_383, quality=95, blocks=(("exif", None), ("xmp", None)))
 TIFF = Format(
     "TIFF",
     (".tif", ".tiff"),

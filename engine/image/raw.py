@@ -38,7 +38,7 @@ def develop(data: bytes, where: object, max_pixels: int | None) -> Photo:
             pixels = file.postprocess(use_camera_wb=True, output_bps=16)
     except rawpy.LibRawError as error:
         fix = "develop it first, to a 16-bit TIFF"
-        found = first_line(error)
+        found = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else first_line(error)
         raise ImageError("is a camera raw that cannot be developed", where=where, found=found, fix=fix) from error
     rgb = pixels.astype(np.float32) / np.float32(65535.0)
     left = ("a camera raw, developed with the camera's white balance; its metadata was left out",)

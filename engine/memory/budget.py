@@ -16,6 +16,10 @@ _ACTIVATIONS = 0.5
 _SLICES = 0.25
 #: A server's other requests, its weights and its photos are there too.
 _SERVED_ATTENTION = 0.25
+#: One photo's file in memory, before it is known what becomes of it.
+_PHOTO_FILE = 0.5
+#: Its colours and transparency as f32, and up to 8 bytes of its file.
+_BYTES_PER_FILE_PIXEL = 4 * 4 + 8
 #: Arrays of a photo's size: as it came, as the networks see it, stage 1, the result, the colour fix's, out.
 _BYTES_PER_PIXEL = 20 * 3 * 4
 
@@ -64,6 +68,11 @@ class MemoryBudget:
     def pixels(self) -> int:
         """How many pixels of a photo the networks may see, be it in tiles."""
         return min(MAX_WORKING_PIXELS, self.bytes // _BYTES_PER_PIXEL)
+
+    @property
+    def file_pixels(self) -> int:
+        """How many pixels a photo may have to be read at all."""
+        return int(_PHOTO_FILE * self.bytes) // _BYTES_PER_FILE_PIXEL
 
     @classmethod
     def for_weights(cls, needed_bytes: int) -> MemoryBudget:

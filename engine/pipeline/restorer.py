@@ -151,6 +151,11 @@ class Restorer:
         """The bundle's settings, which hold where a call says nothing else."""
         return self.bundle.manifest.defaults
 
+    @property
+    def max_photo_pixels(self) -> int:
+        """How many pixels a photo's file may have to be read: as this computer's memory allows."""
+        return self._memory.file_pixels
+
     # -- the plan ---------------------------------------------------------------------------------
 
     def working_size(self, photo_size: Size, settings: Settings) -> Size:
@@ -220,7 +225,8 @@ class Restorer:
         """Restore one photo.
 
         Args:
-            photo: a file, a Pillow image, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`.
+            photo: a file, a Pillow image, an array u8[H, W, 3] or f32[H, W, 3] in [0, 1], or a `Photo`. A file that
+                memory cannot hold is refused; `engine.image.files.read_photo` reads it all the same.
             plan: from `plan`, for a photo of this size; None makes one. Its settings hold, but for the seed.
             noise: f32[1,4,h,w], the starting noise, instead of the seed's.
             on_step: called after every sampling step; an exception from it ends the restoration.
@@ -233,7 +239,7 @@ class Restorer:
             BackendError: a graph fails, for one because memory runs out.
         """
         listener = Listener(on_step, on_tile, on_note)
-        source = load_photo(photo)
+        source = load_photo(photo, max_pixels=self.max_photo_pixels)
         settings = (self.defaults if plan is None else plan.settings).updated(changes)
         if plan is None:
             plan = self.plan(source.size, settings)
@@ -274,7 +280,7 @@ class Restorer:
             raise UsageError("one seed per photo", expected=len(photos), found=len(seeds))
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
         listener = Listener(on_step, on_tile, on_note)
-        sources = [load_photo(photo) for photo in photos]
+        sources = [load_photo(photo, max_pixels=self.max_photo_pixels) for photo in photos]
         groups: dict[Size, list[int]] = {}
         for index, source in enumerate(sources):
             groups.setdefault(self.working_size(source.size, settings), []).append(index)

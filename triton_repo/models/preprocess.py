@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import ImageError
 from engine.image.decoding import decode_photo
 from engine.image.encoding import check_format
-from engine.image.preprocess import checked_working_size, preprocess
+from engine.image.preprocess import checked_working_size, preprocess, result_size
 from engine.pipeline.plan import texts_of
 from engine.sampling.sampler import table_for
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
@@ -42,7 +42,7 @@ class TritonPythonModel:
                 found=f"{len(encoded)} bytes",
             )
         photo = decode_photo(encoded, IMAGE, max_pixels=self._serving.max_photo_pixels)
-        check_format(photo, f".{delivery.format}", IMAGE)
+        check_format(photo, f".{delivery.format}", IMAGE, size=result_size(photo.size, settings.upscale))
         size = checked_working_size(self._bundle, photo.size, settings, self._max_pixels)
         width, height = photo.size
         if round(width * settings.upscale) * round(height * settings.upscale) > self._serving.max_photo_pixels:
