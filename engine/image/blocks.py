@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 #: As much as a PNG's compressed texts may come to, all together: a workflow of a gigabyte is an attack.
 _MAX_TEXT = 1 << 28
@@ -57,7 +58,7 @@ class Blocks:
 # -- JPEG -----------------------------------------------------------------------------------------
 
 
-def read_jpeg(data: bytes) -> Blocks:
+def read_jpeg(data: bytes | mmap) -> Blocks:
     """Return what stands before the pixels of a JPEG; a damaged segment ends it."""
     found = Blocks()
     icc: dict[int, bytes] = {}
@@ -105,7 +106,7 @@ def write_jpeg(data: bytes, blocks: Blocks) -> bytes:
     return b"".join([*parts, data[2:]])
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _segments(data: bytes | mmap) -> Iterator[tuple[int, bytes]]:
     """Yield marker and content of each segment up to the pixels."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
@@ -160,7 +161,7 @@ def _photoshop(iptc: bytes) -> bytes:
 # -- PNG ------------------------------------------------------------------------------------------
 
 
-def read_png(data: bytes) -> Blocks:
+def read_png(data: bytes | mmap) -> Blocks:
     """Return the metadata of a PNG's chunks; a damaged chunk is left out."""
     found = Blocks()
     texts: list[tuple[str, str]] = []
@@ -281,7 +282,7 @@ def _unwrapped(text: bytes) -> bytes | None:
         return None
 
 
-def _places(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _places(data: bytes | mmap) -> Iterator[tuple[bytes, int, int]]:
     """Yield each chunk's kind, and where the whole of it begins and ends."""
     place = len(_PNG_SIGNATURE)
     while place + 12 <= len(data):
@@ -291,7 +292,7 @@ def _places(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         place = end
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _chunks(data: bytes | mmap) -> Iterator[tuple[bytes, bytes]]:
     """Yield kind and content of each chunk but the pixels'."""
     for kind, start, end in _places(data):
         if kind != b"IDAT":
@@ -305,7 +306,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 # -- WebP -----------------------------------------------------------------------------------------
 
 
-def read_webp(data: bytes) -> Blocks:
+def read_webp(data: bytes | mmap) -> Blocks:
     """Return the metadata of a WebP's chunks."""
     found, frames = Blocks(), 0
     for kind, body in _riff(data):
@@ -334,9 +335,9 @@ def write_webp(data: bytes, blocks: Blocks, size: tuple[int, int], *, alpha: boo
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
-def _riff(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _riff(data: bytes | mmap) -> Iterator[tuple[bytes, bytes]]:
     place = 12
     while place + 8 <= len(data):
         (length,) = struct.unpack_from("<I", data, place + 4)
-        yield bytes(data[place : place + 4]), data[place + 8 : place + 8 + length]
+        yield bytes(data[place : place + 4]), bytes(data[place + 8 : place + 8 + length])
         place += 8 + length + length % 2

@@ -1,9 +1,8 @@
-"""Encoded pictures of any common format to a `Photo`: pixels by libvips, or by a library that reads what it does not."""
+"""Encoded pictures of any common format to a `Photo`: by libvips, or by a library that reads what it does not."""
 
 from __future__ import annotations
 
 import io
-from mmap import mmap
 from dataclasses import replace
 from typing import Any
 
@@ -12,31 +11,26 @@ from PIL import Image
 
 from engine.errors import ImageError, first_line
 from engine.image import formats
-from engine.image.blocks import Blocks, iptc_of, read_jpeg, read_png, read_webp
+from engine.image.blocks import Blocks, read_jpeg, read_png, read_webp
 from engine.image.codec import Samples, dtype_of, open_pixels, read_pixels, to_srgb, vips
 from engine.image.formats import Format, sniff
-from engine.image.metadata import (
-    ICC_TAG,
-    IPTC_TAG,
-    PHOTOSHOP_TAG,
-    XMP_TAG,
-    Carried,
-    carry_directory,
-    carry_exif,
-    dress,
-)
+from engine.image.metadata import Carried, carry_directory, carry_exif, dress
 from engine.image.photo import Photo
 from engine.image.pillow_images import DAMAGE, blocks_of, carried_of, photo_from_image
 from engine.image.raw import develop
-from engine.image.tags import EXIF, GPS, Directory, TagError, TagFile
+from engine.image.tags import EXIF, GPS, Buffer, TagError, TagFile
+from engine.image.tiff import (
+    BITS,
+    HEIGHT,
+    WIDTH,
+    count_pictures,
+    is_raw,
+    needs_pillow,
+    samples_of,
+    tiff_blocks,
+    unknown_range,
+)
 
-_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _BITS = 254, 255, 256, 257, 258
-_COMPRESSION, _PHOTOMETRIC, _CHANNELS, _EXTRA, _SAMPLE_FORMAT = 259, 262, 277, 338, 339
-_LOWEST, _HIGHEST, _DNG_VERSION = 340, 341, 50706
-#: What sensors see (CFA, and DNG's linear raw), and Lab.
-_RAW_PHOTOMETRICS, _CIE_LAB = (32803, 34892), 8
-#: Compressions of TIFF that libvips' package reads; Pillow has a few more.
-_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50001)
 _READERS = {"JPEG": read_jpeg, "PNG": read_png, "WebP": read_webp}
 _LOAD_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {"unlimited": True}, "AVIF": {"unlimited": True}}
 #: By Pillow's name of each format: the module that teaches it that format, if any, and the extra that brings it.
@@ -81,7 +75,7 @@ class _Guard:
     """Looks at a picture's size before it is decoded."""
 
     def __init__(self, where: object, max_pixels: int | None) -> None:
-        self.where, self._max_pixels = where, max_pixels
+        self.where, self.max_pixels = where, max_pixels
 
     def check(self, width: int, height: int, pictures: int = 1) -> None:
         """Raise an ImageError for a picture that is empty, not alone, or larger than allowed."""
@@ -91,11 +85,11 @@ class _Guard:
         if pictures > 1:
             fix = "extract one of them first"
             raise ImageError("holds several pictures", where=self.where, found=f"{pictures} of them", fix=fix)
-        if self._max_pixels is not None and width * height > self._max_pixels:
+        if self.max_pixels is not None and width * height > self.max_pixels:
             raise ImageError(
                 "is too large",
                 where=self.where,
-                expected=f"up to {self._max_pixels / 1e6:.0f} million pixels",
+                expected=f"up to {self.max_pixels / 1e6:.0f} million pixels",
                 found=size,
                 fix="cut it into parts, or scale it down",
             )
@@ -141,7 +135,7 @@ def _photo(image: Any, orientation: int, where: object, *, icc: bytes | None, sa
         samples, inks, dtype = None, False, dtype_of(image)
     if samples is None:
         if dtype.kind != "u":
-            raise _unknown_range(f"samples are {image.format}", where)
+            raise unknown_range(f"samples are {image.format}", where)
         white = float(np.iinfo(dtype).max)
         colours = 4 if inks else 1 if image.bands < 3 else 3
         extra = image.bands - colours
@@ -150,60 +144,27 @@ def _photo(image: Any, orientation: int, where: object, *, icc: bytes | None, sa
     return Photo(rgb, alpha, grey=samples.colours == 1, bits=16 if wide else 8, icc_profile=icc)
 
 
-# -- TIFF -----------------------------------------------------------------------------------------
-
-
 def _decode_tiff(data: bytes, guard: _Guard) -> Photo:
     file = TagFile.open(data)
     chain = file.chain()
     first = chain[0]
-    if _is_raw(file, chain):
-        return develop(data, guard.where, None)
+    if is_raw(file, chain):
+        return develop(data, guard.where, guard.max_pixels)
     blocks, carried = tiff_blocks(first), carry_directory(first)
-    guard.check(first.number(_WIDTH), first.number(_HEIGHT), _pictures(chain))
-    if _needs_pillow(first):
+    guard.check(first.number(WIDTH), first.number(HEIGHT), count_pictures(chain))
+    if needs_pillow(first):
         with _opened(data, formats.TIFF, guard.where) as image:
-            photo = _twelve_bits(image) if first.number(_BITS, 1) == 12 else photo_from_image(image, guard.where)
-        if first.number(_BITS, 1) == 12:
+            photo = _twelve_bits(image) if first.number(BITS, 1) == 12 else photo_from_image(image, guard.where)
+        if first.number(BITS, 1) == 12:
             return dress(photo, blocks, carried)
         icc = photo.icc_profile
         return replace(dress(replace(photo, warnings=()), blocks, carried), icc_profile=icc)
     image = open_pixels(data, formats.TIFF, fail_on="error")
     guard.check(image.width, image.height)
-    photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc, samples=_samples(first, image, guard.where))
+    photo = _photo(
+        image, carried.orientation, guard.where, icc=blocks.icc, samples=samples_of(first, image, guard.where)
+    )
     return dress(photo, blocks, carried)
-
-
-def tiff_blocks(directory: Directory) -> Blocks:
-    """Return what a TIFF's directory holds beside the pixels but its EXIF."""
-    resources = directory.raw(PHOTOSHOP_TAG)
-    iptc = directory.raw(IPTC_TAG) or (iptc_of(resources) if resources else None)
-    left = ("layers",) if 37724 in directory.tags else ()
-    return Blocks(xmp=directory.raw(XMP_TAG), iptc=iptc, icc=directory.raw(ICC_TAG), left=left)
-
-
-def _is_raw(file: TagFile, chain: list[Directory]) -> bool:
-    """Tell whether a TIFF is a camera's raw, whose first picture is a thumbnail."""
-    below = [inner for directory in chain[:16] for inner in file.below(directory)]
-    if any(each.number(_PHOTOMETRIC) in _RAW_PHOTOMETRICS for each in (*chain, *below)):
-        return True
-    largest = max((each.number(_WIDTH) * each.number(_HEIGHT) for each in below), default=0)
-    first = chain[0]
-    # A reduced picture before a larger one: a raw of a kind of its own, such as a compressed NEF.
-    return bool(first.number(_SUBFILE) & 1) and largest > first.number(_WIDTH) * first.number(_HEIGHT)
-
-
-def _pictures(chain: list[Directory]) -> int:
-    """Count a TIFF's pictures without smaller copies, masks and depth maps of the first one."""
-    copies = sum(bool(each.number(_SUBFILE) & 5) or each.number(_OLD_SUBFILE) == 2 for each in chain[1:])
-    return len(chain) - copies
-
-
-def _needs_pillow(directory: Directory) -> bool:
-    """Tell whether a TIFF is of a kind that libvips' package does not read: rare compressions, 8-bit Lab, 12 bits."""
-    if directory.number(_COMPRESSION, 1) not in _COMPRESSIONS or directory.number(_BITS, 1) == 12:
-        return True
-    return directory.number(_PHOTOMETRIC) == _CIE_LAB and directory.number(_BITS, 1) == 8
 
 
 def _twelve_bits(image: Image.Image) -> Photo:
@@ -212,44 +173,6 @@ def _twelve_bits(image: Image.Image) -> Photo:
         raise ValueError(f"12 bits a sample, of a kind that is not read ({image.mode})")
     grey = np.asarray(image).astype(np.float32) / np.float32(4095.0)
     return Photo(np.repeat(grey.clip(0.0, 1.0)[:, :, None], 3, axis=2), grey=True, bits=16)
-
-
-def _samples(directory: Directory, image: Any, where: object) -> Samples:
-    """Return what a TIFF's bands mean, by its tags.
-
-    Raises:
-        ImageError: nothing says which values are black and white.
-    """
-    dtype = dtype_of(image)
-    extra = [int(value) for value in directory.numbers(_EXTRA)]
-    colours = image.bands - len(extra) if extra and image.interpretation != "cmyk" else image.bands
-    colours = 4 if image.interpretation == "cmyk" else 1 if colours < 3 else 3
-    alpha = next((colours + index for index, kind in enumerate(extra) if kind in (1, 2)), None)
-    if alpha is not None and alpha >= image.bands:
-        alpha = None
-    if dtype.kind == "u":
-        white = float(np.iinfo(dtype).max)
-        return Samples(colours, alpha, 0.0, white, white)
-    lowest, highest = directory.numbers(_LOWEST), directory.numbers(_HIGHEST)
-    kind = "signed" if dtype.kind == "i" else "floating-point"
-    if not lowest or not highest or not np.isfinite([*lowest, *highest]).all() or min(lowest) >= max(highest):
-        raise _unknown_range(f"{kind} samples of {directory.number(_BITS)} bits, and no tags that say it", where)
-    black, white = float(min(lowest)), float(max(highest))
-    if directory.number(_PHOTOMETRIC) == 0:  # white is the lowest
-        black, white = white, black
-        if dtype.kind == "f":  # libvips has taken them from 1
-            black, white = 1 - black, 1 - white
-    return Samples(colours, alpha, black, white, max(abs(black), abs(white)))
-
-
-def _unknown_range(found: str, where: object) -> ImageError:
-    return ImageError(
-        "holds values of unknown range",
-        where=where,
-        expected="whole numbers without sign, or the tags SMinSampleValue and SMaxSampleValue",
-        found=found,
-        fix="convert it to 8 or 16 bits a channel",
-    )
 
 
 # -- by Pillow ------------------------------------------------------------------------------------
@@ -272,7 +195,7 @@ def _beside(photo: Photo, cicp: bytes) -> Blocks:
 
 
 def _deep_avif(data: bytes, guard: _Guard) -> Photo | None:
-    """Return an AVIF of 10 or 12 bits a channel; None for one of 8, whose colours Pillow's decoder interpolates better."""
+    """Return an AVIF of 10 or 12 bits a channel, None for one of 8: Pillow's decoder interpolates its colours."""
     image = open_pixels(data, formats.AVIF, fail_on="truncated", unlimited=True)
     bits = int(image.get("bits-per-sample")) if "bits-per-sample" in image.get_fields() else 8
     if bits <= 8:
@@ -323,7 +246,7 @@ def _opened(data: bytes, file_format: Format, where: object) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def exif_of(data: bytes | mmap, where: object = "image") -> bytes | None:
+def exif_of(data: Buffer, where: object = "image") -> bytes | None:
     """Return the EXIF block of a file, without what holds for the stored file alone; its pixels are not decoded.
 
     Args:

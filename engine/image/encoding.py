@@ -13,19 +13,9 @@ from engine.image import formats
 from engine.image.blocks import Blocks, write_jpeg, write_png, write_webp
 from engine.image.codec import encode_pixels, stored_pixels, vips
 from engine.image.formats import Format, output_format
-from engine.image.metadata import (
-    ICC_TAG,
-    IPTC_TAG,
-    PROVENANCE_BYTES,
-    RESOLUTION_UNIT,
-    X_RESOLUTION,
-    XMP_TAG,
-    Y_RESOLUTION,
-    blocks_for,
-    note_of,
-)
+from engine.image.metadata import PROVENANCE_BYTES, blocks_for, note_of
 from engine.image.photo import Photo
-from engine.image.tags import TagFile, pack, read_exif
+from engine.image.tiff import write_tiff
 
 Size = tuple[int, int]
 
@@ -77,7 +67,7 @@ def encode_photo(
         return write_png(encoded, blocks)
     if file_format is formats.WEBP:
         return write_webp(encoded, blocks, photo.size, alpha=photo.alpha is not None)
-    return _tiff(encoded, blocks)
+    return write_tiff(encoded, blocks)
 
 
 def check_format(photo: Photo, suffix: str, where: object = "image", *, size: Size | None = None) -> tuple[str, ...]:
@@ -123,24 +113,6 @@ def _check_alpha(file_format: Format, photo: Photo, where: object) -> None:
         raise OutputError(
             f"{file_format.name} cannot hold the photo's transparency", where=where, fix="write a PNG or WebP instead"
         )
-
-
-def _tiff(encoded: bytes, blocks: Blocks) -> bytes:
-    """Return a TIFF whose directory, moved to its end, holds blocks too."""
-    file = TagFile.open(encoded)
-    directory = file.directory(file.first)
-    for code in (X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT):  # libvips states one always
-        directory.tags.pop(code, None)
-    exif = read_exif(blocks.exif or b"").in_order(file.order)
-    directory.tags = {**exif.tags, **directory.tags}
-    directory.children = exif.children
-    for code, kind, value in ((XMP_TAG, 1, blocks.xmp), (IPTC_TAG, 7, blocks.iptc), (ICC_TAG, 7, blocks.icc)):
-        if value:
-            directory.put(code, kind, value)
-    body, offset = pack(directory, len(encoded) + len(encoded) % 2, big=file.big)
-    at, width = (8, 8) if file.big else (4, 4)
-    first = offset.to_bytes(width, "little" if file.order == "<" else "big")
-    return b"".join([encoded[:at], first, encoded[at + width :], bytes(len(encoded) % 2), body])
 
 
 def _avif(photo: Photo, blocks: Blocks, quality: int | None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Literal
 
 from engine.errors import ImageError, OutputError
@@ -139,7 +140,7 @@ def output_suffix(name: str, source: str) -> str:
     return source if found is not None and found.written else PNG.suffixes[0]
 
 
-def sniff(data: bytes, where: object = "image") -> Format:
+def sniff(data: bytes | mmap, where: object = "image") -> Format:
     """Return the format of a file by its first bytes; a raw that is a TIFF is told by its directories, later.
 
     Args:

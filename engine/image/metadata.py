@@ -66,7 +66,7 @@ def carry_directory(directory: Directory) -> Carried:
     orientation = directory.number(ORIENTATION, 1)
     dpi = _resolution(directory)
     damaged = [code for code in directory.damaged if code not in _FILE_TAGS]
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if damaged:
         warnings = (f"EXIF tags that are damaged were left out: {', '.join(f'0x{code:04X}' for code in damaged)}",)
     kept = replace(directory, tags=without(directory.tags, _FILE_TAGS))

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from engine.errors import ImageError
-from engine.image.blocks import Blocks, read_png
+from engine.image.blocks import Blocks
 from engine.image.metadata import Carried, carry_exif, dress
 from engine.image.photo import Photo, Pixels, lying
 

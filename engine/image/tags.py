@@ -12,10 +12,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any
 
 import numpy as np
 
+#: A file's bytes, in memory or mapped.
+Buffer = bytes | mmap
 EXIF, GPS, INTEROP, SUB_IFDS = 0x8769, 0x8825, 0xA005, 0x014A
 MAKER_NOTE = 0x927C
 #: Directories inside of others; EXIF's holds the one for interoperability.
@@ -131,13 +134,13 @@ class TagFile:
         first: offset of its first directory.
     """
 
-    data: bytes
+    data: Buffer
     order: str
     big: bool
     first: int
 
     @classmethod
-    def open(cls, data: bytes) -> TagFile:
+    def open(cls, data: Buffer) -> TagFile:
         """Return a file by its header.
 
         Raises:
