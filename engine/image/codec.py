@@ -129,6 +129,7 @@ def read_pixels(image: Any, samples: Samples, orientation: int) -> tuple[Pixels,
         f32[H, W, 3] and f32[H, W] or None, in [0, 1].
     Raises:
         pyvips.Error: the file is damaged.
+        ValueError: samples are not finite.
     """
     size = (image.height, image.width) if orientation < 5 else (image.width, image.height)
     rgb = np.empty((*size, 3), np.float32)
@@ -141,6 +142,8 @@ def read_pixels(image: Any, samples: Samples, orientation: int) -> tuple[Pixels,
         count = min(_ROWS, image.height - top)
         fetched = region.fetch(0, top, image.width, count)
         strip = np.frombuffer(fetched, dtype).reshape(count, image.width, image.bands)
+        if dtype.kind == "f" and not np.isfinite(strip).all():
+            raise ValueError("samples that are not finite")
         colours = _unit(strip[:, :, : samples.colours], samples.black, span)
         if samples.colours == 4:  # inks, of which the last is black
             colours = (1 - colours[:, :, :3]) * (1 - colours[:, :, 3:])

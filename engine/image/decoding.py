@@ -16,19 +16,21 @@ from engine.image.codec import Samples, dtype_of, open_pixels, read_pixels, to_s
 from engine.image.formats import Format, sniff
 from engine.image.metadata import Carried, carry_directory, carry_exif, dress
 from engine.image.photo import Photo
-from engine.image.pillow_images import DAMAGE, blocks_of, carried_of, photo_from_image
+from engine.image.pillow_images import DAMAGE, blocks_of, carried_of, photo_from_image, upright
 from engine.image.raw import develop
-from engine.image.tags import EXIF, GPS, Buffer, TagError, TagFile
+from engine.image.tags import EXIF, GPS, Buffer, Directory, TagError, TagFile
 from engine.image.tiff import (
     BITS,
     HEIGHT,
+    PACKED_BITS,
     WIDTH,
+    check_kind,
     count_pictures,
     is_raw,
     needs_pillow,
     samples_of,
     tiff_blocks,
-    unknown_range,
+    unpack,
 )
 
 _READERS = {"JPEG": read_jpeg, "PNG": read_png, "WebP": read_webp}
@@ -116,8 +118,18 @@ def _decode_plain(data: bytes, file_format: Format, guard: _Guard) -> Photo:
     return dress(photo, blocks, carried)
 
 
-def _photo(image: Any, orientation: int, where: object, *, icc: bytes | None, samples: Samples | None = None) -> Photo:
+def _photo(
+    image: Any,
+    orientation: int,
+    where: object,
+    *,
+    icc: bytes | None,
+    directory: Directory | None = None,
+    samples: Samples | None = None,
+) -> Photo:
     """Decode a picture that libvips has opened, with its profile, or sRGB's where it must be converted.
+
+    Its samples' meaning is the format's own, a TIFF's directory's, or as given.
 
     Raises:
         ImageError: a profile that is needed cannot be used, or the bands have no meaning.
@@ -132,14 +144,13 @@ def _photo(image: Any, orientation: int, where: object, *, icc: bytes | None, sa
         except (ValueError, vips().Error) as error:
             found = _reason(error)
             raise ImageError("its colour profile cannot be applied", where=where, found=found) from error
-        samples, inks, dtype = None, False, dtype_of(image)
+        directory, inks, dtype = None, False, dtype_of(image)
+    if directory is not None:
+        samples = samples_of(directory, image, where)
     if samples is None:
-        if dtype.kind != "u":
-            raise unknown_range(f"samples are {image.format}", where)
         white = float(np.iinfo(dtype).max)
         colours = 4 if inks else 1 if image.bands < 3 else 3
-        extra = image.bands - colours
-        samples = Samples(colours, colours if extra > 0 else None, 0.0, white, white)
+        samples = Samples(colours, colours if image.bands > colours else None, 0.0, white, white)
     rgb, alpha = read_pixels(image, samples, orientation)
     return Photo(rgb, alpha, grey=samples.colours == 1, bits=16 if wide else 8, icc_profile=icc)
 
@@ -149,30 +160,21 @@ def _decode_tiff(data: bytes, guard: _Guard) -> Photo:
     chain = file.chain()
     first = chain[0]
     if is_raw(file, chain):
-        return develop(data, guard.where, guard.max_pixels)
+        return dress(develop(data, guard.where, guard.max_pixels), Blocks(), carry_directory(first))
     blocks, carried = tiff_blocks(first), carry_directory(first)
     guard.check(first.number(WIDTH), first.number(HEIGHT), count_pictures(chain))
+    check_kind(first, guard.where)
+    if set(first.numbers(BITS)) <= PACKED_BITS and first.numbers(BITS):
+        return dress(upright(unpack(data, first), carried.orientation), blocks, carried)
     if needs_pillow(first):
-        with _opened(data, formats.TIFF, guard.where) as image:
-            photo = _twelve_bits(image) if first.number(BITS, 1) == 12 else photo_from_image(image, guard.where)
-        if first.number(BITS, 1) == 12:
-            return dress(photo, blocks, carried)
-        icc = photo.icc_profile
-        return replace(dress(replace(photo, warnings=()), blocks, carried), icc_profile=icc)
+        with _opened(data, formats.TIFF, guard.where) as opened:
+            photo = photo_from_image(opened, guard.where)
+        told = ("its 16 bits a channel were read as 8",) if first.number(BITS) == 16 and photo.bits == 8 else ()
+        return dress(replace(photo, warnings=told), blocks, carried)
     image = open_pixels(data, formats.TIFF, fail_on="error")
     guard.check(image.width, image.height)
-    photo = _photo(
-        image, carried.orientation, guard.where, icc=blocks.icc, samples=samples_of(first, image, guard.where)
-    )
+    photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc, directory=first)
     return dress(photo, blocks, carried)
-
-
-def _twelve_bits(image: Image.Image) -> Photo:
-    """Return a grey picture of 12 bits a sample, which Pillow gives as they are."""
-    if image.mode != "I;16":
-        raise ValueError(f"12 bits a sample, of a kind that is not read ({image.mode})")
-    grey = np.asarray(image).astype(np.float32) / np.float32(4095.0)
-    return Photo(np.repeat(grey.clip(0.0, 1.0)[:, :, None], 3, axis=2), grey=True, bits=16)
 
 
 # -- by Pillow ------------------------------------------------------------------------------------

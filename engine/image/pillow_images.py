@@ -54,13 +54,14 @@ def photo_from_image(image: Image.Image, where: object = "image") -> Photo:
     try:
         with warnings.catch_warnings():  # of damaged metadata
             warnings.simplefilter("ignore")
-            # Before its pixels are loaded, which turns a TIFF upright and forgets how it lay.
             carried = carry_exif(_exif_block(image))
             image.load()
+            # Pillow turns a TIFF upright while it loads it, and no other.
+            orientation = 1 if image.format == "TIFF" else carried.orientation
             photo = _decode(image, where)
     except DAMAGE as error:
         raise ImageError("is truncated or damaged", where=where, found=str(error)) from error
-    return dress(upright(photo, carried.orientation), _blocks(image), carried)
+    return dress(upright(photo, orientation), blocks_of(image), carried)
 
 
 def upright(photo: Photo, orientation: int) -> Photo:
@@ -78,11 +79,6 @@ def carried_of(image: Image.Image) -> Carried:
     return carry_exif(_exif_block(image))
 
 
-def blocks_of(image: Image.Image) -> Blocks:
-    """Return what stands beside the pixels of a Pillow image but its EXIF."""
-    return _blocks(image)
-
-
 def _exif_block(image: Image.Image) -> bytes | None:
     """Return an image's EXIF as it was stored, or as Pillow writes it where only that is known."""
     stored = image.info.get("exif")
@@ -94,7 +90,8 @@ def _exif_block(image: Image.Image) -> bytes | None:
         return None
 
 
-def _blocks(image: Image.Image) -> Blocks:
+def blocks_of(image: Image.Image) -> Blocks:
+    """Return what stands beside the pixels of a Pillow image but its EXIF."""
     xmp = image.info.get("xmp") or image.info.get(_XMP_IN_PNG)
     texts = {key: str(text) for key, text in getattr(image, "text", {}).items() if key != _XMP_IN_PNG}
     comment = image.info.get("comment")

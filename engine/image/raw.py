@@ -41,5 +41,5 @@ def develop(data: bytes, where: object, max_pixels: int | None) -> Photo:
         found = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else first_line(error)
         raise ImageError("is a camera raw that cannot be developed", where=where, found=found, fix=fix) from error
     rgb = pixels.astype(np.float32) / np.float32(65535.0)
-    left = ("a camera raw, developed with the camera's white balance; its metadata was left out",)
+    left = ("a camera raw, developed with its white balance and no other settings",)
     return Photo(rgb, bits=16, warnings=left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,23 @@ from engine.image.metadata import (
     XMP_TAG,
     Y_RESOLUTION,
 )
-from engine.image.tags import Directory, TagFile, pack, read_exif
+from engine.image.photo import Photo
+from engine.image.tags import Buffer, Directory, TagFile, pack, read_exif
 
 _SUBFILE, _OLD_SUBFILE, WIDTH, HEIGHT, BITS = 254, 255, 256, 257, 258
-_COMPRESSION, _PHOTOMETRIC, _EXTRA = 259, 262, 338
+COMPRESSION, PHOTOMETRIC, _FILL_ORDER, _OFFSETS, _CHANNELS, _ROWS_PER_STRIP, _SIZES = 259, 262, 266, 273, 277, 278, 279
+_PLANES, _PREDICTOR, _TILE_WIDTH, _EXTRA = 284, 317, 322, 338
 _LOWEST, _HIGHEST = 340, 341
 #: What sensors see (CFA, and DNG's linear raw), and Lab.
 _RAW_PHOTOMETRICS, _CIE_LAB = (32803, 34892), 8
-#: Compressions of TIFF that libvips' package reads; Pillow has a few more.
+#: WhiteIsZero, BlackIsZero, RGB, palette, inks, YCbCr, Lab.
+_PHOTOMETRICS = (0, 1, 2, 3, 5, 6, _CIE_LAB)
+#: Compressions of TIFF that libvips' package reads (of others it gives black), and more that Pillow does.
 _COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50001)
+_PILLOWS_COMPRESSIONS = (6, 34925, 50000)
+#: Samples that are not whole bytes, and their compressions: none, and zlib.
+PACKED_BITS = {10, 12, 14}
+_UNPACKED = (1, 8, 32946)
 
 
 def tiff_blocks(directory: Directory) -> Blocks:
@@ -40,7 +49,7 @@ def tiff_blocks(directory: Directory) -> Blocks:
 def is_raw(file: TagFile, chain: list[Directory]) -> bool:
     """Tell whether a TIFF is a camera's raw, whose first picture is a thumbnail."""
     below = [inner for directory in chain[:16] for inner in file.below(directory)]
-    if any(each.number(_PHOTOMETRIC) in _RAW_PHOTOMETRICS for each in (*chain, *below)):
+    if any(each.number(PHOTOMETRIC) in _RAW_PHOTOMETRICS for each in (*chain, *below)):
         return True
     largest = max((each.number(WIDTH) * each.number(HEIGHT) for each in below), default=0)
     first = chain[0]
@@ -54,11 +63,74 @@ def count_pictures(chain: list[Directory]) -> int:
     return len(chain) - copies
 
 
+def check_kind(directory: Directory, where: object) -> None:
+    """Find out whether a TIFF's samples are of a kind that is read.
+
+    Raises:
+        ImageError: they are not.
+    """
+    bits, kind = set(directory.numbers(BITS)) or {1}, directory.number(PHOTOMETRIC, -1)
+    compression = directory.number(COMPRESSION, 1)
+    found = None
+    if len(bits) > 1 or not bits <= {1, 2, 4, 8, *PACKED_BITS, 16, 32}:
+        found = f"{', '.join(f'{each:g}' for each in directory.numbers(BITS))} bits a sample"
+    elif kind not in _PHOTOMETRICS:
+        found = f"PhotometricInterpretation {kind}"
+    elif compression not in (*_COMPRESSIONS, *_PILLOWS_COMPRESSIONS):
+        found = f"Compression {compression}"
+    elif bits <= PACKED_BITS and (
+        compression not in _UNPACKED or kind > 2 or directory.number(_PREDICTOR, 1) != 1 or not _is_plain(directory)
+    ):
+        found = f"{min(bits):g} bits a sample with Compression {compression}, or in tiles or planes"
+    if found is not None:
+        fix = "convert it to 8 or 16 bits a channel of grey or RGB"
+        raise ImageError("is a TIFF of a kind that is not read", where=where, found=found, fix=fix)
+
+
+def _is_plain(directory: Directory) -> bool:
+    """Tell whether rows lie one after the other, the samples of a pixel together, high bits first."""
+    tiles = _TILE_WIDTH in directory.tags
+    return not tiles and directory.number(_PLANES, 1) == 1 and directory.number(_FILL_ORDER, 1) == 1
+
+
 def needs_pillow(directory: Directory) -> bool:
-    """Tell whether a TIFF is of a kind that libvips' package does not read: rare compressions, 8-bit Lab, 12 bits."""
-    if directory.number(_COMPRESSION, 1) not in _COMPRESSIONS or directory.number(BITS, 1) == 12:
-        return True
-    return directory.number(_PHOTOMETRIC) == _CIE_LAB and directory.number(BITS, 1) == 8
+    """Tell whether a TIFF is of a kind that Pillow reads and libvips' package does not."""
+    lab = directory.number(PHOTOMETRIC) == _CIE_LAB and directory.number(BITS, 1) == 8
+    return lab or directory.number(COMPRESSION, 1) in _PILLOWS_COMPRESSIONS
+
+
+def unpack(data: Buffer, directory: Directory) -> Photo:
+    """Return the picture of a TIFF whose samples have 10, 12 or 14 bits, which no library here reads; as it lies.
+
+    Args:
+        data: the file.
+        directory: that `check_kind` has looked at.
+    Raises:
+        ValueError: the file is damaged.
+    """
+    width, height, bits = directory.number(WIDTH), directory.number(HEIGHT), directory.number(BITS)
+    channels = directory.number(_CHANNELS, 1)
+    row, rows = -(-width * channels * bits // 8), directory.number(_ROWS_PER_STRIP, height)
+    stored = np.zeros((height, row), np.uint8)
+    places = zip(directory.numbers(_OFFSETS), directory.numbers(_SIZES), strict=True)
+    for top, (place, size) in zip(range(0, height, max(1, rows)), places, strict=True):
+        strip = data[int(place) : int(place + size)]
+        if directory.number(COMPRESSION, 1) != 1:
+            strip = zlib.decompressobj().decompress(strip, rows * row)
+        count = min(rows, height - top)
+        if len(strip) < count * row:
+            raise ValueError(f"strip of {len(strip)} bytes instead of {count * row}")
+        stored[top : top + count] = np.frombuffer(strip, np.uint8, count * row).reshape(count, row)
+    samples = np.unpackbits(stored, axis=1, count=width * channels * bits).reshape(height, width, channels, bits)
+    values = samples.astype(np.float32) @ (1 << np.arange(bits)[::-1]).astype(np.float32) / np.float32((1 << bits) - 1)
+    if directory.number(PHOTOMETRIC) == 0:
+        values = 1 - values
+    grey = channels < 3
+    rgb = np.repeat(values[:, :, :1], 3, axis=2) if grey else np.ascontiguousarray(values[:, :, :3])
+    colours = 1 if grey else 3
+    kinds = [int(kind) for kind in directory.numbers(_EXTRA)]
+    transparent = channels > colours and kinds[:1] == [2]
+    return Photo(rgb, np.ascontiguousarray(values[:, :, colours]) if transparent else None, grey=grey, bits=16)
 
 
 def samples_of(directory: Directory, image: Any, where: object) -> Samples:
@@ -82,10 +154,8 @@ def samples_of(directory: Directory, image: Any, where: object) -> Samples:
     if not lowest or not highest or not np.isfinite([*lowest, *highest]).all() or min(lowest) >= max(highest):
         raise unknown_range(f"{kind} samples of {directory.number(BITS)} bits, and no tags that say it", where)
     black, white = float(min(lowest)), float(max(highest))
-    if directory.number(_PHOTOMETRIC) == 0:  # white is the lowest
+    if directory.number(PHOTOMETRIC) == 0:  # white is the lowest
         black, white = white, black
-        if dtype.kind == "f":  # libvips has taken them from 1
-            black, white = 1 - black, 1 - white
     return Samples(colours, alpha, black, white, max(abs(black), abs(white)))
 
 
