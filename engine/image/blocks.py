@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from mmap import mmap
 
-#: As much as a PNG's compressed texts may come to, all together: a workflow of a gigabyte is an attack.
-_MAX_TEXT = 1 << 28
+#: Bytes that a PNG's texts may come to, all together: more is an attack.
+_MAX_TEXT = 1 << 26
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 #: How ImageMagick and exiftool store what PNG has no chunk for.

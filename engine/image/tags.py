@@ -180,10 +180,10 @@ class TagFile:
             at = place + step - inline
             if size > inline:
                 (at,) = struct.unpack_from(self.order + ("Q" if self.big else "I"), self.data, at)
-            budget -= size
-            if kind not in _TYPES or budget < 0 or at + size > len(self.data):
+            if kind not in _TYPES or size > budget or at + size > len(self.data):
                 found.damaged.append(code)
                 continue
+            budget -= size
             found.tags.setdefault(code, Tag(kind, items, bytes(self.data[at : at + size])))
             if code == MAKER_NOTE and size > inline:
                 found.note_offset = at
