@@ -33,9 +33,8 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 
 
 def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interrupted: threading.Event) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that is not UTF-8 comes out as it is
-            stream.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for names that are not UTF-8; standard error does so anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main(arguments)
         sys.stdout.flush()  # here, where a full disk can still be told

@@ -93,7 +93,7 @@ class _Guard:
                 where=self.where,
                 expected=f"up to {self.max_pixels / 1e6:.0f} million pixels",
                 found=size,
-                fix="cut it into parts, or scale it down",
+                fix="allow it with --any-size, where a restoration has that option; or scale it down",
             )
 
 

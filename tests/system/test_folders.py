@@ -35,7 +35,8 @@ def make_photos(folder, names):
     for number, name in enumerate(names):
         rng = np.random.default_rng(number)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / name)
+        kind = "JPEG" if name.endswith(".jfif") else None
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / name, kind)
     return folder
 
 
@@ -247,3 +248,126 @@ def test_killed_in_the_middle_and_started_again(bundle_fp32, tmp_path, count):
     for name in names:
         assert read_photo(out / name).size == (64, 64)
     assert sorted(path.name for path in out.glob("*.png")) == names
+
+
+# -- formats, odd names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "magic"), [("jpeg", b"\xff\xd8"), ("webp", b"RIFF"), ("tiff", b"II*")])
+def test_a_folder_is_written_in_the_format_that_is_asked_for(restore, tmp_path, name, magic):
+    photos = make_photos(tmp_path / "photos", ["a.png", "sub/b.jpg"])
+    assert restore(photos, "-o", tmp_path / "out", "--recursive", "--format", name)[0] == 0
+    suffix = {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
+    assert files(tmp_path / "out") == [f"a.{suffix}", f"sub/b.{suffix}"]
+    assert all((tmp_path / "out" / each).read_bytes().startswith(magic) for each in files(tmp_path / "out"))
+    before = (tmp_path / "out" / f"a.{suffix}").stat().st_mtime_ns
+    assert restore(photos, "-o", tmp_path / "out", "--recursive", "--format", name)[0] == 0  # goes on
+    assert (tmp_path / "out" / f"a.{suffix}").stat().st_mtime_ns == before
+
+
+def test_each_photo_may_keep_its_format(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png", "b.JPG", "c.webp", "d.bmp", "e.jfif", "f.jpg", "f.png"])
+    assert restore(photos, "-o", tmp_path / "out", "--format", "same")[0] == 0
+    assert files(tmp_path / "out") == ["a.png", "b.JPG", "c.webp", "d.png", "e.jfif", "f.jpg", "f.png"]
+    assert restore(photos / "b.JPG", "--format", "same")[0] == 0
+    assert (photos / "b.restored.JPG").exists()
+
+
+def test_quality_makes_files_smaller(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    for quality in (30, 95):
+        assert restore(photos, "-o", tmp_path / f"{quality}", "--format", "webp", "--quality", quality)[0] == 0
+    assert restore(photos / "a.png", "-o", tmp_path / "a.jpg", "--quality", 30)[0] == 0
+    small, large = (tmp_path / each / "a.webp" for each in ("30", "95"))
+    assert 2 * small.stat().st_size < large.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.jpg", "--format", "webp"], "another format"),
+        (["-o", "out.png", "--quality", "80"], "no quality to choose"),
+        (["--quality", "80"], "no quality to choose"),
+    ],
+)
+def test_options_that_contradict_each_other_are_told(restore, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos", ["a.png"])
+    status, _, err = restore("photos/a.png", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_a_name_that_is_not_utf8_breaks_no_report_and_no_json(run_restore, bundle_fp32, tmp_path):
+    """ownphotos#112, tarindexer#9."""
+    photos = make_photos(tmp_path / "photos", ["b.png"])
+    odd = os.path.join(os.fsencode(photos), b"caf\xe9.png")
+    os.rename(photos / "b.png", odd)
+    out, page = tmp_path / "out", tmp_path / "report.html"
+    common = ["--bundle", bundle_fp32, "--steps", "1"]
+    done = run_restore(photos, "-o", out, "--report", page, "--json", *common)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout)
+    assert os.fsencode(report["output"]) == os.path.join(os.fsencode(out), b"caf\xe9.png")
+    assert os.listdir(os.fsencode(out)) == [b"caf\xe9.png"]
+    assert "caf" in page.read_text("utf-8")
+    done = run_restore(photos, "-o", out, "--overwrite", *common)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9.png" in done.stdout
+
+
+def test_one_long_name_stops_no_folder(restore, tmp_path):
+    long_name = "x" * 251 + ".png"
+    photos = make_photos(tmp_path / "photos", ["b.png", long_name])
+    status, out, err = restore(photos)
+    assert status == 1
+    assert (photos / "b.restored.png").exists()
+    assert "2 photos: 1 restored, 1 failed" in out
+    assert "the name is too long" in err
+    status, _, err = restore(photos / long_name)
+    assert status == 1
+    assert "the name is too long" in err
+
+
+def test_what_a_format_cannot_hold_is_told_and_left_out(restore, tmp_path, monkeypatch):
+    from PIL import PngImagePlugin
+
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 100_000)
+    Image.open(photos / "a.png").save(photos / "a.png", pnginfo=info)
+    status, _, err = restore(photos / "a.png", "-o", tmp_path / "a.jpg")
+    assert status == 0
+    assert "JPEG cannot hold the text 'workflow'" in err
+
+    def never(*arguments, **changes):
+        raise AssertionError("sampled for a result that cannot be written")
+
+    monkeypatch.setattr(Restorer, "restore", never)
+    Image.new("RGBA", (64, 64), (1, 2, 3, 4)).save(photos / "glass.png")
+    Image.new("RGB", (9000, 8)).save(photos / "wide.png")
+    for name, output, message in (
+        ("glass.png", "glass.jpg", "cannot hold the photo's transparency"),
+        ("wide.png", "wide.webp", "is too large for WebP"),
+    ):
+        status, _, err = restore(photos / name, "-o", tmp_path / output, "--upscale", "2")
+        assert status == 1
+        assert message in err
+
+
+def test_raws_of_a_folder_are_counted(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    (photos / "a.NEF").write_bytes(b"MM\0*")
+    status, _, err = restore(photos, "-o", tmp_path / "out")
+    assert status == 0
+    assert "camera raws in the folders were left out: 1" in err
+
+
+def test_the_guard_asks_for_memory_and_can_be_lifted(restore, tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos", ["a.png"])
+    monkeypatch.setattr(Restorer, "max_photo_pixels", 4000)
+    status, _, err = restore(photos, "-o", tmp_path / "out")
+    assert status == 1
+    assert "is too large" in err
+    assert "--any-size" in err
+    assert restore(photos, "-o", tmp_path / "out", "--any-size")[0] == 0
