@@ -192,7 +192,7 @@ def test_results_do_not_depend_on_their_neighbours(restore, tmp_path):
 
 
 def test_sixteen_bits_come_out_as_sixteen(restore, tmp_path):
-    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the 16bit extra")
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the test extra")
     ramp = np.linspace(0, 65535, 64 * 64 * 3).astype(np.uint16).reshape(64, 64, 3)
     (tmp_path / "in.png").write_bytes(imagecodecs.png_encode(ramp))
     assert restore(tmp_path / "in.png", "-o", tmp_path / "out.png")[0] == 0
