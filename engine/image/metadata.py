@@ -102,10 +102,10 @@ def dress(photo: Photo, blocks: Blocks, carried: Carried) -> Photo:
     if left := (*blocks.left, *(name for name in stale if "Motion" in name or "hdrgm" in name or "damaged" in name)):
         warnings.append(f"what holds for the stored file alone was left out: {', '.join(left)}")
     icc, cicp = photo.icc_profile or blocks.icc, blocks.cicp
-    if cicp is not None and (is_srgb(cicp) or (len(cicp) > 2 and cicp[2] != 0)):
-        cicp = None if is_srgb(cicp) else bytes([*cicp[:2], 0, 1])
+    if cicp is not None:
+        cicp = None if is_srgb(cicp) else bytes([*cicp[:2], 0, cicp[3]])  # the matrix of RGB
     if icc is None and cicp is None:
-        icc = profile_of_gamma(blocks.gamma, blocks.chroma)
+        icc = profile_of_gamma(blocks.gamma, blocks.chroma, grey=photo.grey)
     return replace(
         photo,
         exif=carried.exif,
@@ -156,7 +156,7 @@ def blocks_for(photo: Photo, file_format: Format, note: str) -> tuple[Blocks, tu
     if iptc and not fits("iptc", "its IPTC captions", len(iptc)):
         iptc = None
     if cicp and file_format.limit("cicp") == 0:
-        made = profile_of_code_points(cicp)
+        made = profile_of_code_points(cicp, grey=photo.grey)
         if icc is None and made is None:
             left.append(f"{file_format.name} cannot say what its colours are ({code_point_names(cicp)}): left out")
         icc, cicp = icc or made, None

@@ -44,14 +44,14 @@ def code_point_names(cicp: bytes) -> str:
     return ", ".join(_NAMES.get(code, str(code)) for code in cicp[:2])
 
 
-def profile_of_code_points(cicp: bytes) -> bytes | None:
-    """Return the profile of code points, None if they need what a profile of three curves cannot say, as PQ does."""
+def profile_of_code_points(cicp: bytes, *, grey: bool = False) -> bytes | None:
+    """Return the profile of code points, of grey or of RGB, None if they need what a profile of three curves cannot say, as PQ does."""
     primaries, curve = _PRIMARIES.get(cicp[0]), _CURVES.get(cicp[1])
-    return None if primaries is None or curve is None else _profile(primaries, curve, code_point_names(cicp))
+    return None if primaries is None or curve is None else _profile(primaries, curve, code_point_names(cicp), grey=grey)
 
 
-def profile_of_gamma(gamma: float | None, chroma: Sequence[float] | None) -> bytes | None:
-    """Return the profile of a PNG's gAMA and cHRM, None if they are sRGB's or make no sense."""
+def profile_of_gamma(gamma: float | None, chroma: Sequence[float] | None, *, grey: bool = False) -> bytes | None:
+    """Return the profile of a PNG's gAMA and cHRM, of grey or of RGB, None if they are sRGB's or make no sense."""
     if gamma is None and chroma is None:
         return None
     xy = tuple(chroma) if chroma is not None else _PRIMARIES[1]
@@ -62,13 +62,13 @@ def profile_of_gamma(gamma: float | None, chroma: Sequence[float] | None) -> byt
         return None
     curve = _SRGB_CURVE if usual else (1 / gamma,) if gamma is not None else _SRGB_CURVE
     try:
-        return _profile(xy, curve, "gAMA and cHRM")
+        return _profile(xy, curve, "gAMA and cHRM", grey=grey)
     except (np.linalg.LinAlgError, ZeroDivisionError, struct.error, ValueError, OverflowError):
         return None
 
 
-def _profile(xy: Sequence[float], curve: tuple[float, ...], name: str) -> bytes:
-    """Return a display profile of three primaries and one curve.
+def _profile(xy: Sequence[float], curve: tuple[float, ...], name: str, *, grey: bool) -> bytes:
+    """Return a display profile of three primaries and one curve, or of grey and a curve.
 
     Source: ICC.1:2022, matrix/TRC; adaptation to D50 by Bradford.
     """
@@ -87,9 +87,12 @@ def _profile(xy: Sequence[float], curve: tuple[float, ...], name: str) -> bytes:
         (b"cprt", _text("no copyright")),
         (b"wtpt", _xyz_tag(_D50)),
         (b"chad", b"sf32\0\0\0\0" + b"".join(map(_fixed, adapt.ravel()))),
-        *zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_xyz_tag, columns), strict=True),
-        *((code, trc) for code in (b"rTRC", b"gTRC", b"bTRC")),
     ]
+    if grey:
+        tags.append((b"kTRC", trc))
+    else:
+        tags += zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_xyz_tag, columns), strict=True)
+        tags += [(code, trc) for code in (b"rTRC", b"gTRC", b"bTRC")]
     table, body = struct.pack(">I", len(tags)), b""
     places: dict[bytes, int] = {}
     start = 128 + 4 + 12 * len(tags)
@@ -99,7 +102,7 @@ def _profile(xy: Sequence[float], curve: tuple[float, ...], name: str) -> bytes:
             body += value + bytes(-len(value) % 4)
         table += code + struct.pack(">II", places[value], len(value))
     size = start + len(body)
-    head = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x04300000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x04300000, b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ ")
     head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(24) + bytes(4)
     head += b"".join(map(_fixed, _D50))
     return head.ljust(128, b"\0") + table + body

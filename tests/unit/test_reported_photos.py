@@ -520,6 +520,15 @@ def test_gamma_and_primaries_become_a_profile():
     assert converted(wide, (200, 100, 100)) == pytest.approx((213, 93, 97), abs=2)
 
 
+def test_a_greys_gamma_becomes_a_profile_of_grey():
+    photo = decode_photo(png(gradient()[:, :, 0], [(b"gAMA", struct.pack(">L", 100_000))]))
+    source = ImageCms.ImageCmsProfile(io.BytesIO(photo.icc_profile))
+    assert source.profile.xcolor_space == "GRAY"
+    target = ImageCms.createProfile("sRGB")
+    middle = ImageCms.profileToProfile(Image.new("L", (1, 1), 55), source, target, outputMode="RGB")
+    assert middle.getpixel((0, 0)) == pytest.approx((128, 128, 128), abs=1)
+
+
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -618,3 +627,17 @@ def test_a_result_of_any_size_says_how_it_was_made(tmp_path):
             data = data[:8] + chunk(b"IHDR", struct.pack(">LL", 163_200, 122_400) + data[24:29]) + data[33:]
         (tmp_path / f"result{suffix}").write_bytes(data)
         assert read_provenance(tmp_path / f"result{suffix}") == {"steps": 1}
+
+
+def test_a_tiff_over_four_gigabytes_is_a_bigtiff(monkeypatch):
+    """With the limit set to nothing: the same file, small."""
+    from engine.image import codec
+
+    monkeypatch.setattr(codec, "_CLASSIC_TIFF_BYTES", 0)
+    photo = decode_photo(iptc_jpeg()[0])
+    data = encode_photo(photo, ".tif", {"steps": 1})
+    assert data[:4] == b"II+\0"
+    assert np.array_equal(tifffile.imread(io.BytesIO(data)), np.rint(photo.rgb * 255))
+    again = decode_photo(data)
+    assert again.iptc == photo.iptc
+    assert read_exif(again.exif).children[EXIF].raw(PROVENANCE_TAG) == b'{"steps": 1}\0'
