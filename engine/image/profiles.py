@@ -45,7 +45,7 @@ def code_point_names(cicp: bytes) -> str:
 
 
 def profile_of_code_points(cicp: bytes, *, grey: bool = False) -> bytes | None:
-    """Return the profile of code points, of grey or of RGB, None if they need what a profile of three curves cannot say, as PQ does."""
+    """Return the profile of code points, of grey or of RGB; None where curves do not say it, as for PQ."""
     primaries, curve = _PRIMARIES.get(cicp[0]), _CURVES.get(cicp[1])
     return None if primaries is None or curve is None else _profile(primaries, curve, code_point_names(cicp), grey=grey)
 

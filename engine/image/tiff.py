@@ -110,19 +110,23 @@ def unpack(data: Buffer, directory: Directory) -> Photo:
     """
     width, height, bits = directory.number(WIDTH), directory.number(HEIGHT), directory.number(BITS)
     channels = directory.number(_CHANNELS, 1)
-    row, rows = -(-width * channels * bits // 8), directory.number(_ROWS_PER_STRIP, height)
+    if not 1 <= channels <= 8:
+        raise ValueError(f"{channels} samples a pixel")
+    row, rows = -(-width * channels * bits // 8), max(1, directory.number(_ROWS_PER_STRIP, height))
     stored = np.zeros((height, row), np.uint8)
     places = zip(directory.numbers(_OFFSETS), directory.numbers(_SIZES), strict=True)
-    for top, (place, size) in zip(range(0, height, max(1, rows)), places, strict=True):
+    for top, (place, size) in zip(range(0, height, rows), places, strict=True):
         strip = data[int(place) : int(place + size)]
-        if directory.number(COMPRESSION, 1) != 1:
-            strip = zlib.decompressobj().decompress(strip, rows * row)
         count = min(rows, height - top)
+        if directory.number(COMPRESSION, 1) != 1:
+            strip = zlib.decompressobj().decompress(strip, count * row)
         if len(strip) < count * row:
             raise ValueError(f"strip of {len(strip)} bytes instead of {count * row}")
         stored[top : top + count] = np.frombuffer(strip, np.uint8, count * row).reshape(count, row)
-    samples = np.unpackbits(stored, axis=1, count=width * channels * bits).reshape(height, width, channels, bits)
-    values = samples.astype(np.float32) @ (1 << np.arange(bits)[::-1]).astype(np.float32) / np.float32((1 << bits) - 1)
+    values = np.empty((height, width, channels), np.float32)
+    weights = (1 << np.arange(bits)[::-1]).astype(np.float32) / np.float32((1 << bits) - 1)
+    for line, packed in zip(values, stored, strict=True):  # a row at a time: each bit becomes four bytes
+        line[:] = np.unpackbits(packed, count=width * channels * bits).reshape(width, channels, bits) @ weights
     if directory.number(PHOTOMETRIC) == 0:
         values = 1 - values
     grey = channels < 3
