@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 Image = NDArray[np.float32]
 
 WAVELET_LEVELS = 5
+#: How far a level's low band sees, all levels together.
+_REACH = 2**WAVELET_LEVELS - 1
+#: Rows that are worked on at a time: a large photo's low bands would be three more of it.
+_ROWS = 512
 ADAIN_EPS = 1e-5
 
 
@@ -25,8 +29,16 @@ def wavelet(content: Image, reference: Image) -> Image:
         f32[B,3,H,W]; may leave [-1, 1] slightly.
     Source: StableSR (arXiv 2305.07015), wavelet colour correction: a trous, five levels.
     """
-    # The high band is what the low band leaves, so one subtraction replaces a sum over levels.
-    return content - _low_band(content) + _low_band(reference)
+    fixed, height = np.empty_like(content), content.shape[2]
+    for top in range(0, height, _ROWS):
+        bottom = min(top + _ROWS, height)
+        first = max(0, top - _REACH)
+        seen = slice(first, min(height, bottom + _REACH))
+        part = content[:, :, seen]
+        # The high band is what the low band leaves, so one subtraction replaces a sum over levels.
+        rows = part - _low_band(part) + _low_band(reference[:, :, seen])
+        fixed[:, :, top:bottom] = rows[:, :, top - first : bottom - first]
+    return fixed
 
 
 def adain(content: Image, reference: Image) -> Image:
@@ -40,7 +52,10 @@ def adain(content: Image, reference: Image) -> Image:
     """
     content_mean, content_std = _statistics(content)
     reference_mean, reference_std = _statistics(reference)
-    return (content - content_mean) * (reference_std / content_std) + reference_mean
+    fixed = content - content_mean
+    fixed *= reference_std / content_std
+    fixed += reference_mean
+    return fixed
 
 
 def _low_band(image: Image) -> Image:

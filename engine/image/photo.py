@@ -95,12 +95,12 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     if (pixels.shape[1], pixels.shape[0]) == size:
         return pixels
     channels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    planes = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(channels[:, :, index])).resize(size, Image.Resampling.BICUBIC))
-        for index in range(channels.shape[2])
-    ]
-    stacked = np.stack(planes, axis=2).clip(0.0, 1.0)
-    return stacked[:, :, 0] if pixels.ndim == 2 else stacked
+    resized = np.empty((size[1], size[0], channels.shape[2]), np.float32)
+    for index in range(channels.shape[2]):
+        plane = Image.fromarray(np.ascontiguousarray(channels[:, :, index]))
+        resized[:, :, index] = np.asarray(plane.resize(size, Image.Resampling.BICUBIC))
+    np.clip(resized, 0.0, 1.0, out=resized)
+    return resized[:, :, 0] if pixels.ndim == 2 else resized
 
 
 def lying(upright: NDArray[Any], orientation: int) -> NDArray[Any]:

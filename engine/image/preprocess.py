@@ -82,19 +82,25 @@ def fix_colors(restored: Pixels, stage1: Pixels | None, kind: ColorFix) -> Pixel
 
 def to_network(rgb: Pixels) -> Pixels:
     """Return f32[3, H, W] in [-1, 1] for f32[H, W, 3] in [0, 1]."""
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
+    pixels = np.array(rgb.transpose(2, 0, 1), np.float32, order="C")  # a copy, which may be changed
+    pixels *= np.float32(2.0)
+    pixels -= np.float32(1.0)
+    return pixels
 
 
 def postprocess(pixels: Pixels, source: Photo, size: Size) -> Photo:
     """Return f32[3, H, W] in [-1, 1] as a photo of (width, height) `size`, with its source's other data."""
-    rgb = (np.ascontiguousarray(pixels.transpose(1, 2, 0)) + np.float32(1.0)) * np.float32(0.5)
-    if not np.isfinite(rgb).all():
+    rgb = np.array(pixels.transpose(1, 2, 0), np.float32, order="C")  # a copy, which may be changed
+    rgb += np.float32(1.0)
+    rgb *= np.float32(0.5)
+    if not all(np.isfinite(row).all() for row in rgb):
         raise RestoreError(
             "the networks gave values that are not finite",
             fix="build the bundle with --precision fp32, and check the checkpoints",
         )
     alpha = None if source.alpha is None else resize(source.alpha, size)
-    return replace(source, rgb=resize(rgb.clip(0.0, 1.0), size), alpha=alpha)
+    np.clip(rgb, 0.0, 1.0, out=rgb)
+    return replace(source, rgb=resize(rgb, size), alpha=alpha)
 
 
 Size = tuple[int, int]

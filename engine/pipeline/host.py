@@ -114,11 +114,15 @@ class HostExecutor:
     ) -> dict[str, Pixels]:
         """Run a plan; see `Executor.run`."""
         values: dict[str, Any] = {"lq": lq}
+        del lq
         for operation in plan.operations:
             if operation.kind == "vae":
                 (graph,), (source,), (target,) = operation.graphs, operation.reads, operation.writes
-                image, mode = values[source], plan.vae_mode
+                # Nothing else reads the photo's pixels, which are given back once they are encoded.
+                image = values.pop(source) if source == "lq" else values[source]
+                mode = plan.vae_mode
                 values[target] = self._run_vae(graph, image, operation.name, mode, listener.on_tile, times)
+                del image
             elif operation.kind == "text":
                 values["conditioning"] = self.encode_texts(plan.texts, times=times)
             elif operation.kind == "steps":

@@ -20,7 +20,7 @@ from engine.backends.base import Backend
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.errors import BackendError, DoesNotFitError, UsageError
-from engine.image.photo import Photo
+from engine.image.photo import Photo, Pixels
 from engine.image.preprocess import (
     PhotoLike,
     Size,
@@ -338,7 +338,7 @@ class Restorer:
         with times.outside("everything else"):
             for on_photos, group in groupby(plan.operations, key=lambda operation: operation.kind == "photo"):
                 if not on_photos:
-                    values.update(self._executor.run(plan, values["lq"], noise, listener, times))
+                    values.update(self._executor.run(plan, values.pop("lq"), noise, listener, times))
                     continue
                 for operation in group:
                     (target,) = operation.writes
@@ -350,7 +350,7 @@ class Restorer:
         """Return the function of an operation on photos."""
         settings = plan.settings
         functions: dict[str, Callable[..., Any]] = {
-            "resize in": lambda photos: np.stack([preprocess(photo, plan.size) for photo in photos]),
+            "resize in": lambda photos: _stacked([preprocess(photo, plan.size) for photo in photos]),
             "color fix": lambda pixels, stage1: fix_colors(pixels, stage1, settings.color_fix),
             "resize out": lambda pixels, photos: [
                 postprocess(each, photo, result_size(photo.size, settings.upscale))
@@ -358,3 +358,8 @@ class Restorer:
             ],
         }
         return functions[operation.name]
+
+
+def _stacked(arrays: list[Pixels]) -> Pixels:
+    """Return arrays as one with an axis more; one alone is not copied, for it may be large."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
