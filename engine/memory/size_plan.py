@@ -1,7 +1,7 @@
 """Whole, in tiles, or not at all: how a photo of a size is restored, by what memory holds.
 
 Arithmetic on shapes, so that it is known before anything is loaded. What ONNX Runtime needs beside the weights
-is bounded from above: what a guess misses ends as "out of memory", and the next smaller plan is tried once.
+is bounded from above: what a guess misses ends as "out of memory", and smaller plans are tried until none is left.
 """
 
 from __future__ import annotations

@@ -290,22 +290,21 @@ class Restorer:
         self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
     ) -> list[Restored]:
         notes: list[str] = []
-        smaller: RestorationPlan | None = None
-        try:
-            photos, times = self._attempt(sources, plan, noise, listener)
-        except (BackendError, MemoryError) as error:
-            smaller = self._smaller(plan) if is_out_of_memory(error) else None
-            if smaller is None:
-                raise
-        # Outside the handler: what the failed attempt held in its frames is free now.
-        if smaller is not None:
+        while True:
+            try:
+                photos, times = self._attempt(sources, plan, noise, listener)
+                break
+            except (BackendError, MemoryError) as error:
+                smaller = self._smaller(plan) if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # Outside the handler: what the failed attempt held in its frames is free now.
             notes.append(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
-            listener.on_note(notes[0])
+            listener.on_note(notes[-1])
             if self._session is not None:
                 self._session.close()
             self._runners.close()
             plan = smaller
-            photos, times = self._attempt(sources, plan, noise, listener)
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):
             used = plan.settings.updated({"seed": seed})
