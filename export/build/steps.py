@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, Field
 
+from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import (
     FORMAT,
     MANIFEST,
@@ -45,7 +46,7 @@ from export.checkpoint.architecture import sinusoid_frequencies
 from export.checkpoint.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
 from export.graphs.pack import pack
 from export.graphs.traces import Trace
-from export.graphs.vae_segments import write_pieces
+from export.graphs.vae_segments import cut, write_pieces
 from export.trt.compile import compile_plan
 
 _STATE = "state.json"
@@ -221,7 +222,7 @@ def _pack_and_verify(
     trace = traced(planned)
     file = partial / f"{spec.name}.onnx"
     onnx.save(pack(trace.structure, spec, plan.layout.weights), file)
-    pieces, pieces_file = _write_pieces(planned, partial, plan.layout.weights)
+    pieces, pieces_file = _write_pieces(spec, trace, partial, plan.layout.weights)
     progress.stage(f"verifying {spec.name}")
     run = try_graph(planned.definition, file, None if pieces_file is None else (pieces, pieces_file))
     agreement, expected = None, run.outputs
@@ -276,14 +277,15 @@ def _given(trace: Trace | None) -> Trace:
 
 
 def _write_pieces(
-    planned: PlannedGraph, partial: Path, weights: Mapping[str, Weight]
+    spec: GraphSpec, trace: Trace, partial: Path, weights: Mapping[str, Weight]
 ) -> tuple[tuple[Piece, ...], Path | None]:
     """Write a graph's pieces, if it has some; returns them and their file."""
-    if not planned.pieces:
+    pieces = cut(spec, trace.structure)
+    if not pieces:
         return (), None
-    file = partial / f"{planned.definition.name}.pieces.zip"
-    write_pieces(planned.pieces, file, weights)
-    return tuple(each.piece for each in planned.pieces), file
+    file = partial / f"{spec.name}.pieces.zip"
+    write_pieces(pieces, file, weights)
+    return tuple(each.piece for each in pieces), file
 
 
 def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> TrtEngine | None:

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from engine.backends.ort import OrtBackend
 from engine.backends.runners import Runners
 from engine.bundle.graphspec import resolve
 from engine.bundle.manifest import open_bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BuildError, BundleError
 from engine.memory.vae_slices import _BESIDE_BYTES, SlicedVae, _Bands, _shapes, peak_bytes, run_slices
 from engine.recipe import GRAPHS, RECIPE
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
 from export.graphs.traces import SHIPPED, read_trace, trace_file
-from export.graphs.vae_segments import cut, pieces_key
+from export.graphs.vae_segments import cut
 
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 
@@ -38,8 +39,15 @@ def sdxl():
 
 
 def cut_sdxl(graph, precision):
-    definition = graph_definitions(infer_architecture(our_shapes(FULL)), precision, 49407)[graph]
-    return cut(definition.spec, read_trace(trace_file(SHIPPED / "sdxl", definition)).provenance.parameters)
+    return cut(sdxl_definition(graph, precision).spec, traced_sdxl(graph, precision).structure)
+
+
+def traced_sdxl(graph, precision):
+    return read_trace(trace_file(SHIPPED / "sdxl", sdxl_definition(graph, precision)))
+
+
+def sdxl_definition(graph, precision):
+    return graph_definitions(infer_architecture(our_shapes(FULL)), precision, 49407)[graph]
 
 
 def shape_of(graph, height, width):
@@ -140,8 +148,35 @@ def test_the_input_is_not_changed_and_a_piece_is_closed_behind_its_bands(bundle_
 def test_a_graph_in_bf16_has_no_pieces_and_other_graphs_have_none():
     assert all(not cut_sdxl(graph, "bf16") for graph in GRAPHS)
     assert cut_sdxl("unet", "fp16") == ()
-    assert pieces_key(()) is None
-    assert pieces_key(cut_sdxl("vae_encoder", "fp32")) != pieces_key(cut_sdxl("denoise_encoder", "fp32"))
+
+
+def test_every_parameter_is_in_a_piece(sdxl):
+    """In one; but attention's three projections all begin with its norm."""
+    for graph in VAE_GRAPHS:
+        structure = traced_sdxl(graph, "fp32").structure
+        read = Counter(
+            value.name
+            for cut_piece in cut(sdxl_definition(graph, "fp32").spec, structure)
+            for value in cut_piece.structure.graph.input[len(cut_piece.piece.spec.inputs) :]
+        )
+        assert set(read) == {value.name for value in structure.graph.input[1:]}
+        for name, times in read.items():
+            assert times == (3 if "attentions.0.group_norm" in name else 1)
+
+
+def test_cutting_leaves_the_trace_as_it_is():
+    structure = traced_sdxl("vae_decoder", "fp32").structure
+    before = structure.SerializeToString(deterministic=True)
+    cut(sdxl_definition("vae_decoder", "fp32").spec, structure)
+    assert structure.SerializeToString(deterministic=True) == before
+
+
+def test_attention_that_is_traced_in_another_way_is_an_error():
+    structure = traced_sdxl("vae_decoder", "fp32").structure
+    next(node for node in structure.graph.node if node.op_type == "Softmax").input[0] = "z"
+    with pytest.raises(BuildError, match=r"the graph cannot be cut into pieces") as caught:
+        cut(sdxl_definition("vae_decoder", "fp32").spec, structure)
+    assert "vae_decoder: 'z'" in str(caught.value)
 
 
 def test_the_pieces_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32, tmp_path):

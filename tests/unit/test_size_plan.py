@@ -38,8 +38,8 @@ def sdxl():
     """What a bundle of real checkpoints says of its shapes and defaults."""
     graphs = {}
     for name, definition in graph_definitions(infer_architecture(our_shapes(FULL)), "fp16", 49407).items():
-        parameters = read_trace(trace_file(SHIPPED / "sdxl", definition)).provenance.parameters
-        pieces = tuple(each.piece for each in cut(definition.spec, parameters))
+        structure = read_trace(trace_file(SHIPPED / "sdxl", definition)).structure
+        pieces = tuple(each.piece for each in cut(definition.spec, structure))
         graphs[name] = SimpleNamespace(spec=definition.spec, pieces=pieces)
     return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
 
