@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from engine.bundle.graphspec import GraphSpec, resolve
-from engine.bundle.manifest import Bundle, Piece
+from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
 from engine.errors import BackendError
 
@@ -76,15 +76,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class PieceBackend(Protocol):
-    """Opens the pieces of graphs as well; see `engine.memory.vae_slices`."""
+class SegmentBackend(Protocol):
+    """Opens the segments of graphs as well; see `engine.memory.vae_slices`."""
 
-    def open_piece(self, file: Path, piece: Piece) -> AbstractContextManager[Runner]:
-        """Open a piece for as long as it runs.
+    def open_segment(self, file: Path, segment: VaeSegment) -> AbstractContextManager[Runner]:
+        """Open a segment for as long as it runs.
 
         Args:
-            file: the pieces' file, the weights beside it.
-            piece: of the graph.
+            file: the segments' file, the weights beside it.
+            segment: of the graph.
         Raises:
             BundleError: the file does not hold it.
             BackendError: the backend cannot run it.

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from engine.backends.base import Runner
 from engine.bundle.graphspec import GraphSpec
-from engine.bundle.manifest import Bundle, Piece
+from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
 from engine.errors import BackendError, BundleError, OutOfMemoryError, first_line
 from engine.units import format_bytes
@@ -62,17 +62,17 @@ class OrtBackend:
         return OrtRunner(open_session(file, ["CPUExecutionProvider"], options, without=_WITHOUT), spec)
 
     @contextmanager
-    def open_piece(self, file: Path, piece: Piece) -> Iterator[Runner]:
-        """Open one of a graph's pieces for as long as it runs; see `PieceBackend`."""
+    def open_segment(self, file: Path, segment: VaeSegment) -> Iterator[Runner]:
+        """Open one of a graph's segments for as long as it runs; see `SegmentBackend`."""
         try:
             with zipfile.ZipFile(file) as archive:
-                graph = archive.read(piece.file_name)
+                graph = archive.read(segment.file_name)
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise BundleError("a piece of a graph cannot be read", where=file, found=str(error)) from error
-        options = self._options(piece.spec)
+            raise BundleError("a segment of a graph cannot be read", where=file, found=str(error)) from error
+        options = self._options(segment.spec)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-        session = open_session(graph, ["CPUExecutionProvider"], options, name=piece.spec.name, without=_WITHOUT)
-        runner = OrtRunner(session, piece.spec)
+        session = open_session(graph, ["CPUExecutionProvider"], options, name=segment.spec.name, without=_WITHOUT)
+        runner = OrtRunner(session, segment.spec)
         try:
             yield runner
         finally:

@@ -28,9 +28,9 @@ from engine.errors import BundleError
 from engine.recipe import GRAPHS
 from engine.settings import Settings
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
-#: Inputs of a piece with a norm: the map's mean, and 1 / √(variance + ε).
+#: Inputs of a segment with a norm: the map's mean, and 1 / √(variance + ε).
 STATISTICS = ("mean", "inverse")
 REBUILD = "build it again: python export/build_engines.py --output {path}"
 
@@ -95,7 +95,7 @@ class TrtEngine(_Model):
 
 
 class Norm(_Model):
-    """A group norm that a piece begins with: it is given the statistics of the whole map.
+    """A group norm that a segment begins with: it is given the statistics of the whole map.
 
     Attributes:
         map: its name.
@@ -108,13 +108,13 @@ class Norm(_Model):
     eps: float
 
 
-class Piece(_Model):
+class VaeSegment(_Model):
     """A part of a graph that is exact on a few rows of an image; `engine.memory.vae_slices` runs one after the other.
 
     Attributes:
-        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one piece
-            gives and another takes. Behind the maps a piece with a norm takes `STATISTICS`, f32[B,C,1,1] each.
-        norm: that the piece begins with, if it does.
+        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one segment
+            gives and another takes. Behind the maps a segment with a norm takes `STATISTICS`, f32[B,C,1,1] each.
+        norm: that the segment begins with, if it does.
         halo: rows above and below its own that it must see of a map, in the map's rows.
         whole: maps that it must see as a whole.
     """
@@ -131,7 +131,7 @@ class Piece(_Model):
 
     @property
     def file_name(self) -> str:
-        """Its graph's name in the file of pieces."""
+        """Its graph's name in the file of segments."""
         return f"{self.spec.name}.onnx"
 
 
@@ -141,8 +141,8 @@ class Graph(_Model):
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
         parity_sample: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
-        pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
-        pieces_file: a zip file of the pieces' graphs.
+        segments: the same graph cut into segments, in the order in which they run; none where it cannot be.
+        segments_file: a zip file of the segments' graphs.
     """
 
     spec: GraphSpec
@@ -151,14 +151,14 @@ class Graph(_Model):
     weights_bytes: int
     plan: TrtEngine | None = None
     parity_sample: File | None = None
-    pieces: tuple[Piece, ...] = ()
-    pieces_file: File | None = None
+    segments: tuple[VaeSegment, ...] = ()
+    segments_file: File | None = None
 
     @property
     def files(self) -> tuple[File, ...]:
         """Its files in the bundle's folder."""
         plan = None if self.plan is None else self.plan.file
-        return tuple(file for file in (self.file, plan, self.parity_sample, self.pieces_file) if file is not None)
+        return tuple(file for file in (self.file, plan, self.parity_sample, self.segments_file) if file is not None)
 
 
 class Tokenizer(_Model):
@@ -255,9 +255,9 @@ class Bundle:
         return self.pixels_per_cell * self.spec("unet").multiples["h"]
 
     @property
-    def has_pieces(self) -> bool:
-        """Tell whether the VAE's graphs come in pieces too."""
-        return all(self.manifest.graphs[graph].pieces for graph in self.vae_graphs)
+    def has_segments(self) -> bool:
+        """Tell whether the VAE's graphs come as segments too."""
+        return all(self.manifest.graphs[graph].segments for graph in self.vae_graphs)
 
     @property
     def vae_graphs(self) -> tuple[str, ...]:

@@ -191,7 +191,7 @@ class Restorer:
         candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
         # What the settings leave open may be smaller still; what they ask for is done, or refused.
         if recorded is None and settings.tile == "auto" and settings.vae_tiles == "auto":
-            smaller = candidates[-1].smaller(self.bundle, size, by_rows=False)
+            smaller = candidates[-1].smaller(self.bundle, size, in_slices=False)
             candidates += [] if smaller is None else [smaller]
         plan = make_plan(self.bundle, prompts, size, settings, candidates[0], photos)
         error: DoesNotFitError | None = None
@@ -316,7 +316,7 @@ class Restorer:
 
     def _smaller(self, plan: RestorationPlan) -> RestorationPlan | None:
         """Return the plan to try where memory has run out, None if there is none."""
-        size_plan = plan.size_plan.smaller(self.bundle, plan.size, by_rows=self._session is None)
+        size_plan = plan.size_plan.smaller(self.bundle, plan.size, in_slices=self._session is None)
         if size_plan is None:
             return None
         smaller = plan.with_size_plan(self.bundle, size_plan)

@@ -1,8 +1,8 @@
-"""The VAE's graphs cut into pieces, each exact on a few rows of an image; `engine.memory.vae_slices` runs them.
+"""The VAE's graphs cut into segments, each exact on a few rows of an image; `engine.memory.vae_slices` runs them.
 
 A convolution needs its neighbours' rows, a norm the whole image's mean and deviation, attention every cell. So a
-trace is cut before each norm, whose statistics a piece is given, before each change of resolution, and around
-attention. Whether the pieces add up to the graph is measured in every build (`export.build.trial`).
+trace is cut before each norm, whose statistics a segment is given, before each change of resolution, and around
+attention. Whether the segments add up to the graph is measured in every build (`export.build.trial`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engine.bundle.graphspec import PRECISION_DTYPES, Axis, GraphSpec, TensorSpec
-from engine.bundle.manifest import STATISTICS, Norm, Piece
+from engine.bundle.manifest import STATISTICS, Norm, VaeSegment
 from engine.errors import BuildError
 from export.build.weights import Weight
 from export.graphs.pack import ONNX_TYPES, pack
@@ -30,15 +30,15 @@ _COLUMN = helper.make_tensor("column", TensorProto.INT64, [4], [0, 0, -1, 1])
 
 
 @dataclass(frozen=True, eq=False)
-class PieceStructure:
-    """A piece, and its graph without weights: inputs as in its spec, then one input per parameter."""
+class TracedSegment:
+    """A segment, and its graph without weights: inputs as in its spec, then one input per parameter."""
 
-    piece: Piece
+    segment: VaeSegment
     structure: onnx.ModelProto
 
 
-def cut(spec: GraphSpec, structure: onnx.ModelProto) -> tuple[PieceStructure, ...]:
-    """Return the pieces of a graph of the VAE, in the order in which they run; () for another graph.
+def cut(spec: GraphSpec, structure: onnx.ModelProto) -> tuple[TracedSegment, ...]:
+    """Return the segments of a graph of the VAE, in the order in which they run; () for another graph.
 
     A graph in bf16 has none: no CPU provider runs it.
 
@@ -51,26 +51,26 @@ def cut(spec: GraphSpec, structure: onnx.ModelProto) -> tuple[PieceStructure, ..
     if spec.role != "vae" or spec.precision == "bf16":
         return ()
     try:
-        return tuple(_Cutter(spec, structure).pieces())
+        return tuple(_Cutter(spec, structure).segments())
     except KeyError as error:
         fix = "this is a bug, or an unsupported version of torch or onnxscript: please report it"
-        raise BuildError("the graph cannot be cut into pieces", where=f"{spec.name}: {error}", fix=fix) from error
+        raise BuildError("the graph cannot be cut into segments", where=f"{spec.name}: {error}", fix=fix) from error
 
 
-def write_pieces(pieces: Iterable[PieceStructure], file: Path, weights: Mapping[str, Weight]) -> None:
-    """Write the pieces' graphs into one file, each under its spec's name.
+def write_segments(segments: Iterable[TracedSegment], file: Path, weights: Mapping[str, Weight]) -> None:
+    """Write the segments' graphs into one file, each under its spec's name.
 
     Args:
-        pieces: from `cut`.
+        segments: from `cut`.
         file: a zip file, which is written.
         weights: where each tensor lies in the weights file beside it.
     Raises:
         BuildError: a parameter is not among the weights.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for each in pieces:
-            model = pack(each.structure, each.piece.spec, weights)
-            entry = zipfile.ZipInfo(each.piece.file_name, _NO_DATE)
+        for traced in segments:
+            model = pack(traced.structure, traced.segment.spec, weights)
+            entry = zipfile.ZipInfo(traced.segment.file_name, _NO_DATE)
             archive.writestr(entry, model.SerializeToString(deterministic=True), zipfile.ZIP_DEFLATED)
 
 
@@ -93,9 +93,9 @@ class _Cutter:
         self._producers = {name: node for node in self._nodes for name in node.output}
         self._maps = {tensor.name: _with_axes(tensor, "h", "w") for tensor in spec.inputs}
 
-    def pieces(self) -> Iterator[PieceStructure]:
-        """Yield the pieces, each with the map of the next cut as its result."""
-        return (self._piece(name) for name in self._producers if name in self._cuts)
+    def segments(self) -> Iterator[TracedSegment]:
+        """Yield the segments, each with the map of the next cut as its result."""
+        return (self._segment(name) for name in self._producers if name in self._cuts)
 
     def _rewritten(self, nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
         """Yield the nodes: norms take `STATISTICS`, and what attention takes and gives is also there as a map."""
@@ -155,13 +155,13 @@ class _Cutter:
             name = node.output[0]
         return node
 
-    def _piece(self, name: str) -> PieceStructure:
-        """Return the piece that gives the map `name`."""
+    def _segment(self, name: str) -> TracedSegment:
+        """Return the segment that gives the map `name`."""
         nodes = self._nodes_for(name)
         read = list(dict.fromkeys(value for node in nodes if node.op_type != "Shape" for value in node.input))
         maps = [self._maps[value] for value in read if value in self._maps]
         for node in nodes:
-            if node.op_type == "Shape":  # a trace asks the first map of a size; a piece asks its own
+            if node.op_type == "Shape":  # a trace asks the first map of a size; a segment asks its own
                 node.input[0] = maps[0].name
         halo, scale = self._halo_and_scale(nodes)
         result = self._result(name)
@@ -169,12 +169,12 @@ class _Cutter:
         result = _with_axes(result, _scaled("h", scale), _scaled("w", scale))
         whole: tuple[str, ...] = ()
         if any(node.op_type == "Softmax" for node in nodes):  # the queries of some cells meet all keys and values
-            whole = tuple(each.name for each in maps[1:])
-            maps[0], result = (_with_axes(each, "n", 1) for each in (maps[0], result))
-        norm = next((self._norms[each] for node in nodes for each in node.output if each in self._norms), None)
+            whole = tuple(tensor.name for tensor in maps[1:])
+            maps[0], result = (_with_axes(tensor, "n", 1) for tensor in (maps[0], result))
+        norm = next((self._norms[value] for node in nodes for value in node.output if value in self._norms), None)
         if norm is not None:
             shape = (*self._maps[norm.map].shape[:2], 1, 1)
-            maps += [TensorSpec(name=each, dtype="float32", shape=shape) for each in STATISTICS]
+            maps += [TensorSpec(name=statistic, dtype="float32", shape=shape) for statistic in STATISTICS]
         update = {"name": f"{self._spec.name}.{name}", "inputs": tuple(maps), "outputs": (result,), "multiples": {}}
         spec = self._spec.model_copy(update=update)
         parameters = [self._parameters[value] for value in read if value in self._parameters]
@@ -183,7 +183,7 @@ class _Cutter:
         graph = helper.make_graph(nodes, spec.name, inputs, [_value_info(result)], constants)
         opsets, version = self._structure.opset_import, self._structure.ir_version
         model = helper.make_model(graph, opset_imports=opsets, ir_version=version)
-        return PieceStructure(Piece(spec=spec, norm=norm, halo=halo, whole=whole), model)
+        return TracedSegment(VaeSegment(spec=spec, norm=norm, halo=halo, whole=whole), model)
 
     def _nodes_for(self, name: str) -> list[NodeProto]:
         """Return the nodes that make a map of those of earlier cuts."""
@@ -209,17 +209,17 @@ class _Cutter:
         return TensorSpec(name=name, dtype=PRECISION_DTYPES[self._spec.precision], shape=("B", channels, "h", "w"))
 
     def _halo_and_scale(self, nodes: Iterable[NodeProto]) -> tuple[tuple[int, int], Fraction]:
-        """Return the rows that are seen above and below a band's own, and rows of the result per row of a map."""
+        """Return the rows that are seen above and below a slice's own, and rows of the result per row of a map."""
         above, below, scale = Fraction(0), Fraction(0), Fraction(1)
         for node in nodes:
             if node.op_type == "Conv":
                 kernel, stride, padding = (
-                    helper.get_node_attr_value(node, each)[0] for each in ("kernel_shape", "strides", "pads")
+                    helper.get_node_attr_value(node, attribute)[0] for attribute in ("kernel_shape", "strides", "pads")
                 )
                 above += padding / scale
                 below += (kernel - stride - padding) / scale
             scale *= self._scale(node)
-        step = max(1, int(1 / scale))  # where rows are halved, bands begin and end at even ones
+        step = max(1, int(1 / scale))  # where rows are halved, slices begin and end at even ones
         return (step * math.ceil(above / step), step * math.ceil(below / step)), scale
 
     def _scale(self, node: NodeProto) -> Fraction:

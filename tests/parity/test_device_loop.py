@@ -438,7 +438,7 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     with pytest.raises(DoesNotFitError):  # what was asked for is done or refused, never made smaller in silence
         plan_on(8 + 16 + 2, tile="off", vae_tiles="off")
     assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
-    with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
+    with pytest.raises(UsageError, match="the VAE works in slices on the CPU only"):
         plan_on(1000, vae_tiles="exact")
     with pytest.raises(UsageError, match="tiles of this size do not exist"):
         plan_on(1000, tile=100)

@@ -94,24 +94,24 @@ def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
     )
 
 
-@pytest.mark.parametrize("band_bytes", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("slice_bytes", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("fixture", ["bundle_fp32", "bundle_fp16"])
-def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
-    """To rounding, whatever the bands are: two rows each, some, or everything at once."""
+def test_the_vae_in_slices_is_exact(request, fixture, latents, slice_bytes):
+    """To rounding, whatever the slices are: two rows each, some, or everything at once."""
     with Restorer.open(request.getfixturevalue(fixture)) as restorer:
         pixels = restorer.stages.decode(latents)
         whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
-        rows = {"vae_mode": SlicedVae(band_bytes), "on_tile": lambda *at: told.append(at)}
-        by_rows = [
-            restorer.stages.decode(latents, **rows),
-            restorer.stages.encode_clean(pixels, **rows),
-            restorer.stages.encode(pixels, **rows),
+        sliced = {"vae_mode": SlicedVae(slice_bytes), "on_tile": lambda *at: told.append(at)}
+        in_slices = [
+            restorer.stages.decode(latents, **sliced),
+            restorer.stages.encode_clean(pixels, **sliced),
+            restorer.stages.encode(pixels, **sliced),
         ]
-    for found, expected in zip(by_rows, whole, strict=True):
-        assert found.shape == expected.shape
-        assert found.dtype == expected.dtype
-        assert relative_l2(found, expected) < 1e-5
+    for result, expected in zip(in_slices, whole, strict=True):
+        assert result.shape == expected.shape
+        assert result.dtype == expected.dtype
+        assert relative_l2(result, expected) < 1e-5
     for stage in {stage for stage, _, _ in told}:
         done = [(done, total) for name, done, total in told if name == stage]
         assert done == [(index + 1, len(done)) for index in range(len(done))]
@@ -119,16 +119,16 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
 
 def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
     both = np.concatenate([latents, latents * 3 + 1])
-    by_rows = restorer.stages.decode(both, vae_mode=SlicedVae(1))
-    assert relative_l2(by_rows, restorer.stages.decode(both)) < 1e-5
-    assert relative_l2(by_rows[1:], restorer.stages.decode(both[1:])) < 1e-5
+    in_slices = restorer.stages.decode(both, vae_mode=SlicedVae(1))
+    assert relative_l2(in_slices, restorer.stages.decode(both)) < 1e-5
+    assert relative_l2(in_slices[1:], restorer.stages.decode(both[1:])) < 1e-5
 
 
-def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):
+def test_a_photo_restored_in_slices_is_the_photo(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
-    by_rows = restorer.restore(photo, **STEPS, vae_tiles="exact")
-    assert recorded_size_plan(by_rows.provenance, (192, 128)) == SizePlan(vae_by_rows=True)
-    np.testing.assert_allclose(by_rows.photo.rgb, whole.photo.rgb, atol=1e-4)
+    in_slices = restorer.restore(photo, **STEPS, vae_tiles="exact")
+    assert recorded_size_plan(in_slices.provenance, (192, 128)) == SizePlan(vae_in_slices=True)
+    np.testing.assert_allclose(in_slices.photo.rgb, whole.photo.rgb, atol=1e-4)
 
 
 @pytest.fixture
@@ -160,8 +160,8 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried(short_of_memory, p
     assert len(refused) == 1
     assert notes == list(result.notes) == result.provenance["notes"]
     assert notes[0].startswith("out of memory (sampled whole, decoded whole); tried again: ")
-    assert notes[0].endswith("sampled in tiles of 128 pixels, decoded by rows")
-    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128, vae_by_rows=True)
+    assert notes[0].endswith("sampled in tiles of 128 pixels, decoded in slices")
+    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128, vae_in_slices=True)
     again = restorer.restore(photo, plan=restorer.plan((192, 128), result.settings, like=result.provenance))
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
@@ -243,7 +243,7 @@ def test_a_plan_is_made_for_the_memory_that_is_left_and_stays(monkeypatch, bundl
         settings = restorer.defaults.updated({"min_size": 1024})
         first, second = (restorer.plan((1024, 1024), settings) for _ in range(2))
     assert first == second
-    assert first.size_plan.vae_by_rows
+    assert first.size_plan.vae_in_slices
     monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: 16 * 10**9)
     with Restorer.open(bundle_fp32) as restorer:
-        assert not restorer.plan((1024, 1024), settings).size_plan.vae_by_rows
+        assert not restorer.plan((1024, 1024), settings).size_plan.vae_in_slices

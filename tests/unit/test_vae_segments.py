@@ -1,4 +1,4 @@
-"""A VAE graph in pieces: bands cover a map, memory is what was said, files are equal where bundles are."""
+"""The VAE's segments: slices cover a map, memory is what was said, files are equal where bundles are."""
 
 import math
 import tracemalloc
@@ -20,7 +20,7 @@ from engine.backends.runners import Runners
 from engine.bundle.graphspec import resolve
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, BuildError, BundleError
-from engine.memory.vae_slices import _BESIDE_BYTES, SlicedVae, _Bands, _shapes, peak_bytes, run_slices
+from engine.memory.vae_slices import _BESIDE_BYTES, SlicedVae, _shapes, _Slices, peak_bytes, run_slices
 from engine.recipe import GRAPHS, RECIPE
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
@@ -29,13 +29,13 @@ from export.graphs.vae_segments import cut
 
 FULL = Path(__file__).parents[1] / "data" / "full_manifest.json"
 
-VAE_GRAPHS = sorted({graph for each in RECIPE if each.kind == "vae" for graph in each.graphs})
+VAE_GRAPHS = sorted({graph for operation in RECIPE if operation.kind == "vae" for graph in operation.graphs})
 
 
 @pytest.fixture(scope="module")
 def sdxl():
-    """SDXL's VAE in pieces, by its graphs' names."""
-    return {graph: tuple(each.piece for each in cut_sdxl(graph, "fp32")) for graph in VAE_GRAPHS}
+    """SDXL's VAE in segments, by its graphs' names."""
+    return {graph: tuple(entry.segment for entry in cut_sdxl(graph, "fp32")) for graph in VAE_GRAPHS}
 
 
 def cut_sdxl(graph, precision):
@@ -54,51 +54,51 @@ def shape_of(graph, height, width):
     return (1, 4, height // 8, width // 8) if graph == "vae_decoder" else (1, 3, height, width)
 
 
-def test_the_pieces_are_a_chain_that_begins_and_ends_as_the_graph(sdxl):
-    for graph, pieces in sdxl.items():
+def test_the_segments_are_a_chain_that_begins_and_ends_as_the_graph(sdxl):
+    for graph, segments in sdxl.items():
         known = {"z" if graph == "vae_decoder" else "pixels"}
-        for piece in pieces:
-            maps = set(piece.maps)
+        for segment in segments:
+            maps = set(segment.maps)
             assert maps <= known
-            assert (piece.norm is not None) == (len(piece.spec.inputs) == len(maps) + 2)
-            assert piece.norm is None or piece.norm.map in maps
-            known |= {tensor.name for tensor in piece.spec.outputs}
-        assert pieces[-1].spec.outputs[0].name == ("pixels" if graph == "vae_decoder" else "z")
-        shapes = _shapes(pieces, shape_of(graph, 128, 192))
+            assert (segment.norm is not None) == (len(segment.spec.inputs) == len(maps) + 2)
+            assert segment.norm is None or segment.norm.map in maps
+            known |= {tensor.name for tensor in segment.spec.outputs}
+        assert segments[-1].spec.outputs[0].name == ("pixels" if graph == "vae_decoder" else "z")
+        shapes = _shapes(segments, shape_of(graph, 128, 192))
         assert shapes["pixels"] == (1, 3, 128, 192)
         assert shapes["z"] == (1, 4, 16, 24)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**22), st.sampled_from(VAE_GRAPHS))
-def test_bands_cover_every_row_once_and_see_what_they_need(sdxl, height, width, band_bytes, graph):
-    pieces = sdxl[graph]
-    shapes = _shapes(pieces, shape_of(graph, 8 * height, 8 * width))
-    for piece in pieces:
-        bands = _Bands(piece, shapes, SlicedVae(band_bytes))
-        result = shapes[piece.spec.outputs[0].name]
-        source = shapes[piece.spec.inputs[0].name]
-        rows, source_rows = (math.prod(shape[2:]) if piece.whole else shape[2] for shape in (result, source))
-        seen = list(bands)
-        assert len(seen) == len(bands)
-        assert [row for band in seen for row in range(band.start, band.start + band.count)] == list(range(rows))
+def test_slices_cover_every_row_once_and_see_what_they_need(sdxl, height, width, slice_bytes, graph):
+    segments = sdxl[graph]
+    shapes = _shapes(segments, shape_of(graph, 8 * height, 8 * width))
+    for segment in segments:
+        slices = _Slices(segment, shapes, SlicedVae(slice_bytes))
+        result = shapes[segment.spec.outputs[0].name]
+        source = shapes[segment.spec.inputs[0].name]
+        rows, source_rows = (math.prod(shape[2:]) if segment.whole else shape[2] for shape in (result, source))
+        seen = list(slices)
+        assert len(seen) == len(slices)
+        assert [row for slice_ in seen for row in range(slice_.start, slice_.start + slice_.count)] == list(range(rows))
         ratio = source_rows / rows
-        for band in seen:
-            assert 0 <= band.first < band.stop <= source_rows
-            assert band.first <= max(0, band.start * ratio - piece.halo[0])
-            assert band.stop >= min(source_rows, (band.start + band.count) * ratio + piece.halo[1])
-            assert band.skip == band.start - band.first / ratio
-            assert band.skip + band.count <= (band.stop - band.first) / ratio
+        for slice_ in seen:
+            assert 0 <= slice_.first < slice_.stop <= source_rows
+            assert slice_.first <= max(0, slice_.start * ratio - segment.halo[0])
+            assert slice_.stop >= min(source_rows, (slice_.start + slice_.count) * ratio + segment.halo[1])
+            assert slice_.skip == slice_.start - slice_.first / ratio
+            assert slice_.skip + slice_.count <= (slice_.stop - slice_.first) / ratio
 
 
 @pytest.mark.parametrize("graph", VAE_GRAPHS)
 def test_memory_is_what_was_said(sdxl, graph):
-    """With pieces that give zeros: what is left are the maps."""
-    pieces = sdxl[graph]
+    """With segments that give zeros: what is left are the maps."""
+    segments = sdxl[graph]
     shape = shape_of(graph, 256, 320)
 
     class Zeros:
-        def __init__(self, piece):
-            self.spec = piece.spec
+        def __init__(self, segment):
+            self.spec = segment.spec
 
         def infer(self, inputs):
             known = {tensor.name: inputs[tensor.name].shape for tensor in self.spec.inputs}
@@ -106,17 +106,17 @@ def test_memory_is_what_was_said(sdxl, graph):
             return {output.name: np.zeros(resolve(output.shape, self.spec.sizes_of(known)), np.float32)}
 
     @contextmanager
-    def open_piece(piece):
-        yield Zeros(piece)
+    def open_segment(segment):
+        yield Zeros(segment)
 
     image = np.zeros(shape, np.float32)
     tracemalloc.start()
     try:
-        run_slices(pieces, image, open_piece, SlicedVae(1 << 20))
+        run_slices(segments, image, open_segment, SlicedVae(1 << 20))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    said = peak_bytes(pieces, shape) - _BESIDE_BYTES
+    said = peak_bytes(segments, shape) - _BESIDE_BYTES
     assert 0.95 * said < peak < said + (12 << 20)
 
 
@@ -126,38 +126,38 @@ def test_what_sdxl_needs_for_twelve_megapixels_by_hand(sdxl):
     assert needed == (256 + 128) * 4 * 3008 * 4032
 
 
-def test_the_input_is_not_changed_and_a_piece_is_closed_behind_its_bands(bundle_fp32):
+def test_the_input_is_not_changed_and_a_segment_is_closed_behind_its_slices(bundle_fp32):
     bundle = open_bundle(bundle_fp32)
     graph = bundle.manifest.graphs["vae_decoder"]
     backend, opened = OrtBackend(), []
 
     @contextmanager
-    def open_piece(piece):
+    def open_segment(segment):
         assert not opened
-        opened.append(piece)
-        with backend.open_piece(bundle.file(graph.pieces_file), piece) as runner:
+        opened.append(segment)
+        with backend.open_segment(bundle.file(graph.segments_file), segment) as runner:
             yield runner
         opened.pop()
 
     z = np.random.default_rng(0).normal(size=(1, bundle.latent_channels, 8, 8)).astype(np.float32)
     before = z.copy()
-    run_slices(graph.pieces, z, open_piece, SlicedVae(1))
+    run_slices(graph.segments, z, open_segment, SlicedVae(1))
     assert np.array_equal(z, before)
 
 
-def test_a_graph_in_bf16_has_no_pieces_and_other_graphs_have_none():
+def test_a_graph_in_bf16_has_no_segments_and_other_graphs_have_none():
     assert all(not cut_sdxl(graph, "bf16") for graph in GRAPHS)
     assert cut_sdxl("unet", "fp16") == ()
 
 
-def test_every_parameter_is_in_a_piece(sdxl):
+def test_every_parameter_is_in_a_segment(sdxl):
     """In one; but attention's three projections all begin with its norm."""
     for graph in VAE_GRAPHS:
         structure = traced_sdxl(graph, "fp32").structure
         read = Counter(
             value.name
-            for cut_piece in cut(sdxl_definition(graph, "fp32").spec, structure)
-            for value in cut_piece.structure.graph.input[len(cut_piece.piece.spec.inputs) :]
+            for entry in cut(sdxl_definition(graph, "fp32").spec, structure)
+            for value in entry.structure.graph.input[len(entry.segment.spec.inputs) :]
         )
         assert set(read) == {value.name for value in structure.graph.input[1:]}
         for name, times in read.items():
@@ -174,30 +174,30 @@ def test_cutting_leaves_the_trace_as_it_is():
 def test_attention_that_is_traced_in_another_way_is_an_error():
     structure = traced_sdxl("vae_decoder", "fp32").structure
     next(node for node in structure.graph.node if node.op_type == "Softmax").input[0] = "z"
-    with pytest.raises(BuildError, match=r"the graph cannot be cut into pieces") as caught:
+    with pytest.raises(BuildError, match=r"the graph cannot be cut into segments") as caught:
         cut(sdxl_definition("vae_decoder", "fp32").spec, structure)
     assert "vae_decoder: 'z'" in str(caught.value)
 
 
-def test_the_pieces_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32, tmp_path):
+def test_the_segments_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32, tmp_path):
     other = build_bundle(tmp_path / "again")
     for graph in VAE_GRAPHS:
-        name = f"{graph}.pieces.zip"
+        name = f"{graph}.segments.zip"
         assert (other / name).read_bytes() == (bundle_fp32 / name).read_bytes()
 
 
-def test_a_damaged_file_of_pieces_is_named(bundle_fp32, tmp_path):
-    piece = open_bundle(bundle_fp32).manifest.graphs["vae_decoder"].pieces[0]
+def test_a_damaged_file_of_segments_is_named(bundle_fp32, tmp_path):
+    segment = open_bundle(bundle_fp32).manifest.graphs["vae_decoder"].segments[0]
     for text in (None, b"no zip"):
-        file = tmp_path / "vae_decoder.pieces.zip"
+        file = tmp_path / "vae_decoder.segments.zip"
         if text is not None:
             file.write_bytes(text)
-        with pytest.raises(BundleError, match="a piece of a graph cannot be read") as caught:
-            OrtBackend().open_piece(file, piece).__enter__()
+        with pytest.raises(BundleError, match="a segment of a graph cannot be read") as caught:
+            OrtBackend().open_segment(file, segment).__enter__()
         assert str(file) in str(caught.value)
 
 
 def test_a_backend_that_runs_whole_graphs_only_says_so(bundle_fp32):
-    with pytest.raises(BackendError, match="the VAE cannot run by rows here") as caught:
-        Runners(object(), open_bundle(bundle_fp32)).open_piece("vae_decoder")
+    with pytest.raises(BackendError, match="the VAE cannot run in slices here") as caught:
+        Runners(object(), open_bundle(bundle_fp32)).open_segment("vae_decoder")
     assert "--vae-tiles auto" in str(caught.value)
