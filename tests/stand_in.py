@@ -268,7 +268,7 @@ class HostBackend:
         entry = bundle.manifest.graphs[graph]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        session = open_session(bundle.file(entry.file), ["CPUExecutionProvider"], options)
+        session = open_session(bundle.read_graph(graph), ["CPUExecutionProvider"], entry.spec, bundle.path, options)
         runner = HostRunner(session, entry.spec, self.device, self.streams[stream_of(graph)], "cpu", 0)
         runner.needs = self.activations.get(graph, Activations(0))
         return runner

@@ -160,6 +160,7 @@ def _link_graph(bundle: Bundle, name: str, folder: Path, layout: DeploymentConfi
         assert graph.plan is not None
         _link(bundle.file(graph.plan.file), folder / target)
         return
+    bundle.read_graph(name)  # checked, before the server's library reads it
     _link(bundle.file(graph.file), folder / target)
     _link(bundle.file(bundle.manifest.weights), folder / bundle.manifest.weights.name)
 

@@ -79,14 +79,14 @@ class Backend(Protocol):
 class SegmentBackend(Protocol):
     """Opens the segments of graphs as well; see `engine.memory.vae_slices`."""
 
-    def open_segment(self, file: Path, segment: VaeSegment) -> AbstractContextManager[Runner]:
+    def open_segment(self, segment: VaeSegment, content: bytes, folder: Path) -> AbstractContextManager[Runner]:
         """Open a segment for as long as it runs.
 
         Args:
-            file: the segments' file, the weights beside it.
-            segment: of the graph.
+            segment: of a graph.
+            content: its ONNX file, from `Bundle.read_segment`.
+            folder: where the file with its weights lies.
         Raises:
-            BundleError: the file does not hold it.
             BackendError: the backend cannot run it.
         """
         ...

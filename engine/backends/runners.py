@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 from engine.backends.base import Backend, Runner, SegmentBackend
 from engine.bundle.manifest import Bundle
@@ -54,15 +53,15 @@ class Runners:
             BackendError: the bundle has no segments, or the backend runs whole graphs only.
         """
         self._make_room(graph)
-        entry = self._bundle.manifest.graphs[graph].segments_file
-        if entry is None or not isinstance(self._backend, SegmentBackend):
+        backend, bundle = self._backend, self._bundle
+        if not bundle.manifest.graphs[graph].segments or not isinstance(backend, SegmentBackend):
             raise BackendError(
                 "the VAE cannot run in slices here",
                 where=graph,
                 expected="a bundle with segments, on ONNX Runtime's CPU provider",
                 fix="restore with --vae-tiles auto, fast or off",
             )
-        return partial(self._backend.open_segment, self._bundle.file(entry))
+        return lambda segment: backend.open_segment(segment, bundle.read_segment(graph, segment), bundle.path)
 
     def _make_room(self, graph: str) -> None:
         """Close what is not kept and not needed beside a graph."""

@@ -20,18 +20,16 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, Field
 
+from engine.bundle.files import MANIFEST, File, describe_file
 from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import (
     FORMAT,
-    MANIFEST,
-    File,
     Graph,
     Lora,
     Manifest,
-    Tokenizer,
+    TokenizerFile,
     TrtEngine,
     VaeSegment,
-    describe_file,
 )
 from engine.bundle.storage import atomic_write
 from engine.bundle.verification import Verification
@@ -313,13 +311,13 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
         preset=request.preset,
         precision=request.precision,
         backend=request.backend,
-        built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        built=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         built_with={package: importlib.metadata.version(package) for package in _used_packages(plan)},
         key=state.key,
         notice=request.notice,
         defaults=plan.defaults,
         weights=state.weights,
-        tokenizer=Tokenizer(
+        tokenizer=TokenizerFile(
             file=describe_file(partial / FILE),
             start_id=tokenizer.token_to_id(START_TOKEN),
             end_id=end_id,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from engine.backends.ort import OrtBackend
+from engine.bundle.files import read_archived
 from engine.bundle.graphspec import GraphSpec, Precision, TensorSpec
 from engine.bundle.manifest import VaeSegment
 from engine.bundle.verification import Trial, relative_l2
@@ -151,7 +151,13 @@ def _is_bf16(value: NDArray[Any]) -> bool:
 
 def _run_in_slices(segments: Sequence[VaeSegment], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
     """Run a graph in slices, several of every map: one in the middle has neighbours on both sides."""
-    return run_slices(segments, image, partial(OrtBackend().open_segment, file), SlicedVae(min_slices=4))
+    backend = OrtBackend()
+    return run_slices(
+        segments,
+        image,
+        lambda segment: backend.open_segment(segment, read_archived(file, segment.file_name), file.parent),
+        SlicedVae(min_slices=4),
+    )
 
 
 # -- bf16 as float32 --------------------------------------------------------------------------------

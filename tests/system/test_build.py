@@ -21,7 +21,8 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from engine import Restorer
-from engine.bundle.manifest import MANIFEST, open_bundle
+from engine.bundle.files import MANIFEST
+from engine.bundle.manifest import open_bundle
 from engine.bundle.verification import Trial
 from engine.cli.console import run_command
 from engine.errors import BuildError, OutputError

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from engine.bundle.manifest import MANIFEST, default_bundle_dir, open_bundle, read_manifest
+from engine.bundle.files import MANIFEST
+from engine.bundle.manifest import default_bundle_dir, open_bundle, read_manifest
 from engine.errors import BundleError
 from engine.recipe import GRAPHS
 

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from layouts import our_shapes
 
 from engine.backends.ort import OrtBackend
 from engine.backends.runners import Runners
+from engine.bundle.files import read_archived
 from engine.bundle.graphspec import resolve
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, BuildError, BundleError
@@ -135,7 +137,7 @@ def test_the_input_is_not_changed_and_a_segment_is_closed_behind_its_slices(bund
     def open_segment(segment):
         assert not opened
         opened.append(segment)
-        with backend.open_segment(bundle.file(graph.segments_file), segment) as runner:
+        with backend.open_segment(segment, bundle.read_segment("vae_decoder", segment), bundle.path) as runner:
             yield runner
         opened.pop()
 
@@ -186,15 +188,27 @@ def test_the_segments_of_equal_bundles_are_equal_files(build_bundle, bundle_fp32
         assert (other / name).read_bytes() == (bundle_fp32 / name).read_bytes()
 
 
-def test_a_damaged_file_of_segments_is_named(bundle_fp32, tmp_path):
-    segment = open_bundle(bundle_fp32).manifest.graphs["vae_decoder"].segments[0]
-    for text in (None, b"no zip"):
-        file = tmp_path / "vae_decoder.segments.zip"
-        if text is not None:
-            file.write_bytes(text)
-        with pytest.raises(BundleError, match="a segment of a graph cannot be read") as caught:
-            OrtBackend().open_segment(file, segment).__enter__()
+def test_a_file_of_segments_that_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "vae_decoder.segments.zip"
+    for content in (None, b"no zip", b"PK\x05\x06" + bytes(18)):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(BundleError, match="cannot be read") as caught:
+            read_archived(file, "a.onnx")
         assert str(file) in str(caught.value)
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    file = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.onnx", "w") as entry:
+        for _ in range(100):
+            entry.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(BundleError, match="too large"):
+        read_archived(file, "a.onnx")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200 << 20
 
 
 def test_a_backend_that_runs_whole_graphs_only_says_so(bundle_fp32):
