@@ -24,7 +24,7 @@ from engine.cli.options import add_settings, gibibytes, given_settings, path_opt
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
-from engine.errors import ImageError, RestoreError
+from engine.errors import ImageError, RestoreError, printable
 from engine.image.files import read_provenance
 from engine.pipeline.provenance import provenance_of
 from engine.settings import Settings
@@ -46,7 +46,7 @@ def restore(arguments: Sequence[str]) -> int:
         if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if bundle.manifest.notice and not options.quiet:
-            print(f"note: {bundle.manifest.notice}", file=sys.stderr)
+            print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
         _warn_of_idle_options(options, settings)
 
         def provenance(seed: int) -> dict[str, Any]:
