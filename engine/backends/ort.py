@@ -15,7 +15,7 @@ from typing import Any
 import onnxruntime as ort
 
 from engine.backends.base import Runner
-from engine.bundle.graphspec import GraphSpec
+from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle, Piece
 from engine.device.interface import Array
 from engine.errors import BackendError, BundleError, OutOfMemoryError, first_line
@@ -44,6 +44,11 @@ class OrtBackend:
     threads: int = 0
     as_written: bool = False
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"onnxruntime {ort.__version__}"
+
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Open a bundle's graph; see `Backend`."""
         entry = bundle.manifest.graphs[graph]
@@ -62,7 +67,7 @@ class OrtBackend:
         return OrtRunner(open_session(file, ["CPUExecutionProvider"], options, without=_WITHOUT), spec)
 
     @contextmanager
-    def open_piece(self, file: Path, piece: Piece) -> Iterator[Runner]:
+    def open_piece(self, file: Path, piece: Piece, precision: Precision = "fp32") -> Iterator[Runner]:
         """Open one of a graph's pieces for as long as it runs; see `PieceBackend`."""
         try:
             with zipfile.ZipFile(file) as archive:

@@ -59,10 +59,11 @@ class Runners:
             raise BackendError(
                 "the VAE cannot run by rows here",
                 where=graph,
-                expected="a bundle with pieces, on ONNX Runtime's CPU provider",
+                expected="a bundle with pieces, on a CPU",
                 fix="restore with --vae-tiles auto, fast or off",
             )
-        return partial(self._backend.open_piece, self._bundle.file(entry))
+        precision = self._bundle.manifest.precision
+        return partial(self._backend.open_piece, self._bundle.file(entry), precision=precision)
 
     def _make_room(self, graph: str) -> None:
         """Close what is not kept and not needed beside a graph."""
