@@ -96,7 +96,13 @@ class OpenVinoBackend:
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": OV_TYPES[compute]}
         if self.library.device != "CPU":
             return properties
-        return {**properties, "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(self._threads or _cores())}
+        return {
+            **properties,
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(self._threads or _cores()),
+            # Every process would pin its threads to the same first cores, also where others are idle.
+            "ENABLE_CPU_PINNING": "NO",
+        }
 
 
 class OpenVinoRunner(Runner):
