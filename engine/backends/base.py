@@ -106,7 +106,11 @@ class PieceBackend(Protocol):
 
 @runtime_checkable
 class ComputingBackend(Protocol):
-    """Computes in a type that it chooses, and holds weights in it; the others compute in float32 on a CPU."""
+    """Compiles graphs for the processor: for each shape, and to a type that it chooses, in which it holds weights.
+
+    Other backends compute in float32 on a CPU. Photos go through this one's graphs one by one: another batch is
+    another compiled graph, whose kernels may give other last bits.
+    """
 
     def computes_in(self, bundle: Bundle) -> Precision:
         """Return the type that a bundle's networks are computed in."""

@@ -20,8 +20,8 @@ OV_DEVICES = {"auto": "CPU", "cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 OV_TYPES: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 INSTALL = "pip install 'restoration-engine[openvino]'"
-#: The oldest release whose compiled models hold no weights where the graph is ONNX with external data.
-OLDEST = (2026, 1)
+#: The oldest release that reads compiled models without weights where those are ONNX external data; 2026.3 does not.
+OLDEST = (2026, 4)
 _ELSEWHERE = "without it, --backend onnxruntime runs the same bundles"
 #: What OpenVINO, oneDNN, OpenCL and the C++ library say where memory runs out.
 _NO_MEMORY = re.compile(

@@ -265,7 +265,7 @@ class Restorer:
         on_note: OnNote = ignore,
         **changes: Any,
     ) -> list[Restored]:
-        """Restore several photos; those that the networks see at one size go together.
+        """Restore several photos; those that the networks see at one size go together, but with OpenVINO one by one.
 
         Each result is what the photo gives alone.
 
@@ -286,11 +286,13 @@ class Restorer:
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
         listener = Listener(on_step, on_tile, on_note)
         sources = [load_photo(photo) for photo in photos]
-        groups: dict[Size, list[int]] = {}
+        alone = isinstance(self._backend, ComputingBackend)
+        groups: dict[tuple[Size, int], list[int]] = {}
         for index, source in enumerate(sources):
-            groups.setdefault(self.working_size(source.size, settings), []).append(index)
+            key = (self.working_size(source.size, settings), index if alone else 0)
+            groups.setdefault(key, []).append(index)
         results: dict[int, Restored] = {}
-        for size, indices in groups.items():
+        for (size, _), indices in groups.items():
             plan = self._plan(size, settings, len(indices))
             own = NoiseInput([seeds[index] for index in indices], None if noise is None else noise[indices])
             group = self._restore_group([sources[index] for index in indices], plan, own, listener)
