@@ -88,7 +88,7 @@ class OrtBackend:
             raise BackendError(
                 "ONNX Runtime's CPU provider has no bf16 operators",
                 where=spec.name,
-                fix="build the bundle with --precision fp32 or fp16 to run it on a CPU",
+                fix="run it with --backend openvino, or build the bundle with --precision fp32 or fp16",
             )
         _share_arena()
         options = ort.SessionOptions()
