@@ -27,8 +27,8 @@ from engine.memory.residency import host_weights
 _SHAPES_KEPT = 4
 #: And of their weights, which each holds for itself, all together; one shape stays in any case.
 _WEIGHTS_KEPT_BYTES = 1 << 30
-#: Graphs that are computed in fp32 where others are in bf16. The denoise encoder runs once, and all steps are led by its
-#: latent: with it in bf16 too, the demo's results were 44.1 to 46.6 dB from fp32's; so they are 48.5 to 53.9 dB.
+#: Graphs that are computed in fp32 where others are in bf16. The denoise encoder runs once, and its latent guides all
+#: steps: with it in bf16 too, the demo's results are 44.1 to 46.6 dB from fp32's; this way, 48.5 to 53.9 dB.
 _IN_FP32 = frozenset({"denoise_encoder"})
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
