@@ -61,7 +61,10 @@ class OpenVinoBackend:
         compute = self._graph_compute(entry.spec, bundle.manifest.precision)
         weights_bytes = host_weights(bundle, compute)[graph]
         compiler = _GraphCompiler(self.library, self._properties(compute), bundle, entry)
-        return OpenVinoRunner(entry.spec, compiler, max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes)))
+        kept = max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes))
+        # The VAE's graphs have activations of hundreds of megabytes each, and run once or twice a photo, or a tile.
+        releases = entry.spec.role == "vae" and self.library.device == "CPU"
+        return OpenVinoRunner(entry.spec, compiler, kept, releases=releases)
 
     def close(self) -> None:
         """Runners share nothing that has to be given back."""
@@ -122,12 +125,20 @@ class OpenVinoRunner(Runner):
         compiled: returns it compiled for the shapes of its inputs.
         kept: shapes that it stays compiled for, at most.
         any_shape: whether one compiled model takes all shapes.
+        releases: whether memory for activations is given back after each run.
     """
 
     def __init__(
-        self, spec: GraphSpec, compiled: Callable[[_Shapes], Any], kept: int, *, any_shape: bool = False
+        self,
+        spec: GraphSpec,
+        compiled: Callable[[_Shapes], Any],
+        kept: int,
+        *,
+        any_shape: bool = False,
+        releases: bool = False,
     ) -> None:
         super().__init__(spec)
+        self._releases = releases
         self._compiled, self._kept, self._any_shape = compiled, kept, any_shape
         self._requests: OrderedDict[_Shapes, Any] = OrderedDict()
         self._closed = False
@@ -143,6 +154,8 @@ class OpenVinoRunner(Runner):
                 share_inputs=True,
                 share_outputs=False,
             )
+            if self._releases:
+                request.get_compiled_model().release_memory()
             return {tensor.name: results[tensor.name] for tensor in self.spec.outputs}
         except Exception as error:
             raise translated(error, self.spec.name, "run") from error

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,6 +274,26 @@ def test_results_are_the_callers(bundle):
     kept = first.copy()
     runner.infer({"input_ids": TEXT["input_ids"] + 1})
     assert np.array_equal(first, kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_vae_gives_its_activations_back(bundle, cache):
+    from engine.memory.host_memory import release_free_memory
+
+    def held():
+        release_free_memory()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    runner = make_backend("openvino", threads=1).open(bundle, "vae_decoder")
+    small, large = (np.zeros((1, bundle.latent_channels, side, side), np.float32) for side in (8, 64))
+    first = runner.infer({"z": large})["pixels"]
+    runner.infer({"z": small})
+    released = held()
+    request = next(iter(runner._requests.values()))
+    request.infer({"z": large})  # without the runner, which would release
+    assert held() - released > 2 * first.nbytes
+    assert np.array_equal(runner.infer({"z": large})["pixels"], first)
+    assert held() - released < first.nbytes + (8 << 20)
 
 
 def test_views_of_arrays_are_read_as_they_are(bundle):
