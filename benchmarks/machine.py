@@ -15,7 +15,7 @@ from engine.device.cuda import driver_version
 from engine.device.interface import Device
 from engine.memory.host_memory import total_memory_bytes
 
-PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
 #: What runs on GPUs; named where it is installed.
 GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "triton")
 

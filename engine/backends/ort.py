@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime as ort
 
 from engine.backends.base import Runner
-from engine.bundle.graphspec import GraphSpec
+from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
 from engine.errors import BackendError, OutOfMemoryError, first_line
@@ -43,6 +43,11 @@ class OrtBackend:
     threads: int = 0
     as_written: bool = False
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"onnxruntime {ort.__version__}"
+
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Open a bundle's graph; see `Backend`."""
         spec = bundle.spec(graph)
@@ -60,7 +65,9 @@ class OrtBackend:
         return self._open(file, file.parent, spec)
 
     @contextmanager
-    def open_segment(self, segment: VaeSegment, content: bytes, folder: Path) -> Iterator[Runner]:
+    def open_segment(
+        self, segment: VaeSegment, content: bytes, folder: Path, precision: Precision = "fp32"
+    ) -> Iterator[Runner]:
         """Open one of a graph's segments for as long as it runs; see `SegmentBackend`."""
         runner = self._open(content, folder, segment.spec)
         try:
@@ -78,7 +85,7 @@ class OrtBackend:
             raise BackendError(
                 "ONNX Runtime's CPU provider has no bf16 operators",
                 where=spec.name,
-                fix="build the bundle with --precision fp32 or fp16 to run it on a CPU",
+                fix="run it with --backend openvino, or build the bundle with --precision fp32 or fp16",
             )
         _share_arena()
         options = ort.SessionOptions()

@@ -87,6 +87,11 @@ class OrtCudaBackend(SelfAllocatingBackend):
         super().__init__(device)
         self._index = index
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"onnxruntime {ort.__version__}"
+
     def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
         """Open a bundle's graph on the GPU; see `Backend`."""
         entry = bundle.manifest.graphs[graph]

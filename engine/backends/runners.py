@@ -58,10 +58,12 @@ class Runners:
             raise BackendError(
                 "the VAE cannot run in slices here",
                 where=graph,
-                expected="a bundle with segments, on ONNX Runtime's CPU provider",
+                expected="a bundle with segments, on a CPU",
                 fix="restore with --vae-tiles auto, fast or off",
             )
-        return lambda segment: backend.open_segment(segment, bundle.read_segment(graph, segment), bundle.path)
+        return lambda segment: backend.open_segment(
+            segment, bundle.read_segment(graph, segment), bundle.path, bundle.manifest.precision
+        )
 
     def _make_room(self, graph: str) -> None:
         """Close what is not kept and not needed beside a graph."""

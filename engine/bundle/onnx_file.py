@@ -11,6 +11,7 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -87,6 +88,35 @@ def parse(content: bytes, where: object) -> Any:
     if not model.graph.node or model.functions or model.training_info or model.graph.sparse_initializer:
         raise _refused(where, "a graph without functions, training or sparse weights", "another kind of ONNX file")
     return model
+
+
+def with_weights(content: bytes, folder: Path, where: object) -> bytes:
+    """Return a graph that holds its weights itself.
+
+    Args:
+        content: of an ONNX file that `check_graph` has passed.
+        folder: of the weights file.
+        where: the graph is, for errors.
+    Raises:
+        BundleError: the weights cannot be read, or end too early.
+    """
+    model = parse(content, where)
+    for tensor in model.graph.initializer:
+        if not tensor.external_data:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        offset, length = int(place["offset"]), int(place["length"])
+        try:
+            with (folder / place["location"]).open("rb") as file:
+                file.seek(offset)
+                tensor.raw_data = file.read(length)
+        except OSError as error:
+            raise BundleError(f"cannot be read: {error.strerror}", where=folder / place["location"]) from error
+        if len(tensor.raw_data) != length:
+            raise BundleError("ends before the weights do", where=folder / place["location"])
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+    return bytes(model.SerializeToString())
 
 
 def _check_place(place: dict[str, str], where: object, weights: str, weights_bytes: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine import Restorer
 from engine.backends import BACKENDS, MAX_THREADS
+from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
@@ -122,6 +123,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
         "backend": options.backend,
         "device": options.device,
         "threads": options.threads,
+        "compute": options.compute,
         "vram_budget_gib": options.vram_budget,
     }
 
@@ -208,7 +210,15 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="cpu, cuda or cuda:N; default: the CPU for onnxruntime, else the first GPU",
+        help="cpu; cuda or cuda:N, NVIDIA's GPUs; gpu or npu, Intel's, with openvino; "
+        "default: the CPU for onnxruntime and openvino, else the first of NVIDIA's GPUs",
+    )
+    engine.add_argument(
+        "--compute",
+        choices=COMPUTES,
+        default="auto",
+        help="type that openvino computes in on a CPU; default: bf16 if the bundle is in fp16 or bf16 and the CPU has "
+        "matrix units for it (AMX), else fp32",
     )
     engine.add_argument(
         "--vram-budget",

@@ -15,6 +15,11 @@ STEPS = {"steps": 2, "min_size": 64}
 
 
 @pytest.fixture(scope="module")
+def restorer(each_restorer):
+    return each_restorer
+
+
+@pytest.fixture(scope="module")
 def photo():
     rng = np.random.default_rng(0)
     return rng.random((128, 192, 3), dtype=np.float32)
