@@ -241,6 +241,8 @@ class HostRunner(OrtBufferRunner):
 
 
 class HostBackend:
+    label = "stand-in"
+
     def __init__(self, device: HostDevice) -> None:
         self.device = device
         self.streams = {name: device.stream() for name in STREAMS}
