@@ -1,7 +1,7 @@
 """Compiled models between runs: OpenVINO's own, without their weights, in the user's cache folder.
 
-OpenVINO has a cache too. This one differs in two ways. A damaged file there may be read, and whatever its weights
-have become gives wrong pictures without a word; here each file carries its SHA-256. And its files hold the weights,
+OpenVINO has a cache too. This one differs in two ways. A file there whose weights are damaged was read, and
+gave other results without an error; here each file carries its SHA-256. And its files hold the weights,
 5 GB for SDXL's UNet at each size; these hold the graph, and the weights stay in the bundle, whose hash is in the key.
 """
 
