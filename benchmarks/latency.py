@@ -32,6 +32,7 @@ from benchmarks.runtimes import BASELINES, ENGINE, Configuration, RepeatCounts, 
 from benchmarks.stages import UNET, Launch
 from benchmarks.summary import summarize, works_of
 from engine.backends import BACKENDS, gpu_index
+from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
 from engine.errors import BackendError, UsageError
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         raise BackendError("FLOPs are counted with torch, which is not installed", fix="pip install -e '.[export]'")
     bundle = open_bundle(options.bundle or default_bundle_dir())  # said before several processes say it
     backend = options.backend or bundle.manifest.backend
-    setup = RunSetup(bundle.path, backend, gpu_index(backend, options.device), options.threads, options.vram_budget)
+    gpu = gpu_index(backend, options.device)
+    setup = RunSetup(bundle.path, backend, gpu, options.threads, options.vram_budget, options.compute)
     grid = [
         Configuration(size, batch, steps, cfg == "on")
         for size, batch, steps, cfg in itertools.product(options.size, options.batch, options.steps, options.cfg)
@@ -117,7 +119,7 @@ def _report(
         figures = {}
         for name, runtime in runtimes.items():
             launches = [Launch(**launch) for launch in runtime["launches"]]
-            works = works_of(launches, engine if name == ENGINE else baseline)
+            works = works_of(launches, baseline if name.startswith("torch") else engine)
             figures[name] = summarize(runtime, works, rate.tflops, configuration.batch)
         steps = [launch for launch in launches if launch.graph == UNET]
         guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch)
@@ -142,6 +144,7 @@ def _report(
             "parameters_bytes": bundle.manifest.weights.bytes,
         },
         "backend": setup.backend,
+        "compute": setup.compute,
         "threads": setup.threads,
         "vram_budget_gib": setup.vram_budget_gib,
         **asdict(counts),
@@ -179,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=BASELINES,
         nargs="+",
         default=[],
-        help="the same networks in PyTorch, eager or under torch.compile, in turns; on a GPU in the bundle's "
-        "precision, and all runtimes' weights are there at once",
+        help="in turns with it: the same networks in PyTorch, eager or under torch.compile, on a GPU in the bundle's "
+        "precision; the engine with another backend of the CPU; all runtimes' weights are there at once",
     )
     grid = parser.add_argument_group("what is restored; every combination is measured")
     grid.add_argument("--size", type=_positive, nargs="+", default=[512], metavar="PX", help="sides (default: 512)")
@@ -192,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=_positive, default=7, help="counted restorations (default: %(default)s)")
     parser.add_argument("--warmup", type=_positive, default=1, help="restorations before them (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of all runtimes; default: one per core")
+    parser.add_argument(
+        "--compute", choices=COMPUTES, default="auto", help="of the engine, as python -m engine.restore"
+    )
     parser.add_argument("--vram-budget", type=float, metavar="GIB", help="of the engine, as python -m engine.restore")
     parser.add_argument(
         "--matrix-tflops", type=_rate, metavar="TFLOPS", help="the device's matrix rate; default: it is measured"

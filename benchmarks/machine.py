@@ -15,7 +15,7 @@ from engine.device.cuda import driver_version
 from engine.device.interface import Device
 from engine.memory.host_memory import total_memory_bytes
 
-PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+PACKAGES = ("restoration-engine", "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
 #: What runs on GPUs; named where it is installed.
 GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "triton")
 
@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, object]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

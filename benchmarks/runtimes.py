@@ -18,10 +18,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.backends.ov_library import Compute
 from engine.errors import BackendError, RestoreError
 
 ENGINE = "engine"
-BASELINES = ("torch", "torch-compile")
+#: The engine itself with other backends, by the type that they compute in.
+ENGINES: dict[str, tuple[str, Compute]] = {
+    "onnxruntime": ("onnxruntime", "auto"),
+    "openvino-fp32": ("openvino", "fp32"),
+    "openvino-bf16": ("openvino", "bf16"),
+}
+BASELINES = ("torch", "torch-compile", *ENGINES)
 _END_SECONDS = 5
 
 
@@ -35,6 +42,7 @@ class RunSetup:
         gpu: its number, None for the CPU.
         threads: of the CPU that one operator may use; 0 is one per core.
         vram_budget_gib: of the engine; None is all that is free.
+        compute: the type that the engine computes in, with OpenVINO.
     """
 
     bundle: Path
@@ -42,6 +50,7 @@ class RunSetup:
     gpu: int | None
     threads: int = 0
     vram_budget_gib: float | None = None
+    compute: Compute = "auto"
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ class _Runtime:
 
         import engine  # noqa: F401
 
-        if name != ENGINE:
+        if name != ENGINE and name not in ENGINES:
             import benchmarks.torch_backend  # noqa: F401
         self.import_ms = (time.perf_counter() - started) * 1e3
         self._name, self._setup, self._configuration = name, setup, configuration
@@ -207,11 +216,12 @@ class _Runtime:
         setup = self._setup
         started = time.perf_counter()
         bundle = open_bundle(setup.bundle)
-        if self._name == ENGINE:
+        if self._name == ENGINE or self._name in ENGINES:
             from engine.backends import make_backend
 
+            name, compute = ENGINES.get(self._name, (setup.backend, setup.compute))
             device = "cpu" if setup.gpu is None else f"cuda:{setup.gpu}"
-            backend = make_backend(setup.backend, device=device, threads=setup.threads)
+            backend = make_backend(name, device=device, threads=setup.threads, compute=compute)
         else:
             from benchmarks.torch_backend import make_torch_backend
 

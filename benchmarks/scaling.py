@@ -112,7 +112,7 @@ def _print(row: dict[str, Any]) -> None:
     ways = [
         f"{what} {plan[key]}" for what, key in (("tiles", "tile_px"), ("VAE tiles", "vae_tile_px")) if plan.get(key)
     ]
-    way = ", ".join(ways + ["VAE by rows"] * bool(plan.get("vae_by_rows")))
+    way = ", ".join(ways + ["VAE in slices"] * bool(plan.get("vae_in_slices")))
     memory = format_memory(row["peak_memory_bytes"])
     per_million = seconds / million
     cells = (f"{size[0]} × {size[1]}", f"{million:.2f}", f"{seconds:.1f}", f"{per_million:.1f}", memory, way or "whole")

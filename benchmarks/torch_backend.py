@@ -109,6 +109,11 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self._builders, self._compiled = bundle_builders(bundle), compiled
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"torch {torch.__version__}"
+
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Return the module that a graph was exported from; `bundle` is the one it was made with."""
         builder = self._builders[graph]
@@ -201,6 +206,11 @@ class TorchDeviceBackend(SelfAllocatingBackend):
         self._builders = bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, 0))
         torch.backends.cudnn.benchmark = True  # sizes stay what they are: let it choose the fastest
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in the engine
+
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"torch {torch.__version__}"
 
     def open(self, bundle: Bundle, graph: str) -> BufferRunner:
         """Return the module that a graph was exported from; `bundle` is the one it was made with."""

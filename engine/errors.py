@@ -35,9 +35,10 @@ class RestoreError(Exception):
         fix: str | None = None,
     ) -> None:
         self.problem = problem
-        self.where = None if where is None else str(where)
-        self.expected = None if expected is None else str(expected)
-        self.found = None if found is None else str(found)
+        # Names and contents are strangers': what they hold must not steer a terminal.
+        self.where = None if where is None else printable(str(where))
+        self.expected = None if expected is None else printable(str(expected))
+        self.found = None if found is None else printable(str(found))
         self.fix = fix
         super().__init__(str(self))
 
@@ -58,6 +59,18 @@ class RestoreError(Exception):
             if text
         ]
         return "\n".join([head, *details])
+
+
+def printable(text: str) -> str:
+    """Return a text with what steers a terminal, or the direction of writing, as an escape; lines stay."""
+    if text.isprintable():
+        return text
+    plain = (letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text)
+    return "".join(plain)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 class UsageError(RestoreError):

@@ -141,6 +141,26 @@ def restorer(bundle_fp32):
         yield opened
 
 
+@pytest.fixture(scope="session", params=["onnxruntime", "openvino"])
+def each_restorer(request, bundle_fp32):
+    """The fp32 bundle on each backend that runs on CPUs; files whose tests hold for all call it `restorer`."""
+    from engine import Restorer
+
+    if request.param == "openvino":
+        pytest.importorskip("openvino", reason="needs the openvino extra")
+    with Restorer.open(bundle_fp32, backend=request.param, compute="auto") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def matrix_units():
+    """Skip tests of bf16 where the processor would only imitate it, and nobody would use it."""
+    from engine.backends.ov_library import has_bf16_matrix_units
+
+    if not has_bf16_matrix_units():
+        pytest.skip("cpu: needs matrix units for bf16 (amx_bf16 in /proc/cpuinfo)")
+
+
 @pytest.fixture
 def run_restore():
     """Run `python -m engine.restore` as a user does."""

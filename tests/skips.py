@@ -12,6 +12,7 @@ import pytest
 
 KINDS = (
     "gpu:",  # needs one, another one, or none
+    "cpu:",  # needs instructions that this one lacks
     "slow:",  # without --slow
     "full size:",  # without --full-size
 )

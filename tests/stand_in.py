@@ -241,6 +241,8 @@ class HostRunner(OrtBufferRunner):
 
 
 class HostBackend:
+    label = "stand-in"
+
     def __init__(self, device: HostDevice) -> None:
         self.device = device
         self.streams = {name: device.stream() for name in STREAMS}
@@ -268,7 +270,7 @@ class HostBackend:
         entry = bundle.manifest.graphs[graph]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        session = open_session(bundle.file(entry.file), ["CPUExecutionProvider"], options)
+        session = open_session(bundle.read_graph(graph), ["CPUExecutionProvider"], entry.spec, bundle.path, options)
         runner = HostRunner(session, entry.spec, self.device, self.streams[stream_of(graph)], "cpu", 0)
         runner.needs = self.activations.get(graph, Activations(0))
         return runner

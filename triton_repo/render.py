@@ -21,6 +21,7 @@ from typing import Any
 from annotated_types import Ge, Le
 from google.protobuf import text_format
 
+from engine.backends.trt_library import PLAN_BACKENDS
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
 from engine.cli.options import gibibytes, path_option, whole_number
@@ -107,7 +108,7 @@ def _check(bundle: Bundle, layout: DeploymentConfig) -> None:
             where=bundle.path,
             fix="build the bundle with --precision fp16 or fp32",
         )
-    on_gpu = manifest.backend != "onnxruntime"
+    on_gpu = manifest.backend in PLAN_BACKENDS
     if (on_gpu or layout.served_by == "tensorrt") and not layout.gpus:
         raise UsageError(
             "plans run on GPUs", where="--gpus", expected="the GPUs to serve on, such as --gpus 0", found="none"
@@ -160,6 +161,7 @@ def _link_graph(bundle: Bundle, name: str, folder: Path, layout: DeploymentConfi
         assert graph.plan is not None
         _link(bundle.file(graph.plan.file), folder / target)
         return
+    bundle.read_graph(name)  # checked, before the server's library reads it
     _link(bundle.file(graph.file), folder / target)
     _link(bundle.file(bundle.manifest.weights), folder / bundle.manifest.weights.name)
 

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.errors import BackendError, UsageError
@@ -113,7 +113,7 @@ class Server:
         """
         self._check_ports()
         with self.log.open("ab") as log:
-            log.write(f"--- started at {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
+            log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
             log.flush()
             self._log_start = log.tell()
             self.process = subprocess.Popen(

@@ -7,30 +7,49 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from engine.backends.base import Backend
+from engine.backends.ov_library import Compute
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.device.interface import Device
 from engine.errors import UsageError
 
-BACKENDS = ("onnxruntime", *PLAN_BACKENDS)
+#: The backend of Intel's library, which has devices of its own.
+OPENVINO = "openvino"
+BACKENDS = ("onnxruntime", OPENVINO, *PLAN_BACKENDS)
 #: More CPU threads than this are a mistake: there is a pool of them for each graph.
 MAX_THREADS = 256
-_DEVICE = re.compile(r"auto|cpu|cuda(?::(?P<index>\d{1,3}))?")
+_DEVICE = re.compile(r"auto|cpu|gpu|npu|cuda(?::(?P<index>\d{1,3}))?")
 
 
-def make_backend(name: str, *, device: str = "auto", threads: int = 0) -> Backend:
+def make_backend(name: str, *, device: str = "auto", threads: int = 0, compute: Compute = "auto") -> Backend:
     """Return the backend called `name`.
 
     Args:
         name: one of `BACKENDS`.
-        device: "cpu", "cuda", "cuda:1", …; "auto" is the CPU for ONNX Runtime, else the first GPU.
+        device: "cpu"; "cuda", "cuda:1", … for NVIDIA's GPUs; "gpu" or "npu" for Intel's, with OpenVINO. "auto" is the
+            CPU for ONNX Runtime and OpenVINO, else the first of NVIDIA's GPUs.
         threads: that one operator may use on a CPU; 0 is one per core.
+        compute: the type that OpenVINO computes in; "auto" is bf16 where the bundle is not in fp32 and the CPU has
+            matrix units for it (AMX), else fp32.
     Raises:
-        UsageError: there is no such backend or device, or the number of threads is impossible.
-        BackendError: a library, the driver or the GPU is missing.
+        UsageError: there is no such backend or device, the two do not fit, or the number of threads is impossible.
+        BackendError: a library, the driver or the device is missing, or it does not compute in that type.
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError("impossible number of threads", expected=f"0 to {MAX_THREADS}", found=threads)
     index = gpu_index(name, device)
+    if name == OPENVINO:
+        from engine.backends.ov import OpenVinoBackend
+        from engine.backends.ov_library import open_library as open_openvino
+
+        return OpenVinoBackend(open_openvino(device), threads, compute)
+    if compute != "auto":
+        raise UsageError(
+            "only OpenVINO can compute in another type than the graphs say",
+            where=f"--compute {compute}",
+            expected="--backend openvino",
+            found=f"--backend {name}",
+            fix=f"add --backend openvino, or leave --compute out: {name} computes as the bundle was built",
+        )
     if index is None:
         from engine.backends.ort import OrtBackend
 
@@ -57,7 +76,7 @@ def _on_gpu(index: int, make: Callable[[Device], Backend]) -> Backend:
 
 
 def gpu_index(name: str, device: str = "auto") -> int | None:
-    """Return the number of the GPU that a backend would run on, None for the CPU; nothing is opened.
+    """Return the number of NVIDIA's GPU that a backend would run on, None for none; nothing is opened.
 
     Args:
         name, device: as for `make_backend`.
@@ -68,7 +87,21 @@ def gpu_index(name: str, device: str = "auto") -> int | None:
         raise UsageError("no such backend", expected=", ".join(BACKENDS), found=name)
     place = _DEVICE.fullmatch(device)
     if place is None:
-        raise UsageError("no such device", expected="auto, cpu, cuda or cuda:N", found=device)
+        raise UsageError("no such device", expected="auto, cpu, gpu, npu, cuda or cuda:N", found=device)
+    if name == OPENVINO:
+        if device.startswith("cuda"):
+            fix = "--backend onnxruntime, tensorrt or tensorrt-rtx runs on NVIDIA's GPUs"
+            raise UsageError(
+                "OpenVINO does not run on NVIDIA's GPUs", expected="--device cpu, gpu or npu", found=device, fix=fix
+            )
+        return None
+    if device in ("gpu", "npu"):
+        raise UsageError(
+            f"--device {device} is Intel's, for --backend openvino",
+            expected="cpu, cuda or cuda:N",
+            found=f"--backend {name}",
+            fix="add --backend openvino; NVIDIA's GPUs are --device cuda",
+        )
     on_cpu = device == "cpu" or (device == "auto" and name == "onnxruntime")
     if on_cpu and name in PLAN_BACKENDS:
         raise UsageError(f"--backend {name} runs on GPUs", expected="cuda or cuda:N", found=device)

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.bundle.graphspec import GraphSpec, resolve
-from engine.bundle.manifest import Bundle, Piece
+from engine.bundle.graphspec import GraphSpec, Precision, resolve
+from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
 from engine.errors import BackendError
 
@@ -36,7 +36,13 @@ class Runner(ABC):
         Raises:
             BackendError: an input does not fit the spec, or the backend fails.
         """
-        symbols = self.spec.bind({name: (str(array.dtype), array.shape) for name, array in inputs.items()})
+        dtypes = {tensor.name: tensor.dtype for tensor in self.spec.inputs}
+        symbols = self.spec.bind(
+            {
+                name: (dtypes[name] if array.dtype == host_dtype(dtypes.get(name)) else str(array.dtype), array.shape)
+                for name, array in inputs.items()
+            }
+        )
         outputs = self.infer_impl(inputs)
         for tensor in self.spec.outputs:
             expected = resolve(tensor.shape, symbols)
@@ -61,6 +67,11 @@ class Runner(ABC):
 class Backend(Protocol):
     """Opens the graphs of bundles."""
 
+    @property
+    def label(self) -> str:
+        """The library that runs graphs, with its version, for results' metadata."""
+        ...
+
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Return a runner for one of a bundle's graphs, by its name.
 
@@ -76,22 +87,43 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class PieceBackend(Protocol):
-    """Opens the pieces of graphs as well; see `engine.memory.vae_slices`."""
+class SegmentBackend(Protocol):
+    """Opens the segments of graphs as well; see `engine.memory.vae_slices`."""
 
-    def open_piece(self, file: Path, piece: Piece) -> AbstractContextManager[Runner]:
-        """Open a piece for as long as it runs.
+    def open_segment(
+        self, segment: VaeSegment, content: bytes, folder: Path, precision: Precision = "fp32"
+    ) -> AbstractContextManager[Runner]:
+        """Open a segment for as long as it runs.
 
         Args:
-            file: the pieces' file, the weights beside it.
-            piece: of the graph.
+            segment: of a graph.
+            content: its ONNX file, from `Bundle.read_segment`.
+            folder: where the file with its weights lies.
+            precision: of the bundle, by which some backends choose what they compute in.
         Raises:
-            BundleError: the file does not hold it.
             BackendError: the backend cannot run it.
         """
         ...
 
 
+@runtime_checkable
+class ComputingBackend(Protocol):
+    """Compiles graphs for the processor: for each shape, and to a type that it chooses, in which it holds weights.
+
+    Other backends compute in float32 on a CPU. Photos go through this one's graphs one by one: another batch is
+    another compiled graph, whose kernels may give other last bits.
+    """
+
+    def computes_in(self, bundle: Bundle) -> Precision:
+        """Return the type that a bundle's networks are computed in."""
+        ...
+
+
 def as_dtype(array: Array, dtype: str) -> Array:
-    """Return an array in a spec's dtype, without a copy where it has it already."""
-    return array.astype(np.dtype(dtype), copy=False)
+    """Return an array in a spec's dtype, as the host has it, without a copy where it has it already."""
+    return array.astype(host_dtype(dtype), copy=False)
+
+
+def host_dtype(dtype: str | None) -> np.dtype[Any] | None:
+    """Return NumPy's dtype of a spec's. NumPy has no bfloat16: such values are in float32 on the host."""
+    return None if dtype is None else np.dtype("float32" if dtype == "bfloat16" else dtype)

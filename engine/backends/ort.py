@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 import onnxruntime as ort
 
 from engine.backends.base import Runner
-from engine.bundle.graphspec import GraphSpec
-from engine.bundle.manifest import Bundle, Piece
+from engine.bundle.graphspec import GraphSpec, Precision
+from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
-from engine.errors import BackendError, BundleError, OutOfMemoryError, first_line
+from engine.errors import BackendError, OutOfMemoryError, first_line
 from engine.units import format_bytes
 
 #: Errors come as exceptions; the log would say them a second time, in colours.
@@ -44,10 +43,15 @@ class OrtBackend:
     threads: int = 0
     as_written: bool = False
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"onnxruntime {ort.__version__}"
+
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Open a bundle's graph; see `Backend`."""
-        entry = bundle.manifest.graphs[graph]
-        return self.open_file(bundle.file(entry.file), entry.spec)
+        spec = bundle.spec(graph)
+        return self._open(bundle.read_graph(graph), bundle.path, spec)
 
     def close(self) -> None:
         """Sessions share an arena that is the process's; there is nothing to give back."""
@@ -58,32 +62,30 @@ class OrtBackend:
         Raises:
             BackendError: it is not a graph that this provider can run.
         """
-        options = self._options(spec)
-        return OrtRunner(open_session(file, ["CPUExecutionProvider"], options, without=_WITHOUT), spec)
+        return self._open(file, file.parent, spec)
 
     @contextmanager
-    def open_piece(self, file: Path, piece: Piece) -> Iterator[Runner]:
-        """Open one of a graph's pieces for as long as it runs; see `PieceBackend`."""
-        try:
-            with zipfile.ZipFile(file) as archive:
-                graph = archive.read(piece.file_name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise BundleError("a piece of a graph cannot be read", where=file, found=str(error)) from error
-        options = self._options(piece.spec)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-        session = open_session(graph, ["CPUExecutionProvider"], options, name=piece.spec.name, without=_WITHOUT)
-        runner = OrtRunner(session, piece.spec)
+    def open_segment(
+        self, segment: VaeSegment, content: bytes, folder: Path, precision: Precision = "fp32"
+    ) -> Iterator[Runner]:
+        """Open one of a graph's segments for as long as it runs; see `SegmentBackend`."""
+        runner = self._open(content, folder, segment.spec)
         try:
             yield runner
         finally:
             runner.close()
+
+    def _open(self, graph: Path | bytes, folder: Path, spec: GraphSpec) -> OrtRunner:
+        return OrtRunner(
+            open_session(graph, ["CPUExecutionProvider"], spec, folder, self._options(spec), without=_WITHOUT), spec
+        )
 
     def _options(self, spec: GraphSpec) -> ort.SessionOptions:
         if spec.precision == "bf16":
             raise BackendError(
                 "ONNX Runtime's CPU provider has no bf16 operators",
                 where=spec.name,
-                fix="build the bundle with --precision fp32 or fp16 to run it on a CPU",
+                fix="run it with --backend openvino, or build the bundle with --precision fp32 or fp16",
             )
         _share_arena()
         options = ort.SessionOptions()
@@ -131,36 +133,50 @@ class OrtRunner(Runner):
 def open_session(
     graph: Path | bytes,
     providers: Sequence[Any],
+    spec: GraphSpec,
+    folder: Path,
     options: ort.SessionOptions | None = None,
     *,
-    name: str | None = None,
     without: Sequence[str] = (),
 ) -> ort.InferenceSession:
     """Return a session for a graph.
 
     Args:
-        graph: the ONNX file, its weights beside it; or what would be in the file.
+        graph: the ONNX file, or its content.
         providers: as ONNX Runtime takes them.
-        options: of the session; the log level is set here.
-        name: of the graph in errors; None is the file's.
+        spec: of the graph.
+        folder: where its weights lie.
+        options: of the session; the log level and the folder are set here.
         without: ONNX Runtime's names of optimizations that are left out.
     Raises:
-        BackendError: it is not a graph that the providers can run.
+        BackendError: it is not a graph that the providers can run, or not the one that its spec is of.
         OutOfMemoryError: memory does not hold it.
     """
     options = options or ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
+    if isinstance(graph, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    where = graph if isinstance(graph, Path) else spec.name
     try:
         source = str(graph) if isinstance(graph, Path) else graph
-        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
+        session = ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        where = name or (graph if isinstance(graph, Path) else None)
         if _is_out_of_memory(error):
             fix = "close other programs, or use a bundle of smaller weights: --precision fp16"
             raise OutOfMemoryError(
                 "out of memory while the graph is opened", where=where, found=first_line(error), fix=fix
             ) from error
         raise BackendError("ONNX Runtime cannot open the graph", where=where, found=first_line(error)) from error
+    for expected, found in ((spec.inputs, session.get_inputs()), (spec.outputs, session.get_outputs())):
+        names = {tensor.name for tensor in expected}, {value.name for value in found}
+        if names[0] != names[1]:
+            raise BackendError(
+                "not the graph that its bundle describes",
+                where=where,
+                expected=sorted(names[0]),
+                found=sorted(names[1]),
+            )
+    return session
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ def load_cuda_libraries() -> str:
         prints that, and standard output is the report's.
     """
     said = io.StringIO()
-    if hasattr(ort, "preload_dlls"):  # from 1.21 on
+    if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(said):
             ort.preload_dlls()
     return " ".join(said.getvalue().split())
@@ -86,6 +86,11 @@ class OrtCudaBackend(SelfAllocatingBackend):
     def __init__(self, device: Device, index: int) -> None:
         super().__init__(device)
         self._index = index
+
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return f"onnxruntime {ort.__version__}"
 
     def open(self, bundle: Bundle, graph: str) -> OrtBufferRunner:
         """Open a bundle's graph on the GPU; see `Backend`."""
@@ -106,7 +111,8 @@ class OrtCudaBackend(SelfAllocatingBackend):
         missing = load_cuda_libraries()
         recording = ort.SessionOptions()
         recording.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = open_session(bundle.file(entry.file), [(_CUDA, options), "CPUExecutionProvider"], recording)
+        providers = [(_CUDA, options), "CPUExecutionProvider"]
+        session = open_session(bundle.read_graph(graph), providers, entry.spec, bundle.path, recording)
         if _CUDA not in session.get_providers():  # ONNX Runtime falls back without a word
             raise BackendError(
                 "ONNX Runtime's CUDA provider does not load",

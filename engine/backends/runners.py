@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
-from engine.backends.base import Backend, PieceBackend, Runner
+from engine.backends.base import Backend, Runner, SegmentBackend
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 from engine.memory.host_memory import release_free_memory
 from engine.memory.residency import needed_beside
-from engine.memory.vae_slices import OpenPiece
+from engine.memory.vae_slices import OpenSegment
 from engine.timings import Timings
 
 
@@ -47,22 +46,24 @@ class Runners:
                 runner = self.opened[graph] = self._backend.open(self._bundle, graph)
         return runner
 
-    def open_piece(self, graph: str) -> OpenPiece:
-        """Return what opens the pieces of a graph of the VAE, for a run over them.
+    def open_segment(self, graph: str) -> OpenSegment:
+        """Return what opens the segments of a graph of the VAE, for a run over them.
 
         Raises:
-            BackendError: the bundle has no pieces, or the backend runs whole graphs only.
+            BackendError: the bundle has no segments, or the backend runs whole graphs only.
         """
         self._make_room(graph)
-        entry = self._bundle.manifest.graphs[graph].pieces_file
-        if entry is None or not isinstance(self._backend, PieceBackend):
+        backend, bundle = self._backend, self._bundle
+        if not bundle.manifest.graphs[graph].segments or not isinstance(backend, SegmentBackend):
             raise BackendError(
-                "the VAE cannot run by rows here",
+                "the VAE cannot run in slices here",
                 where=graph,
-                expected="a bundle with pieces, on ONNX Runtime's CPU provider",
+                expected="a bundle with segments, on a CPU",
                 fix="restore with --vae-tiles auto, fast or off",
             )
-        return partial(self._backend.open_piece, self._bundle.file(entry))
+        return lambda segment: backend.open_segment(
+            segment, bundle.read_segment(graph, segment), bundle.path, bundle.manifest.precision
+        )
 
     def _make_room(self, graph: str) -> None:
         """Close what is not kept and not needed beside a graph."""

@@ -44,6 +44,11 @@ class TrtBackend:
         self._notes: dict[Path, MemoryNotes] = {}
         self._checked: set[tuple[str, str]] = set()
 
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return self.library.label
+
     def open(self, bundle: Bundle, graph: str) -> TrtRunner:
         """Return a runner for a graph's plan.
 

@@ -87,9 +87,11 @@ def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None
     """Fill a weight-stripped plan with all weights of the bundle at once, never with a difference.
 
     Raises:
+        BundleError: as `Bundle.read_graph`.
         BackendError: the library refuses, or a weight is missing.
         OutOfMemoryError: memory does not hold the weights.
     """
+    bundle.read_graph(graph.spec.name)  # checked, before a library reads it and the weights
     refitter = api.Refitter(engine, log)
     parser = api.OnnxParserRefitter(refitter, log)
     done = parser.refit_from_file(str(bundle.file(graph.file)))

@@ -24,8 +24,8 @@ SETTLED_NS = 2_000_000_000
 _CHUNK_BYTES = 1 << 20
 
 
-class _Known(BaseModel):
-    """A file's state when it was hashed."""
+class FileState(BaseModel):
+    """What any write to a file changes."""
 
     device: int
     inode: int
@@ -35,7 +35,7 @@ class _Known(BaseModel):
 
 
 class _Entry(BaseModel):
-    state: _Known
+    state: FileState
     sha256: str
 
 
@@ -45,7 +45,7 @@ def hash_file(path: Path) -> str:
     Raises:
         OSError: it cannot be read. That the cache folder cannot be used is no error: it only costs time.
     """
-    before = _state(path)
+    before = file_state(path)
     if before.bytes < WORTH_KEEPING_BYTES:
         return _hash(path)
     memory = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
@@ -56,14 +56,19 @@ def hash_file(path: Path) -> str:
     now_ns = time.time_ns()
     found = _hash(path)
     settled = now_ns - max(before.modified_ns, before.changed_ns) > SETTLED_NS
-    if settled and _state(path) == before:
+    if settled and file_state(path) == before:
         write_cache(memory, _Entry(state=before, sha256=found).model_dump_json().encode())
     return found
 
 
-def _state(path: Path) -> _Known:
+def file_state(path: Path) -> FileState:
+    """Return a file's state.
+
+    Raises:
+        OSError: there is no such file.
+    """
     found = path.stat()
-    return _Known(
+    return FileState(
         device=found.st_dev,
         inode=found.st_ino,
         bytes=found.st_size,

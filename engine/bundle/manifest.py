@@ -12,45 +12,49 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from platformdirs import user_data_path
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
 
+from engine.bundle.files import (
+    MANIFEST,
+    MAX_TEXT_BYTES,
+    REBUILD,
+    Bytes,
+    File,
+    check_again,
+    check_file,
+    plain_size,
+    read_archived,
+    read_checked,
+)
 from engine.bundle.graphspec import GraphSpec, Precision, parse_axis
-from engine.bundle.hashing import hash_file
+from engine.bundle.hashing import FileState
+from engine.bundle.interface import problems
+from engine.bundle.onnx_file import check_graph
 from engine.bundle.profiles import Profile
 from engine.bundle.storage import APP_NAME
+from engine.bundle.tokenizer import read_tokenizer
 from engine.bundle.verification import Verification
 from engine.errors import BundleError
 from engine.recipe import GRAPHS
 from engine.settings import Settings
 
-FORMAT = 5
-MANIFEST = "manifest.json"
-#: Inputs of a piece with a norm: the map's mean, and 1 / √(variance + ε).
+FORMAT = 6
+#: Inputs of a segment with a norm: the map's mean, and 1 / √(variance + ε).
 STATISTICS = ("mean", "inverse")
-REBUILD = "build it again: python export/build_engines.py --output {path}"
 
 
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError("must be a file's name without a folder")
-    return name
+#: What takes part in 32-bit arithmetic somewhere.
+Int32 = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class File(_Model):
-    """A file of the bundle, by its name inside the folder."""
-
-    name: Annotated[str, AfterValidator(_plain_name)]
-    bytes: int
-    sha256: str
 
 
 class Audit(_Model):
@@ -95,7 +99,7 @@ class TrtEngine(_Model):
 
 
 class Norm(_Model):
-    """A group norm that a piece begins with: it is given the statistics of the whole map.
+    """A group norm that a segment begins with: it is given the statistics of the whole map.
 
     Attributes:
         map: its name.
@@ -104,24 +108,24 @@ class Norm(_Model):
     """
 
     map: str
-    groups: int
-    eps: float
+    groups: Annotated[Int32, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0, lt=1)]
 
 
-class Piece(_Model):
+class VaeSegment(_Model):
     """A part of a graph that is exact on a few rows of an image; `engine.memory.vae_slices` runs one after the other.
 
     Attributes:
-        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one piece
-            gives and another takes. Behind the maps a piece with a norm takes `STATISTICS`, f32[B,C,1,1] each.
-        norm: that the piece begins with, if it does.
+        spec: inputs and outputs are maps, by their names: the graph's own input and output, and what one segment
+            gives and another takes. Behind the maps a segment with a norm takes `STATISTICS`, f32[B,C,1,1] each.
+        norm: that the segment begins with, if it does.
         halo: rows above and below its own that it must see of a map, in the map's rows.
         whole: maps that it must see as a whole.
     """
 
     spec: GraphSpec
     norm: Norm | None
-    halo: tuple[int, int]
+    halo: tuple[Annotated[int, Field(ge=0, le=64)], Annotated[int, Field(ge=0, le=64)]]
     whole: tuple[str, ...]
 
     @property
@@ -131,7 +135,7 @@ class Piece(_Model):
 
     @property
     def file_name(self) -> str:
-        """Its graph's name in the file of pieces."""
+        """Its graph's name in the file of segments."""
         return f"{self.spec.name}.onnx"
 
 
@@ -141,34 +145,34 @@ class Graph(_Model):
     Attributes:
         weights_bytes: of its parameters, some of which other graphs may share.
         parity_sample: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
-        pieces: the same graph cut into pieces, in the order in which they run; none where it cannot be.
-        pieces_file: a zip file of the pieces' graphs.
+        segments: the same graph cut into segments, in the order in which they run; none where it cannot be.
+        segments_file: a zip file of the segments' graphs.
     """
 
     spec: GraphSpec
     file: File
     verification: Verification
-    weights_bytes: int
+    weights_bytes: Bytes
     plan: TrtEngine | None = None
     parity_sample: File | None = None
-    pieces: tuple[Piece, ...] = ()
-    pieces_file: File | None = None
+    segments: tuple[VaeSegment, ...] = ()
+    segments_file: File | None = None
 
     @property
     def files(self) -> tuple[File, ...]:
         """Its files in the bundle's folder."""
         plan = None if self.plan is None else self.plan.file
-        return tuple(file for file in (self.file, plan, self.parity_sample, self.pieces_file) if file is not None)
+        return tuple(file for file in (self.file, plan, self.parity_sample, self.segments_file) if file is not None)
 
 
-class Tokenizer(_Model):
+class TokenizerFile(_Model):
     """The text vocabulary, and the ids that frame and fill a chunk of 77 tokens."""
 
     file: File
-    start_id: int
-    end_id: int
-    pad_id: int
-    pad_id_2: int
+    start_id: Int32
+    end_id: Int32
+    pad_id: Int32
+    pad_id_2: Int32
 
 
 class Source(_Model):
@@ -216,8 +220,8 @@ class Manifest(_Model):
     notice: str
     defaults: Settings
     weights: File
-    tokenizer: Tokenizer
-    frequencies: tuple[float, ...]
+    tokenizer: TokenizerFile
+    frequencies: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     graphs: dict[str, Graph]
     sources: tuple[Source, ...]
     loras: tuple[Lora, ...]
@@ -231,11 +235,13 @@ class Bundle:
         path: its folder.
         manifest: its table of contents.
         digest: SHA-256 of the manifest, and through it of everything in the bundle.
+        states: of the files that were checked, by their names.
     """
 
     path: Path
     manifest: Manifest
     digest: str
+    states: dict[str, FileState] = field(default_factory=dict, compare=False)
 
     @property
     def latent_channels(self) -> int:
@@ -255,9 +261,9 @@ class Bundle:
         return self.pixels_per_cell * self.spec("unet").multiples["h"]
 
     @property
-    def has_pieces(self) -> bool:
-        """Tell whether the VAE's graphs come in pieces too."""
-        return all(self.manifest.graphs[graph].pieces for graph in self.vae_graphs)
+    def has_segments(self) -> bool:
+        """Tell whether the VAE's graphs come as segments too."""
+        return all(self.manifest.graphs[graph].segments for graph in self.vae_graphs)
 
     @property
     def vae_graphs(self) -> tuple[str, ...]:
@@ -268,7 +274,56 @@ class Bundle:
         return self.manifest.graphs[graph].spec
 
     def file(self, entry: File) -> Path:
+        """Return where a file lies.
+
+        Raises:
+            BundleError: it is missing, or another one than when the bundle was opened.
+        """
+        if entry.name in self.states:
+            self.states[entry.name] = check_again(self.path, entry, self.states[entry.name])
         return self.path / entry.name
+
+    def read_graph(self, graph: str) -> bytes:
+        """Return a graph's ONNX file without its weights, which lie in the bundle's folder.
+
+        What is returned is what was hashed, whatever has become of the file since.
+
+        Raises:
+            BundleError: the file or the weights were changed, or the graph holds what no bundle's graph may hold.
+        """
+        entry = self.manifest.graphs[graph].file
+        self.file(self.manifest.weights)
+        content = read_checked(self.path, entry)
+        self.check_graph(content, self.path / entry.name)
+        return content
+
+    def read_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the text encoders.
+
+        Raises:
+            BundleError: it was changed, is damaged, or no tokenizer of CLIP's kind.
+        """
+        entry = self.manifest.tokenizer.file
+        return read_tokenizer(read_checked(self.path, entry), self.path / entry.name)
+
+    def read_segment(self, graph: str, segment: VaeSegment) -> bytes:
+        """Return the ONNX file of a graph's segment without its weights; see `read_graph`.
+
+        Raises:
+            BundleError: as `read_graph`; or the graph has no segments.
+        """
+        archive = self.manifest.graphs[graph].segments_file
+        if archive is None:
+            raise BundleError("the graph has no segments", where=f"{self.path}: {graph}")
+        self.file(self.manifest.weights)
+        content = read_archived(self.file(archive), segment.file_name)
+        self.check_graph(content, f"{self.path / archive.name}: {segment.file_name}")
+        return content
+
+    def check_graph(self, content: bytes, where: object) -> None:
+        """Check what an ONNX file of this bundle holds; see `engine.bundle.onnx_file.check_graph`."""
+        weights = self.manifest.weights
+        check_graph(content, where, weights=weights.name, weights_bytes=weights.bytes)
 
     def files(self) -> tuple[File, ...]:
         graphs = (file for graph in self.manifest.graphs.values() for file in graph.files)
@@ -288,9 +343,10 @@ def open_bundle(path: Path) -> Bundle:
         BundleError: there is none, it is of another version, or a file is missing or changed.
     """
     bundle = read_manifest(path)
+    entries = bundle.files()
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        list(pool.map(lambda entry: _check_file(bundle, entry), bundle.files()))
-    return bundle
+        states = list(pool.map(lambda entry: check_file(path, entry), entries))
+    return replace(bundle, states={entry.name: state for entry, state in zip(entries, states, strict=True)})
 
 
 def read_manifest(path: Path) -> Bundle:
@@ -302,7 +358,7 @@ def read_manifest(path: Path) -> Bundle:
     file = path / MANIFEST
     rebuild = REBUILD.format(path=path)
     try:
-        text = file.read_bytes()
+        text = file.read_bytes() if plain_size(file) <= MAX_TEXT_BYTES else b""
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError("no bundle here", where=path, expected=MANIFEST, fix=rebuild) from None
     except OSError as error:
@@ -330,6 +386,9 @@ def read_manifest(path: Path) -> Bundle:
         )
     if set(manifest.graphs) != set(GRAPHS):
         raise BundleError("wrong set of graphs", where=file, expected=GRAPHS, found=sorted(manifest.graphs))
+    problem = next(problems(manifest), None)
+    if problem is not None:
+        raise BundleError("the manifest does not describe what the engine runs", where=file, found=problem, fix=rebuild)
     return Bundle(path, manifest, hashlib.sha256(text).hexdigest())
 
 
@@ -362,39 +421,6 @@ def plan_key(
         "precision": precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def describe_file(path: Path) -> File:
-    """Return the manifest's entry for a file of a bundle."""
-    return File(name=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
-
-
-def _check_file(bundle: Bundle, entry: File) -> None:
-    path = bundle.file(entry)
-    rebuild = REBUILD.format(path=bundle.path)
-    try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise BundleError(
-                "a file of the bundle was changed",
-                where=path,
-                expected=f"{entry.bytes} bytes",
-                found=f"{size} bytes",
-                fix=rebuild,
-            )
-        found = hash_file(path)
-    except FileNotFoundError:
-        raise BundleError("a file of the bundle is missing", where=path, fix=rebuild) from None
-    except OSError as error:
-        raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
-    if found != entry.sha256:
-        raise BundleError(
-            "a file of the bundle was changed",
-            where=path,
-            expected=f"SHA-256 {entry.sha256[:16]}…",
-            found=f"SHA-256 {found[:16]}…",
-            fix=rebuild,
-        )
 
 
 def _format_of(text: bytes) -> object:

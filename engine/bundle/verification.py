@@ -45,13 +45,13 @@ class Trial(_Model):
     Attributes:
         method: what ran it.
         symbols: the size it ran at.
-        in_pieces: relative L2 between what the pieces give and what the whole graph gives; None if it has no pieces.
-        bound: of `in_pieces`, which would have failed the build.
+        in_slices: relative L2 between what its segments give and what it gives as a whole; None if it has none.
+        bound: of `in_slices`, which would have failed the build.
     """
 
     method: str
     symbols: dict[str, int]
-    in_pieces: float | None = None
+    in_slices: float | None = None
     bound: float | None = None
 
 

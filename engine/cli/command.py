@@ -17,6 +17,7 @@ from typing import Any
 
 from engine import Restorer
 from engine.backends import BACKENDS, MAX_THREADS
+from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
@@ -34,7 +35,7 @@ from engine.cli.options import add_settings, gibibytes, given_settings, path_opt
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
-from engine.errors import ImageError, RestoreError
+from engine.errors import ImageError, RestoreError, printable
 from engine.image.files import read_provenance
 from engine.image.formats import WRITTEN
 from engine.pipeline.provenance import provenance_of
@@ -59,7 +60,7 @@ def restore(arguments: Sequence[str]) -> int:
         if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if bundle.manifest.notice and not options.quiet:
-            print(f"note: {bundle.manifest.notice}", file=sys.stderr)
+            print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
         _warn_of_idle_options(options, settings)
         if not options.quiet and (raws := raws_left_out(options.images, recursive=options.recursive)):
             print(f"note: camera raws in the folders were left out: {raws}; name one to restore it", file=sys.stderr)
@@ -137,6 +138,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
         "backend": options.backend,
         "device": options.device,
         "threads": options.threads,
+        "compute": options.compute,
         "vram_budget_gib": options.vram_budget,
     }
 
@@ -239,7 +241,15 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="cpu, cuda or cuda:N; default: the CPU for onnxruntime, else the first GPU",
+        help="cpu; cuda or cuda:N, NVIDIA's GPUs; gpu or npu, Intel's, with openvino; "
+        "default: the CPU for onnxruntime and openvino, else the first of NVIDIA's GPUs",
+    )
+    engine.add_argument(
+        "--compute",
+        choices=COMPUTES,
+        default="auto",
+        help="type that openvino computes in on a CPU; default: bf16 if the bundle is in fp16 or bf16 and the CPU has "
+        "matrix units for it (AMX), else fp32",
     )
     engine.add_argument(
         "--vram-budget",

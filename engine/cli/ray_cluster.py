@@ -229,4 +229,4 @@ def gpu_is_used(device: str, backend: str) -> bool:
     """
     if ":" in device:
         raise UsageError("which GPU is Ray's to choose", where="--device", expected="auto, cpu or cuda", found=device)
-    return device == "cuda" or (device == "auto" and backend != "onnxruntime")
+    return device == "cuda" or (device == "auto" and backend not in ("onnxruntime", "openvino"))

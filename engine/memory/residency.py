@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from engine.bundle.graphspec import GraphSpec
-from engine.bundle.manifest import Bundle, Graph
+from engine.bundle.graphspec import PRECISION_DTYPES, GraphSpec, Precision
+from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS
 from engine.errors import BackendError, DoesNotFitError
 from engine.memory.budget import MemoryBudget
@@ -189,41 +189,46 @@ def choose_kept(
     return None if best is None else best[2]
 
 
-def choose_resident_graphs(bundle: Bundle, budget: MemoryBudget) -> frozenset[str]:
-    """Return the graphs that stay in a computer's memory, where processors compute in float32.
+def choose_resident_graphs(bundle: Bundle, budget: MemoryBudget, compute: Precision = "fp32") -> frozenset[str]:
+    """Return the graphs that stay in a computer's memory.
 
     Args:
         bundle: whose graphs they are.
         budget: of the computer's memory.
+        compute: the type that they are computed in, which their weights are held in.
     Raises:
         BackendError: the graphs of one stage do not fit.
     """
-    weights = host_weights(bundle)
+    weights = host_weights(bundle, compute)
     kept = choose_kept(weights, PHASES, budget.weights)
     if kept is None:
         needed = MemoryBudget.for_weights(_largest(weights, PHASES))
         raise BackendError(
             "out of memory",
             where=bundle.path,
-            expected=f"{format_memory(needed.bytes)} for weights in float32 and the rest",
+            expected=f"{format_memory(needed.bytes)} for weights in {PRECISION_DTYPES[compute]} and the rest",
             found=f"{format_memory(budget.bytes)} available",
             fix="close other programs, use a computer with more memory, or a GPU",
         )
     return kept
 
 
-def host_weights(bundle: Bundle) -> dict[str, int]:
-    """Return the bytes that each graph's weights take in a computer's memory, in float32."""
-    return {name: graph.weights_bytes * _widening(graph) for name, graph in bundle.manifest.graphs.items()}
+def host_weights(bundle: Bundle, compute: Precision = "fp32") -> dict[str, int]:
+    """Return the bytes that each graph's weights take in a computer's memory, in the type they are computed in."""
+    return {
+        name: graph.weights_bytes * bytes_per_weight(compute) // bytes_per_weight(graph.spec.precision)
+        for name, graph in bundle.manifest.graphs.items()
+    }
+
+
+def bytes_per_weight(precision: Precision) -> int:
+    """Return the bytes of one weight in a type."""
+    return 4 if precision == "fp32" else 2
 
 
 def needed_beside(graph: str) -> frozenset[str]:
     """Return the graphs of all phases that a graph is part of."""
     return frozenset(other for phase in PHASES if graph in phase for other in phase)
-
-
-def _widening(graph: Graph) -> int:
-    return 1 if graph.spec.precision == "fp32" else 2
 
 
 def stream_weights(

@@ -1,7 +1,7 @@
 """Whole, in tiles, or not at all: how a photo of a size is restored, by what memory holds.
 
 Arithmetic on shapes, so that it is known before anything is loaded. What ONNX Runtime needs beside the weights
-is bounded from above: what a guess misses ends as "out of memory", and the next smaller plan is tried once.
+is bounded from above: what a guess misses ends as "out of memory", and smaller plans are tried until none is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.sampling.tiling import Tiling, Trapezoid, gaussian
 from engine.settings import Settings
 from engine.units import format_memory
 
-#: How a graph of the VAE runs on an image: by slices, or in tiles; one tile may be the whole.
+#: How a graph of the VAE runs on an image: in slices, or in tiles; one tile may be the whole.
 VaeMode = Tiling | SlicedVae
 
 #: A latent is sampled whole up to so many tiles' area: beyond, SDXL repeats things, and attention grows squared.
@@ -46,12 +46,12 @@ class SizePlan:
     Attributes:
         tile_px: side of the latent's tiles, which are sampled one by one; None is the whole latent.
         vae_tile_px: side of the VAE's tiles; None is the whole image.
-        vae_by_rows: whether the VAE runs on the whole image, a few rows at a time.
+        vae_in_slices: whether the VAE runs on the whole image, a few rows at a time.
     """
 
     tile_px: int | None = None
     vae_tile_px: int | None = None
-    vae_by_rows: bool = False
+    vae_in_slices: bool = False
 
     def latent_tiles(self, bundle: Bundle, height: int, width: int) -> Tiling:
         """Return the tiles of a latent of `height` × `width` cells for sampling; neighbours overlap by half."""
@@ -61,8 +61,8 @@ class SizePlan:
         return Tiling(height, width, size, size // 2, gaussian)
 
     def vae_mode(self, bundle: Bundle, height: int, width: int) -> VaeMode:
-        """Return how the VAE works: by rows, or in these tiles of a latent of `height` × `width` cells."""
-        if self.vae_by_rows:
+        """Return how the VAE works: in slices, or in these tiles of a latent of `height` × `width` cells."""
+        if self.vae_in_slices:
             return SlicedVae()
         if self.vae_tile_px is None:
             return Tiling.whole(height, width)
@@ -70,18 +70,18 @@ class SizePlan:
         overlap = min(_VAE_OVERLAP, size // 2)
         return Tiling(height, width, size, size - overlap, Trapezoid(overlap / size))
 
-    def smaller(self, bundle: Bundle, size: Size, *, by_rows: bool = True) -> SizePlan | None:
+    def smaller(self, bundle: Bundle, size: Size, *, in_slices: bool = True) -> SizePlan | None:
         """Return the plan to try where memory ran out, None if there is none.
 
         Args:
             bundle: whose networks work.
             size: (width, height) in pixels that the networks see.
-            by_rows: whether the VAE can work by rows there.
+            in_slices: whether the VAE can work in slices there.
         """
         tile = self.tile_px or default_tile(bundle)
         vae_tile = self.vae_tile_px or _VAE_TILE_CELLS * bundle.pixels_per_cell
-        if self.vae_tile_px is None and not self.vae_by_rows and by_rows and bundle.has_pieces:
-            plan = SizePlan(tile, vae_by_rows=True)
+        if self.vae_tile_px is None and not self.vae_in_slices and in_slices and bundle.has_segments:
+            plan = SizePlan(tile, vae_in_slices=True)
         else:
             plan = SizePlan(tile, vae_tile)
         if plan == self:
@@ -107,20 +107,20 @@ class SizePlan:
 
     def as_data(self) -> dict[str, Any]:
         """Return the plan for the metadata of a result."""
-        return {"tile_px": self.tile_px, "vae_tile_px": self.vae_tile_px, "vae_by_rows": self.vae_by_rows}
+        return {"tile_px": self.tile_px, "vae_tile_px": self.vae_tile_px, "vae_in_slices": self.vae_in_slices}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> SizePlan | None:
         """Return the plan that `as_data` wrote; None where the data is no such plan."""
-        tile, vae_tile, by_rows = (data.get(name) for name in ("tile_px", "vae_tile_px", "vae_by_rows"))
+        tile, vae_tile, in_slices = (data.get(name) for name in ("tile_px", "vae_tile_px", "vae_in_slices"))
         sides = all(side is None or (type(side) is int and side > 0) for side in (tile, vae_tile))
-        return cls(tile, vae_tile, by_rows) if sides and isinstance(by_rows, bool) else None
+        return cls(tile, vae_tile, in_slices) if sides and isinstance(in_slices, bool) else None
 
     def __str__(self) -> str:
         sampled = "whole" if self.tile_px is None else f"in tiles of {self.tile_px} pixels"
         decoded = "whole"
-        if self.vae_by_rows:
-            decoded = "by rows"
+        if self.vae_in_slices:
+            decoded = "in slices"
         elif self.vae_tile_px is not None:
             decoded = f"in tiles of {self.vae_tile_px} pixels, which is approximate"
         return f"sampled {sampled}, decoded {decoded}"
@@ -146,16 +146,16 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBu
     """
     tile = default_tile(bundle)
     _check_tile(bundle, settings)
-    if settings.vae_tiles == "exact" and not bundle.has_pieces:
+    if settings.vae_tiles == "exact" and not bundle.has_segments:
         raise UsageError(
-            "this bundle's VAE does not work by rows",
+            "this bundle's VAE does not work in slices",
             where="--vae-tiles",
             expected="auto, off or fast",
             found="exact",
             fix="bundles for a CPU, built by this version, have what it takes",
         )
     needed = {"tile": sampling_bytes(bundle, size), "vae_tiles": vae_bytes(bundle, size)}
-    if settings.vae_tiles == "exact" and (need := rows_bytes(bundle, size)) > budget.bytes:
+    if settings.vae_tiles == "exact" and (need := slices_bytes(bundle, size)) > budget.bytes:
         raise ImageError(
             "too large for an exact VAE",
             where=f"{size[0]} × {size[1]} pixels",
@@ -180,11 +180,11 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBu
         tile_px = None if settings.tile == "off" or settings.tile >= max(size) else settings.tile
     vae_tile_px = _VAE_TILE_CELLS * bundle.pixels_per_cell
     whole_fits = needed["vae_tiles"] <= budget.activations
-    by_rows = settings.vae_tiles == "exact"
+    in_slices = settings.vae_tiles == "exact"
     if settings.vae_tiles == "auto" and not whole_fits:
-        by_rows = bundle.has_pieces and rows_bytes(bundle, size) <= budget.slices
-    if by_rows:
-        return SizePlan(tile_px, vae_by_rows=True)
+        in_slices = bundle.has_segments and slices_bytes(bundle, size) <= budget.slices
+    if in_slices:
+        return SizePlan(tile_px, vae_in_slices=True)
     whole = settings.vae_tiles == "off" or (settings.vae_tiles == "auto" and whole_fits) or max(size) <= vae_tile_px
     return SizePlan(tile_px, None if whole else vae_tile_px)
 
@@ -195,12 +195,12 @@ def device_plans(bundle: Bundle, size: Size, settings: Settings) -> list[SizePla
     Args:
         bundle, size, settings: as `choose_plan`.
     Raises:
-        UsageError: tiles of that size do not exist, or the VAE was to work by rows.
+        UsageError: tiles of that size do not exist, or the VAE was to work in slices.
     """
     _check_tile(bundle, settings)
     if settings.vae_tiles == "exact":
         raise UsageError(
-            "the VAE works by rows on the CPU only",
+            "the VAE works in slices on the CPU only",
             where="--vae-tiles",
             expected="auto, off or fast",
             found="exact",
@@ -247,12 +247,12 @@ def vae_bytes(bundle: Bundle, size: Size) -> int:
     return _VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2
 
 
-def rows_bytes(bundle: Bundle, size: Size) -> int:
-    """Return what the VAE needs at (width, height) pixels if it works by rows."""
+def slices_bytes(bundle: Bundle, size: Size) -> int:
+    """Return what the VAE needs at (width, height) pixels if it works in slices."""
     factor = bundle.pixels_per_cell
     symbols = {"B": 1, "h": size[1] // factor, "w": size[0] // factor}
     return max(
-        peak_bytes(bundle.manifest.graphs[graph].pieces, resolve(bundle.spec(graph).inputs[0].shape, symbols))
+        peak_bytes(bundle.manifest.graphs[graph].segments, resolve(bundle.spec(graph).inputs[0].shape, symbols))
         for graph in bundle.vae_graphs
     )
 

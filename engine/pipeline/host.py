@@ -274,10 +274,10 @@ class HostExecutor:
             return self._run(graph, {source: part}, stage, times)[target]
 
         if isinstance(mode, SlicedVae):
-            open_piece = self.runners.open_piece(graph)
+            open_segment = self.runners.open_segment(graph)
             with (times or Timings()).graph(stage):
                 return run_slices(
-                    self.bundle.manifest.graphs[graph].pieces, image, open_piece, mode, partial(on_tile, stage)
+                    self.bundle.manifest.graphs[graph].segments, image, open_segment, mode, partial(on_tile, stage)
                 )
         if mode is None or mode.is_whole:
             return run(image)

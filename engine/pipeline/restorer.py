@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from engine.backends import make_backend
-from engine.backends.base import Backend
+from engine.backends.base import Backend, ComputingBackend
+from engine.backends.ov_library import Compute
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.errors import BackendError, DoesNotFitError, UsageError
@@ -37,7 +38,7 @@ from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
 from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
 from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
-from engine.pipeline.provenance import provenance_of
+from engine.pipeline.provenance import backend_facts, provenance_of
 from engine.recipe import Operation
 from engine.sampling.sampler import Latent
 from engine.settings import Settings
@@ -85,7 +86,9 @@ class Restorer:
                 raise UsageError("a budget of GPU memory must be above 0", found=f"{vram_budget_bytes} bytes")
             # Once: what is loaded later must not change the plan of the next photo.
             self._memory = MemoryBudget.available()
-            kept = None if isinstance(backend, DeviceBackend) else choose_resident_graphs(bundle, self._memory)
+            compute = backend.computes_in(bundle) if isinstance(backend, ComputingBackend) else "fp32"
+            on_host = not isinstance(backend, DeviceBackend)
+            kept = choose_resident_graphs(bundle, self._memory, compute) if on_host else None
             self.bundle = bundle
             self._runners = Runners(backend, bundle, kept)
             opened.callback(self._runners.close)
@@ -107,6 +110,7 @@ class Restorer:
         backend: str | None = None,
         device: str = "auto",
         threads: int = 0,
+        compute: Compute = "auto",
         vram_budget_gib: float | None = None,
     ) -> Restorer:
         """Open a bundle.
@@ -114,8 +118,7 @@ class Restorer:
         Args:
             bundle: its folder; None means where `build_engines.py` builds by default.
             backend: one of `engine.backends.BACKENDS`; None means the one that the bundle is for.
-            device: "cpu", "cuda", "cuda:1", …; "auto" is the CPU for ONNX Runtime, else the first GPU.
-            threads: that one operator may use on a CPU; 0 is one per core.
+            device, threads, compute: as for `engine.backends.make_backend`.
             vram_budget_gib: of GPU memory, for everything; what does not fit is loaded and released by
                 stage. None means that everything stays, or that there is an error.
         Raises:
@@ -128,7 +131,7 @@ class Restorer:
             raise UsageError("a budget of GPU memory must be above 0", where="vram_budget_gib", found=vram_budget_gib)
         path = Path(bundle) if bundle is not None else default_bundle_dir()
         opened = open_bundle(path)
-        made = make_backend(backend or opened.manifest.backend, device=device, threads=threads)
+        made = make_backend(backend or opened.manifest.backend, device=device, threads=threads, compute=compute)
         budget = None if vram_budget_gib is None else int(vram_budget_gib * 2**30)
         return cls(opened, made, vram_budget_bytes=budget)
 
@@ -196,7 +199,7 @@ class Restorer:
         candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
         # What the settings leave open may be smaller still; what they ask for is done, or refused.
         if recorded is None and settings.tile == "auto" and settings.vae_tiles == "auto":
-            smaller = candidates[-1].smaller(self.bundle, size, by_rows=False)
+            smaller = candidates[-1].smaller(self.bundle, size, in_slices=False)
             candidates += [] if smaller is None else [smaller]
         plan = make_plan(self.bundle, prompts, size, settings, candidates[0], photos)
         error: DoesNotFitError | None = None
@@ -260,7 +263,7 @@ class Restorer:
         on_note: OnNote = ignore,
         **changes: Any,
     ) -> list[Restored]:
-        """Restore several photos; those that the networks see at one size go together.
+        """Restore several photos; those that the networks see at one size go together, but with OpenVINO one by one.
 
         Each result is what the photo gives alone.
 
@@ -281,11 +284,13 @@ class Restorer:
         seeds = [settings.updated({"seed": seed}).seed for seed in seeds]
         listener = Listener(on_step, on_tile, on_note)
         sources = [load_photo(photo, max_pixels=self.max_photo_pixels) for photo in photos]
-        groups: dict[Size, list[int]] = {}
+        alone = isinstance(self._backend, ComputingBackend)
+        groups: dict[tuple[Size, int], list[int]] = {}
         for index, source in enumerate(sources):
-            groups.setdefault(self.working_size(source.size, settings), []).append(index)
+            key = (self.working_size(source.size, settings), index if alone else 0)
+            groups.setdefault(key, []).append(index)
         results: dict[int, Restored] = {}
-        for size, indices in groups.items():
+        for (size, _), indices in groups.items():
             plan = self._plan(size, settings, len(indices))
             own = NoiseInput([seeds[index] for index in indices], None if noise is None else noise[indices])
             group = self._restore_group([sources[index] for index in indices], plan, own, listener)
@@ -296,26 +301,25 @@ class Restorer:
         self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
     ) -> list[Restored]:
         notes: list[str] = []
-        smaller: RestorationPlan | None = None
-        try:
-            photos, times = self._attempt(sources, plan, noise, listener)
-        except (BackendError, MemoryError) as error:
-            smaller = self._smaller(plan) if is_out_of_memory(error) else None
-            if smaller is None:
-                raise
-        # Outside the handler: what the failed attempt held in its frames is free now.
-        if smaller is not None:
+        while True:
+            try:
+                photos, times = self._attempt(sources, plan, noise, listener)
+                break
+            except (BackendError, MemoryError) as error:
+                smaller = self._smaller(plan) if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # Outside the handler: what the failed attempt held in its frames is free now.
             notes.append(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
-            listener.on_note(notes[0])
+            listener.on_note(notes[-1])
             if self._session is not None:
                 self._session.close()
             self._runners.close()
             plan = smaller
-            photos, times = self._attempt(sources, plan, noise, listener)
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):
             used = plan.settings.updated({"seed": seed})
-            provenance = provenance_of(self.bundle, used, plan)
+            provenance = provenance_of(self.bundle, used, plan, backend_facts(self._backend, self.bundle))
             if notes:
                 provenance["notes"] = notes
             results.append(Restored(photo, used, times, provenance, tuple(notes)))
@@ -323,7 +327,7 @@ class Restorer:
 
     def _smaller(self, plan: RestorationPlan) -> RestorationPlan | None:
         """Return the plan to try where memory has run out, None if there is none."""
-        size_plan = plan.size_plan.smaller(self.bundle, plan.size, by_rows=self._session is None)
+        size_plan = plan.size_plan.smaller(self.bundle, plan.size, in_slices=self._session is None)
         if size_plan is None:
             return None
         smaller = plan.with_size_plan(self.bundle, size_plan)

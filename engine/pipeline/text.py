@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from tokenizers import Tokenizer
 from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import MICRO_CONDITIONS, TOKENS
 from engine.device.interface import Array
-from engine.errors import BundleError
 
 TOKENS_INSIDE = TOKENS - 2  # between the start and the end token
 
@@ -51,11 +49,8 @@ class SpecialIds:
 class PromptTokenizer:
     """Cuts a text of any length into framed chunks of 77 tokens; nothing is dropped."""
 
-    def __init__(self, file: Path, special: SpecialIds) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError("the tokenizer is damaged", where=file, found=str(error)[:200]) from error
+    def __init__(self, tokenizer: Tokenizer, special: SpecialIds) -> None:
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # "<|endoftext|>" in a prompt is text: as a token, it would end what the second tower pools.
@@ -130,7 +125,7 @@ class Prompts:
     def __init__(self, bundle: Bundle) -> None:
         ids = bundle.manifest.tokenizer
         special = SpecialIds(ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
-        self._tokenizer = PromptTokenizer(bundle.file(ids.file), special)
+        self._tokenizer = PromptTokenizer(bundle.read_tokenizer(), special)
         self._frequencies = bundle.manifest.frequencies
 
     def count_chunks(self, texts: Sequence[str]) -> int:

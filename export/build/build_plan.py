@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +37,6 @@ from export.graphs.traces import (
     made_key,
     shipped_trace,
 )
-from export.graphs.vae_segments import PieceStructure, cut, pieces_key
 from export.trt.compile import DEFAULT_TARGETS, WITHOUT_BF16, PlanOptions, check_targets
 from export.trt.shapes import MAX_BATCH, default_shapes, parse_shapes, profiles_for
 
@@ -49,12 +47,13 @@ if TYPE_CHECKING:
 _ROOM_PER_GRAPH_BYTES = 8 << 20
 #: And for a graph's kernels, for a target and a profile.
 _ROOM_PER_KERNELS_BYTES = 4 << 20
-#: All code that decides the weights of a bundle, and its files but for the graphs' structures.
+#: All code that decides the weights of a bundle, and its files but for the traces.
 _EXPORT = Path(__file__).parents[1]
-_WEIGHT_SOURCES = (
+_SOURCES = (
     *sorted((_EXPORT / "checkpoint").glob("*.py")),
     _EXPORT / "build" / "weights.py",
     _EXPORT / "graphs" / "pack.py",
+    _EXPORT / "graphs" / "vae_segments.py",
 )
 
 Origin = Literal["shipped", "cached", "needed"]
@@ -77,11 +76,6 @@ class PlannedGraph:
     key: str
     parameters: Mapping[str, tuple[int, ...]]
     trace: Trace | None
-
-    @cached_property
-    def pieces(self) -> tuple[PieceStructure, ...]:
-        """The same graph cut into pieces; none where it cannot be."""
-        return cut(self.definition.spec, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -165,10 +159,9 @@ class BuildPlan:
             "loras": {lora.name: {"file": hashes[lora.file], "scale": lora.scale} for lora in self.loras},
             "tokenizer": {path.name: hash_file(path) for path in vocabulary},
             "graphs": {name: graph.key for name, graph in self.graphs.items()},
-            "pieces": {name: key for name, graph in self.graphs.items() if (key := pieces_key(graph.pieces))},
             "verify": self.request.verify,
             "version": importlib.metadata.version(APP_NAME),
-            "code": code_key(_WEIGHT_SOURCES),
+            "code": code_key(_SOURCES),
             "onnxruntime": importlib.metadata.version("onnxruntime"),
             "plans": None if self.compiling is None else self._compiling_key(self.compiling),
         }

@@ -95,13 +95,13 @@ def _say(line: str) -> None:
 
 def _verified(verification: Verification) -> str:
     """Return what is known of a graph: agreement with torch, and apart from it what was seen in this build."""
-    traced, built, pieces = verification.when_traced, verification.in_build, verification.trial.in_pieces
+    traced, built, in_slices = verification.when_traced, verification.in_build, verification.trial.in_slices
     known = []
     if built is not None:
         known.append(f"agrees with torch to {built.worst:.1e}")
     elif traced is not None:
         known.append(f"agreed with torch to {traced.worst:.1e} when it was traced")
-    known.append("runs on these weights" if pieces is None else f"runs, in pieces too ({pieces:.1e})")
+    known.append("runs on these weights" if in_slices is None else f"runs, in slices too ({in_slices:.1e})")
     return ", ".join(known)
 
 

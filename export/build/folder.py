@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from engine.bundle.manifest import MANIFEST, Manifest, open_bundle
+from engine.bundle.files import MANIFEST
+from engine.bundle.manifest import Manifest, open_bundle
 from engine.errors import BuildError, BundleError, OutputError
 from engine.units import format_bytes
 from export.build.build_plan import BuildPlan

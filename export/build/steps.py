@@ -20,17 +20,16 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, Field
 
+from engine.bundle.files import MANIFEST, File, describe_file
+from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import (
     FORMAT,
-    MANIFEST,
-    File,
     Graph,
     Lora,
     Manifest,
-    Piece,
-    Tokenizer,
+    TokenizerFile,
     TrtEngine,
-    describe_file,
+    VaeSegment,
 )
 from engine.bundle.storage import atomic_write
 from engine.bundle.verification import Verification
@@ -45,7 +44,7 @@ from export.checkpoint.architecture import sinusoid_frequencies
 from export.checkpoint.tokenizer import END_TOKEN, FILE, PAD_ID_2, START_TOKEN, load_tokenizer
 from export.graphs.pack import pack
 from export.graphs.traces import Trace
-from export.graphs.vae_segments import write_pieces
+from export.graphs.vae_segments import cut, write_segments
 from export.trt.compile import compile_plan
 
 _STATE = "state.json"
@@ -215,15 +214,15 @@ def _pack_and_verify(
     progress: Progress,
     traced: Callable[[PlannedGraph], Trace],
 ) -> Graph:
-    """Write a graph and its pieces beside the weights, and verify them; returns the manifest's entry."""
+    """Write a graph and its segments beside the weights, and verify them; returns the manifest's entry."""
     spec = planned.definition.spec
     progress.stage(f"tracing {spec.name}" if planned.trace is None else f"packing {spec.name}")
     trace = traced(planned)
     file = partial / f"{spec.name}.onnx"
     onnx.save(pack(trace.structure, spec, plan.layout.weights), file)
-    pieces, pieces_file = _write_pieces(planned, partial, plan.layout.weights)
+    segments, segments_file = _write_segments(spec, trace, partial, plan.layout.weights)
     progress.stage(f"verifying {spec.name}")
-    run = try_graph(planned.definition, file, None if pieces_file is None else (pieces, pieces_file))
+    run = try_graph(planned.definition, file, None if segments_file is None else (segments, segments_file))
     agreement, expected = None, run.outputs
     if _compares_with_torch(plan, planned):
         from export.build.verify import compare_with_torch
@@ -245,8 +244,8 @@ def _pack_and_verify(
         ),
         weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in planned.parameters),
         parity_sample=None if parity_sample is None else describe_file(parity_sample),
-        pieces=pieces,
-        pieces_file=None if pieces_file is None else describe_file(pieces_file),
+        segments=segments,
+        segments_file=None if segments_file is None else describe_file(segments_file),
     )
 
 
@@ -275,15 +274,16 @@ def _given(trace: Trace | None) -> Trace:
     return trace
 
 
-def _write_pieces(
-    planned: PlannedGraph, partial: Path, weights: Mapping[str, Weight]
-) -> tuple[tuple[Piece, ...], Path | None]:
-    """Write a graph's pieces, if it has some; returns them and their file."""
-    if not planned.pieces:
+def _write_segments(
+    spec: GraphSpec, trace: Trace, partial: Path, weights: Mapping[str, Weight]
+) -> tuple[tuple[VaeSegment, ...], Path | None]:
+    """Write a graph's segments, if it has some; returns them and their file."""
+    segments = cut(spec, trace.structure)
+    if not segments:
         return (), None
-    file = partial / f"{planned.definition.name}.pieces.zip"
-    write_pieces(planned.pieces, file, weights)
-    return tuple(each.piece for each in planned.pieces), file
+    file = partial / f"{spec.name}.segments.zip"
+    write_segments(segments, file, weights)
+    return tuple(entry.segment for entry in segments), file
 
 
 def _reused(present: Manifest | None, plan: BuildPlan, graph: Graph, weights: File, partial: Path) -> TrtEngine | None:
@@ -311,13 +311,13 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
         preset=request.preset,
         precision=request.precision,
         backend=request.backend,
-        built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        built=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         built_with={package: importlib.metadata.version(package) for package in _used_packages(plan)},
         key=state.key,
         notice=request.notice,
         defaults=plan.defaults,
         weights=state.weights,
-        tokenizer=Tokenizer(
+        tokenizer=TokenizerFile(
             file=describe_file(partial / FILE),
             start_id=tokenizer.token_to_id(START_TOKEN),
             end_id=end_id,

@@ -1,7 +1,7 @@
 """A packed graph's run on a small input, with the bundle's own weights: what a build checks without torch.
 
 Every parameter must lie in the weights file as the graph expects it, ONNX Runtime must open the graph, its outputs must
-be finite, and the VAE's pieces must agree with the whole. Agreement with torch is `export.build.verify`'s.
+be finite, and the VAE's segments must agree with the whole. Agreement with torch is `export.build.verify`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from engine.backends.ort import OrtBackend
+from engine.bundle.files import read_archived
 from engine.bundle.graphspec import GraphSpec, Precision, TensorSpec
-from engine.bundle.manifest import Piece
+from engine.bundle.manifest import VaeSegment
 from engine.bundle.verification import Trial, relative_l2
 from engine.errors import BuildError
 from engine.memory.vae_slices import SlicedVae, run_slices
@@ -57,15 +57,17 @@ class TrialRun:
     outputs: dict[str, NDArray[Any]]
 
 
-def try_graph(definition: GraphDefinition, file: Path, pieces: tuple[Sequence[Piece], Path] | None = None) -> TrialRun:
-    """Run a packed graph once, and its pieces.
+def try_graph(
+    definition: GraphDefinition, file: Path, segments: tuple[Sequence[VaeSegment], Path] | None = None
+) -> TrialRun:
+    """Run a packed graph once, and its segments.
 
     Args:
         definition: of the graph.
         file: the ONNX file; the weights file lies beside it.
-        pieces: of the graph, and their file.
+        segments: of the graph, and their file.
     Raises:
-        BuildError: a parameter is not in the weights file, an output is not finite, or the pieces disagree.
+        BuildError: a parameter is not in the weights file, an output is not finite, or the segments disagree.
         BackendError: ONNX Runtime does not open the graph.
     """
     spec = definition.spec
@@ -79,23 +81,23 @@ def try_graph(definition: GraphDefinition, file: Path, pieces: tuple[Sequence[Pi
                 where=f"{spec.name}.{name}",
                 fix="build with --precision bf16 or fp32; if it is in fp32, the checkpoint is damaged",
             )
-    in_pieces = None
-    if pieces is not None:
+    in_slices = None
+    if segments is not None:
         whole = outputs[spec.outputs[0].name]
-        in_pieces = relative_l2(_run_pieces(*pieces, inputs[spec.inputs[0].name]), whole)
-        if not in_pieces <= BOUNDS[spec.precision]:
+        in_slices = relative_l2(_run_in_slices(*segments, inputs[spec.inputs[0].name]), whole)
+        if not in_slices <= BOUNDS[spec.precision]:
             raise BuildError(
-                "the graph in pieces disagrees with the whole",
+                "the graph in slices disagrees with the whole",
                 where=spec.name,
                 expected=f"relative L2 up to {BOUNDS[spec.precision]:g}",
-                found=f"{in_pieces:.3g}",
+                found=f"{in_slices:.3g}",
                 fix="this is a bug, or an unsupported version of onnxruntime: please report it",
             )
     trial = Trial(
         method=METHODS[spec.precision],
         symbols=trial_symbols(spec),
-        in_pieces=in_pieces,
-        bound=None if in_pieces is None else BOUNDS[spec.precision],
+        in_slices=in_slices,
+        bound=None if in_slices is None else BOUNDS[spec.precision],
     )
     return TrialRun(trial, inputs, outputs)
 
@@ -147,9 +149,15 @@ def _is_bf16(value: NDArray[Any]) -> bool:
     return value.dtype.name == "bfloat16"
 
 
-def _run_pieces(pieces: Sequence[Piece], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
-    """Run a graph's pieces, every map in several bands: one in the middle has neighbours on both sides."""
-    return run_slices(pieces, image, partial(OrtBackend().open_piece, file), SlicedVae(min_bands=4))
+def _run_in_slices(segments: Sequence[VaeSegment], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Run a graph in slices, several of every map: one in the middle has neighbours on both sides."""
+    backend = OrtBackend()
+    return run_slices(
+        segments,
+        image,
+        lambda segment: backend.open_segment(segment, read_archived(file, segment.file_name), file.parent),
+        SlicedVae(min_slices=4),
+    )
 
 
 # -- bf16 as float32 --------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def is_finite(array: NDArray[Any]) -> bool:
     # Whole numbers are compared: NumPy takes thirty times as long to compare float16 values.
     kind, exponent = _EXPONENTS[array.dtype.name]
     bits = array.reshape(-1).view(kind)
-    mask = kind(exponent)
+    mask: Any = kind(exponent)
     blocks = (bits[start : start + _BLOCK_VALUES] for start in range(0, len(bits), _BLOCK_VALUES))
     return all(int(np.bitwise_and(block, mask).max()) != exponent for block in blocks)
 

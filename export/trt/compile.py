@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
+from engine.bundle.files import File, describe_file
 from engine.bundle.graphspec import DType, GraphSpec, parse_axis, resolve
-from engine.bundle.manifest import File, Graph, TrtEngine, describe_file, plan_key
+from engine.bundle.manifest import Graph, TrtEngine, plan_key
 from engine.bundle.profiles import Profile
 from engine.bundle.storage import write_cache
 from engine.errors import BuildError, UsageError

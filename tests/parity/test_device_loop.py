@@ -438,13 +438,13 @@ def test_what_a_gpu_holds_decides_how_a_photo_is_worked_at(bundle_fp32, folder):
     with pytest.raises(DoesNotFitError):  # what was asked for is done or refused, never made smaller in silence
         plan_on(8 + 16 + 2, tile="off", vae_tiles="off")
     assert plan_on(1000, tile=128, vae_tiles="fast") == SizePlan(128, 512)
-    with pytest.raises(UsageError, match="the VAE works by rows on the CPU only"):
+    with pytest.raises(UsageError, match="the VAE works in slices on the CPU only"):
         plan_on(1000, vae_tiles="exact")
     with pytest.raises(UsageError, match="tiles of this size do not exist"):
         plan_on(1000, tile=100)
 
 
-def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried_once(bundle_fp32, folder, on_host, monkeypatch):
+def test_where_a_gpus_memory_runs_out_the_next_smaller_plan_is_tried(bundle_fp32, folder, on_host, monkeypatch):
     backend = HostBackend(HostDevice(folder))
     photo, notes = np.random.default_rng(1).random((128, 192, 3), dtype=np.float32), []
     with Restorer(open_bundle(bundle_fp32), backend) as restorer:

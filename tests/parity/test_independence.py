@@ -8,6 +8,11 @@ from engine.pipeline import host
 
 
 @pytest.fixture(scope="module")
+def restorer(each_restorer):
+    return each_restorer
+
+
+@pytest.fixture(scope="module")
 def photos():
     rng = np.random.default_rng(0)
     return [rng.random((70, 90, 3), dtype=np.float32) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The bundle's graphs, through ONNX Runtime, against the original implementation's outputs.
+"""The bundle's graphs, through each backend that runs on CPUs, against the original implementation's outputs.
 
 Bounds are issue 1's. Loose bounds hide mistakes: a wrong GroupNorm eps costs up to 6e-5.
 """
@@ -15,6 +15,11 @@ from engine.sampling.sampler import sample
 from engine.sampling.schedule import nearest_level
 
 NET, VAE, TEXT, SAMPLE = 5e-6, 2e-5, 2e-6, 1e-5
+
+
+@pytest.fixture(scope="module")
+def restorer(each_restorer):
+    return each_restorer
 
 
 def run_of(restorer):

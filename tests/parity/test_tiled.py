@@ -15,6 +15,11 @@ STEPS = {"steps": 2, "min_size": 64}
 
 
 @pytest.fixture(scope="module")
+def restorer(each_restorer):
+    return each_restorer
+
+
+@pytest.fixture(scope="module")
 def photo():
     rng = np.random.default_rng(0)
     return rng.random((128, 192, 3), dtype=np.float32)
@@ -94,24 +99,24 @@ def test_a_tile_as_large_as_the_image_is_exact(restorer, latents):
     )
 
 
-@pytest.mark.parametrize("band_bytes", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("slice_bytes", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("fixture", ["bundle_fp32", "bundle_fp16"])
-def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
-    """To rounding, whatever the bands are: two rows each, some, or everything at once."""
+def test_the_vae_in_slices_is_exact(request, fixture, latents, slice_bytes):
+    """To rounding, whatever the slices are: two rows each, some, or everything at once."""
     with Restorer.open(request.getfixturevalue(fixture)) as restorer:
         pixels = restorer.stages.decode(latents)
         whole = [pixels, restorer.stages.encode_clean(pixels), restorer.stages.encode(pixels)]
         told = []
-        rows = {"vae_mode": SlicedVae(band_bytes), "on_tile": lambda *at: told.append(at)}
-        by_rows = [
-            restorer.stages.decode(latents, **rows),
-            restorer.stages.encode_clean(pixels, **rows),
-            restorer.stages.encode(pixels, **rows),
+        sliced = {"vae_mode": SlicedVae(slice_bytes), "on_tile": lambda *at: told.append(at)}
+        in_slices = [
+            restorer.stages.decode(latents, **sliced),
+            restorer.stages.encode_clean(pixels, **sliced),
+            restorer.stages.encode(pixels, **sliced),
         ]
-    for found, expected in zip(by_rows, whole, strict=True):
-        assert found.shape == expected.shape
-        assert found.dtype == expected.dtype
-        assert relative_l2(found, expected) < 1e-5
+    for result, expected in zip(in_slices, whole, strict=True):
+        assert result.shape == expected.shape
+        assert result.dtype == expected.dtype
+        assert relative_l2(result, expected) < 1e-5
     for stage in {stage for stage, _, _ in told}:
         done = [(done, total) for name, done, total in told if name == stage]
         assert done == [(index + 1, len(done)) for index in range(len(done))]
@@ -119,16 +124,16 @@ def test_the_vae_by_rows_is_exact(request, fixture, latents, band_bytes):
 
 def test_photos_of_a_batch_have_norms_of_their_own(restorer, latents):
     both = np.concatenate([latents, latents * 3 + 1])
-    by_rows = restorer.stages.decode(both, vae_mode=SlicedVae(1))
-    assert relative_l2(by_rows, restorer.stages.decode(both)) < 1e-5
-    assert relative_l2(by_rows[1:], restorer.stages.decode(both[1:])) < 1e-5
+    in_slices = restorer.stages.decode(both, vae_mode=SlicedVae(1))
+    assert relative_l2(in_slices, restorer.stages.decode(both)) < 1e-5
+    assert relative_l2(in_slices[1:], restorer.stages.decode(both[1:])) < 1e-5
 
 
-def test_a_photo_restored_by_rows_is_the_photo(restorer, photo):
+def test_a_photo_restored_in_slices_is_the_photo(restorer, photo):
     whole = restorer.restore(photo, **STEPS)
-    by_rows = restorer.restore(photo, **STEPS, vae_tiles="exact")
-    assert recorded_size_plan(by_rows.provenance, (192, 128)) == SizePlan(vae_by_rows=True)
-    np.testing.assert_allclose(by_rows.photo.rgb, whole.photo.rgb, atol=1e-4)
+    in_slices = restorer.restore(photo, **STEPS, vae_tiles="exact")
+    assert recorded_size_plan(in_slices.provenance, (192, 128)) == SizePlan(vae_in_slices=True)
+    np.testing.assert_allclose(in_slices.photo.rgb, whole.photo.rgb, atol=1e-4)
 
 
 @pytest.fixture
@@ -152,7 +157,7 @@ def short_of_memory(bundle_fp32, monkeypatch):
         yield make
 
 
-def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memory, photo):
+def test_where_memory_runs_out_the_next_smaller_plan_is_tried(short_of_memory, photo):
     restorer, refused = short_of_memory(16)
     notes = []
     result = restorer.restore(photo, **STEPS, on_note=notes.append)
@@ -160,19 +165,27 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried_once(short_of_memo
     assert len(refused) == 1
     assert notes == list(result.notes) == result.provenance["notes"]
     assert notes[0].startswith("out of memory (sampled whole, decoded whole); tried again: ")
-    assert notes[0].endswith("sampled in tiles of 128 pixels, decoded by rows")
-    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128, vae_by_rows=True)
+    assert notes[0].endswith("sampled in tiles of 128 pixels, decoded in slices")
+    assert recorded_size_plan(result.provenance, (192, 128)) == SizePlan(128, vae_in_slices=True)
     again = restorer.restore(photo, plan=restorer.plan((192, 128), result.settings, like=result.provenance))
     assert len(refused) == 1
     assert np.array_equal(again.photo.rgb, result.photo.rgb)
     assert "notes" not in again.provenance
 
 
-def test_a_second_lack_of_memory_is_an_error(short_of_memory, photo):
+def test_smaller_plans_are_tried_until_one_fits(short_of_memory, photo):
+    restorer, refused = short_of_memory(16)
+    result = restorer.restore(photo, **{**STEPS, "min_size": 512})
+    assert {shape[3] for shape in refused} == {32}
+    assert len(result.notes) == len(refused) > 1
+    assert result.provenance["plan"]["tile_px"] == 128
+
+
+def test_where_no_plan_fits_it_is_an_error(short_of_memory, photo):
     restorer, refused = short_of_memory(0)
     with pytest.raises(BackendError, match="out of memory"):
         restorer.restore(photo, **STEPS)
-    assert len(refused) == 2
+    assert len(refused) >= 2
 
 
 def test_other_errors_are_not_tried_again(restorer, photo, monkeypatch):
@@ -235,7 +248,7 @@ def test_a_plan_is_made_for_the_memory_that_is_left_and_stays(monkeypatch, bundl
         settings = restorer.defaults.updated({"min_size": 1024})
         first, second = (restorer.plan((1024, 1024), settings) for _ in range(2))
     assert first == second
-    assert first.size_plan.vae_by_rows
+    assert first.size_plan.vae_in_slices
     monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: 16 * 10**9)
     with Restorer.open(bundle_fp32) as restorer:
-        assert not restorer.plan((1024, 1024), settings).size_plan.vae_by_rows
+        assert not restorer.plan((1024, 1024), settings).size_plan.vae_in_slices

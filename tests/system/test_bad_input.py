@@ -73,6 +73,9 @@ RESTORE = [
     (["cup.jpg", "--like", "glass.png"], 1, "glass.png: holds no settings"),
     (["cup.jpg", "--bundle", "folder"], 1, "folder: no bundle here"),
     (["cup.jpg", "--bundle", "there.png"], 1, "there.png: no bundle here"),
+    (["cup.jpg", "--backend", "openvino", "--device", "cuda"], 2, "OpenVINO does not run on NVIDIA's GPUs"),
+    (["cup.jpg", "--device", "gpu"], 2, "--device gpu is Intel's, for --backend openvino"),
+    (["cup.jpg", "--compute", "bf16"], 2, "only OpenVINO can compute in another type"),
     (["cup.jpg", "--steps", "0"], 2, "impossible settings"),
     (["cup.jpg", "--steps", "1000000"], 2, "impossible settings"),
     (["cup.jpg", "--cfg-scale", "nan"], 2, "impossible settings"),
@@ -95,7 +98,8 @@ USAGE = [
     (["cup.jpg", "--over"], "unrecognized arguments"),
     (["cup.jpg", "--cfg-scale", "1:2:3"], "expected S or S:END"),
     (["cup.jpg", "--sampler", "ddim"], "invalid choice"),
-    (["cup.jpg", "--backend", "openvino"], "invalid choice"),
+    (["cup.jpg", "--backend", "tensorflow"], "invalid choice"),
+    (["cup.jpg", "--compute", "int8"], "invalid choice"),
     (["cup.jpg", "--color-fix", "yes"], "invalid choice"),
     (["cup.jpg", "--samples", "0"], "expected 1 to 1000"),
     (["cup.jpg", "--threads", "-1"], "expected 0"),
@@ -144,7 +148,7 @@ def test_out_of_memory_is_no_bug(monkeypatch, capsys, bundle_fp32, photo_path, t
     arguments = [str(photo_path), "-o", str(tmp_path / "out.png"), "--bundle", str(bundle_fp32)]
     assert run_command(restore_main, arguments) == 1
     error = capsys.readouterr().err
-    assert f"{photo_path}: denoise_encoder.conv_in: out of memory" in error  # the second try, by slices
+    assert f"{photo_path}: denoise_encoder: out of memory" in error
     assert "1.23 kB more" in error
     assert "--min-size" in error
     assert list(tmp_path.iterdir()) == []

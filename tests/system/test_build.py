@@ -21,7 +21,8 @@ from filelock import FileLock
 from safetensors.numpy import save_file
 
 from engine import Restorer
-from engine.bundle.manifest import MANIFEST, open_bundle
+from engine.bundle.files import MANIFEST
+from engine.bundle.manifest import open_bundle
 from engine.bundle.verification import Trial
 from engine.cli.console import run_command
 from engine.errors import BuildError, OutputError
@@ -77,7 +78,7 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     assert done.returncode == 0, done.stderr
     assert "merged LoRA landscape × 1: rank 26, alpha 2600, " in done.stdout
     assert len(re.findall(r"agreed with torch to \d\.\de-07 when it was traced, runs", done.stdout)) == 7
-    assert done.stdout.count("in pieces too") == 3
+    assert done.stdout.count("in slices too") == 3
     assert "100 %" in done.stderr
     assert "left" in done.stderr
     restored = run_restore(photo_path, "-o", tmp_path / "out.png", "--steps", 1, **place)

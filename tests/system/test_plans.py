@@ -22,7 +22,8 @@ from onnx import helper
 from engine import Restorer
 from engine.backends.trt_library import TrtLibrary, open_library
 from engine.backends.trt_plan import check_plan
-from engine.bundle.manifest import Audit, Bundle, TrtEngine, describe_file, open_bundle, plan_key
+from engine.bundle.files import describe_file
+from engine.bundle.manifest import Audit, Bundle, TrtEngine, open_bundle, plan_key
 from engine.errors import BackendError, BuildError, BundleError, UsageError
 from export.build import steps as build_module
 from export.build.build_plan import make_plan

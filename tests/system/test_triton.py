@@ -311,7 +311,7 @@ BAD = {
     "an unknown format": (PHOTO, {"format": "exe"}, "options.format"),
     "tiles that do not exist": (PHOTO, {"tile": 100}, "tiles of this size do not exist"),
     "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE sees the whole photo"),
-    "the VAE by rows": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE sees the whole photo"),
+    "the VAE in slices": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE sees the whole photo"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
 }
 

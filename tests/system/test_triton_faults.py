@@ -21,7 +21,8 @@ from pictures import PHOTO, small_png
 triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 from tritonclient.utils import InferenceServerException
 
-from engine.bundle.manifest import describe_file, open_bundle
+from engine.bundle.files import describe_file
+from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
 from triton_repo.client import Client
 from triton_repo.protocol import BusyError, ServerError

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from engine.bundle.manifest import MANIFEST, default_bundle_dir, open_bundle, read_manifest
+from engine.bundle.files import MANIFEST
+from engine.bundle.manifest import default_bundle_dir, open_bundle, read_manifest
 from engine.errors import BundleError
 from engine.recipe import GRAPHS
 
@@ -29,7 +30,7 @@ def test_a_whole_bundle_opens_and_describes_itself(bundle_fp32):
     for graph in bundle.manifest.graphs.values():
         assert 0 < graph.verification.when_traced.worst <= graph.verification.when_traced.bound
         assert graph.verification.in_build is None
-        assert (graph.verification.trial.in_pieces is None) == (not graph.pieces)
+        assert (graph.verification.trial.in_slices is None) == (not graph.segments)
     assert bundle.digest == open_bundle(bundle_fp32).digest
 
 
@@ -65,7 +66,7 @@ def flip_a_byte(path):
         (lambda path: flip_a_byte(path / "weights.safetensors"), "(?s)a file of the bundle was changed.*SHA-256"),
         (lambda path: flip_a_byte(path / "tokenizer.json"), "a file of the bundle was changed"),
         (lambda path: (path / "unet.onnx").write_bytes(b""), "(?s)a file of the bundle was changed.*0 bytes"),
-        (lambda path: edit_manifest(path, lambda m: m.update(format=99)), "(?s)another version.*format 5.*format 99"),
+        (lambda path: edit_manifest(path, lambda m: m.update(format=99)), "(?s)another version.*format 6.*format 99"),
         (lambda path: edit_manifest(path, lambda m: m.update(format=99, new=1)), "another version"),
         (lambda path: edit_manifest(path, lambda m: m.update(surprise=1)), "(?s)manifest is damaged.*surprise"),
         (lambda path: edit_manifest(path, lambda m: m.pop("weights")), "(?s)manifest is damaged.*weights"),

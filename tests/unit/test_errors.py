@@ -115,3 +115,11 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(capsys):
 )
 def test_sizes_in_words(count, text):
     assert format_bytes(int(count)) == text
+
+
+def test_what_comes_from_outside_does_not_steer_a_terminal():
+    name, found = "a\x1b]0;owned\x07\u202egpj.exe", "\udcff\r\x9b2J"
+    error = InputError("no photo", where=name, found=found, expected="é 写真 ×\nnext")
+    assert all(letter.isprintable() or letter == "\n" for letter in str(error))
+    assert "\\x1b]0;owned\\x07\\u202egpj.exe" in str(error)
+    assert "é 写真 ×\nnext" in str(error)

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto
 from safetensors import safe_open
 
+from engine.bundle.manifest import open_bundle
 from engine.bundle.verification import relative_l2
 from engine.errors import BuildError, CheckpointError, OutputError, UsageError
 from export.build import verify
@@ -406,16 +407,16 @@ def test_a_parameter_that_is_not_where_the_graph_looks_is_told(packed, tmp_path,
         try_graph(builder.definition, tmp_path / "text_encoder_2.onnx")
 
 
-def test_pieces_that_are_not_the_whole_are_told(plan, bundle_fp32):
-    """A norm's ε in a piece, and the order of two pieces' weights, would show."""
+def test_segments_that_are_not_the_whole_are_told(plan, bundle_fp32):
+    """A norm's ε in a segment, and the order of two segments' weights, would show."""
     graph = plan.graphs["vae_encoder"]
-    pieces = [each.piece for each in graph.pieces]
-    file, zipped = bundle_fp32 / "vae_encoder.onnx", bundle_fp32 / "vae_encoder.pieces.zip"
-    assert try_graph(graph.definition, file, (pieces, zipped)).trial.in_pieces < 2e-5
-    at = next(index for index, piece in enumerate(pieces) if piece.norm is not None)
-    pieces[at] = pieces[at].model_copy(update={"norm": pieces[at].norm.model_copy(update={"eps": 1e-2})})
-    with pytest.raises(BuildError, match="vae_encoder: the graph in pieces disagrees with the whole"):
-        try_graph(graph.definition, file, (pieces, zipped))
+    segments = list(open_bundle(bundle_fp32).manifest.graphs["vae_encoder"].segments)
+    file, zipped = bundle_fp32 / "vae_encoder.onnx", bundle_fp32 / "vae_encoder.segments.zip"
+    assert try_graph(graph.definition, file, (segments, zipped)).trial.in_slices < 2e-5
+    at = next(index for index, segment in enumerate(segments) if segment.norm is not None)
+    segments[at] = segments[at].model_copy(update={"norm": segments[at].norm.model_copy(update={"eps": 1e-2})})
+    with pytest.raises(BuildError, match="vae_encoder: the graph in slices disagrees with the whole"):
+        try_graph(graph.definition, file, (segments, zipped))
 
 
 def test_lazy_parts_have_the_shapes_that_they_read():

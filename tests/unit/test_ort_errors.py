@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from engine.backends import ort as backend
+from engine.bundle.graphspec import GraphSpec
 from engine.errors import BackendError, OutOfMemoryError
 
 pytest.importorskip("onnx")
@@ -21,6 +22,9 @@ NO_MEMORY = (
 OTHERS = (RuntimeError("INVALID_GRAPH : no Op registered for Foo"), OSError("no such file"))
 
 
+SPEC = GraphSpec(name="unet", role="denoiser", precision="fp32", inputs=(), outputs=())
+
+
 @pytest.mark.parametrize(
     ("error", "is_memory"), [(e, True) for e in NO_MEMORY] + [(e, False) for e in OTHERS], ids=lambda value: str(value)
 )
@@ -30,7 +34,7 @@ def test_a_graph_that_memory_does_not_hold_is_told_apart(monkeypatch, tmp_path, 
 
     monkeypatch.setattr(backend.ort, "InferenceSession", refuse)
     with pytest.raises(BackendError) as caught:
-        backend.open_session(tmp_path / "unet.onnx", ["CPUExecutionProvider"])
+        backend.open_session(tmp_path / "unet.onnx", ["CPUExecutionProvider"], SPEC, tmp_path)
     assert isinstance(caught.value, OutOfMemoryError) is is_memory
     assert caught.value.where == str(tmp_path / "unet.onnx")
 
@@ -60,7 +64,7 @@ del weights, graph, model
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
 try:
-    open_session(Path(sys.argv[1]), ["CPUExecutionProvider"])
+    open_session(Path(sys.argv[1]), ["CPUExecutionProvider"], None, Path())
 except OutOfMemoryError:
     print("told")
 """

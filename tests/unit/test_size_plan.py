@@ -38,9 +38,9 @@ def sdxl():
     """What a bundle of real checkpoints says of its shapes and defaults."""
     graphs = {}
     for name, definition in graph_definitions(infer_architecture(our_shapes(FULL)), "fp16", 49407).items():
-        parameters = read_trace(trace_file(SHIPPED / "sdxl", definition)).provenance.parameters
-        pieces = tuple(each.piece for each in cut(definition.spec, parameters))
-        graphs[name] = SimpleNamespace(spec=definition.spec, pieces=pieces)
+        structure = read_trace(trace_file(SHIPPED / "sdxl", definition)).structure
+        segments = tuple(entry.segment for entry in cut(definition.spec, structure))
+        graphs[name] = SimpleNamespace(spec=definition.spec, segments=segments)
     return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
 
 
@@ -63,12 +63,12 @@ def test_the_tile_is_what_the_bundle_is_for(sdxl):
         ((2048, 2048), 1024 * GIB, {}, SizePlan()),
         ((2112, 2048), 1024 * GIB, {}, SizePlan(1024)),
         ((4096, 3072), 16 * GIB, {}, SizePlan(1024, 512)),
-        ((4096, 3072), 96 * GIB, {}, SizePlan(1024, vae_by_rows=True)),
+        ((4096, 3072), 96 * GIB, {}, SizePlan(1024, vae_in_slices=True)),
         ((4096, 3072), 1024 * GIB, {}, SizePlan(1024)),
         ((4096, 3072), 96 * GIB, {"vae_tiles": "fast"}, SizePlan(1024, 512)),
-        ((4096, 3072), 1024 * GIB, {"vae_tiles": "exact"}, SizePlan(1024, vae_by_rows=True)),
+        ((4096, 3072), 1024 * GIB, {"vae_tiles": "exact"}, SizePlan(1024, vae_in_slices=True)),
         ((1024, 1024), 6 * GIB, {}, SizePlan(None, 512)),
-        ((1024, 1024), 8 * GIB, {}, SizePlan(None, vae_by_rows=True)),
+        ((1024, 1024), 8 * GIB, {}, SizePlan(None, vae_in_slices=True)),
         ((1024, 1024), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan(512, 512)),
         ((512, 512), 1024 * GIB, {"tile": 512, "vae_tiles": "fast"}, SizePlan()),
         ((4096, 4096), 1024 * GIB, {"tile": "off", "vae_tiles": "off"}, SizePlan()),
@@ -90,10 +90,10 @@ def test_an_exact_vae_is_refused_where_memory_cannot_hold_its_maps(sdxl):
     with pytest.raises(ImageError, match="too large for an exact VAE") as caught:
         chosen(sdxl, (8192, 8192), 32 * GIB, vae_tiles="exact")
     assert "--vae-tiles fast needs less" in str(caught.value)
-    without = {**sdxl.manifest.graphs, "vae_decoder": SimpleNamespace(spec=sdxl.spec("vae_decoder"), pieces=())}
+    without = {**sdxl.manifest.graphs, "vae_decoder": SimpleNamespace(spec=sdxl.spec("vae_decoder"), segments=())}
     bundle = Bundle(Path("bf16"), SimpleNamespace(graphs=without, defaults=Settings()), "0")
     assert chosen(bundle, (4096, 3072), 96 * GIB) == SizePlan(1024, 512)
-    with pytest.raises(UsageError, match="this bundle's VAE does not work by rows"):
+    with pytest.raises(UsageError, match="this bundle's VAE does not work in slices"):
         chosen(bundle, (1024, 1024), vae_tiles="exact")
 
 
@@ -116,12 +116,12 @@ def test_smaller_plans_end(sdxl):
         seen.append(plan)
         plan = plan.smaller(sdxl, (2048, 2048))
         assert len(seen) < 20
-    assert seen[:4] == [SizePlan(), SizePlan(1024, vae_by_rows=True), SizePlan(1024, 512), SizePlan(512, 256)]
+    assert seen[:4] == [SizePlan(), SizePlan(1024, vae_in_slices=True), SizePlan(1024, 512), SizePlan(512, 256)]
     assert len(set(seen)) == len(seen)
-    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, vae_by_rows=True)
-    assert SizePlan(128, vae_by_rows=True).smaller(sdxl, (192, 128)) == SizePlan(128, 512)
+    assert SizePlan().smaller(sdxl, (192, 128)) == SizePlan(128, vae_in_slices=True)
+    assert SizePlan(128, vae_in_slices=True).smaller(sdxl, (192, 128)) == SizePlan(128, 512)
     assert SizePlan().smaller(sdxl, (128, 128)) is None
-    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, vae_by_rows=True)
+    assert SizePlan(1024).smaller(sdxl, (2048, 2048)) == SizePlan(1024, vae_in_slices=True)
 
 
 def test_only_lack_of_memory_is_tried_again():
@@ -132,7 +132,7 @@ def test_only_lack_of_memory_is_tried_again():
 
 
 def test_a_result_repeats_its_tiles():
-    for plan in (SizePlan(), SizePlan(1024), SizePlan(1024, 256), SizePlan(vae_by_rows=True)):
+    for plan in (SizePlan(), SizePlan(1024), SizePlan(1024, 256), SizePlan(vae_in_slices=True)):
         metadata = {"plan": {"size_px": [2048, 1024], **plan.as_data()}}
         assert recorded_size_plan(metadata, (2048, 1024)) == plan
         assert recorded_size_plan(metadata, (1024, 2048)) is None

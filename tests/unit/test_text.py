@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from golden import assert_golden, in_the_last_bit_of
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engine.bundle.sdxl import MICRO_CONDITIONS, TOKENS
+from engine.bundle.tokenizer import read_tokenizer
 from engine.errors import BundleError
 from engine.pipeline.text import (
     PromptTokenizer,
@@ -20,15 +23,13 @@ SPECIAL = SpecialIds(start=1000, end=1001, pad=1001, pad_2=0)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizer():
     """A vocabulary of the words w0 … w999, with ids to match."""
     plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.enable_truncation(10)  # a file may say so; a prompt is cut all the same nowhere
     plain.enable_padding(length=20)
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    plain.save(str(file))
-    return PromptTokenizer(file, SPECIAL)
+    return PromptTokenizer(plain, SPECIAL)
 
 
 def words(count):
@@ -83,4 +84,25 @@ def test_damaged_tokenizer_is_named(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text("{")
     with pytest.raises(BundleError, match=r"tokenizer\.json: the tokenizer is damaged"):
-        PromptTokenizer(file, SPECIAL)
+        read_tokenizer(file.read_bytes(), file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "A " * 1000}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "(a|a)*b"}}]}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"model": None},
+        {"added_tokens": "all"},
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused_before_the_library_runs_it(demo_bundle, changes):
+    """A pattern that never ends, a text that grows a thousandfold, models that panic."""
+    content = (demo_bundle / "tokenizer.json").read_bytes()
+    assert read_tokenizer(content, "t").encode("a cat").ids
+    with pytest.raises(BundleError, match="tokenizer"):
+        read_tokenizer(json.dumps({**json.loads(content), **changes}).encode(), "t")

@@ -9,6 +9,7 @@ import pytest
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs the triton extra")
 from google.protobuf import text_format
 
+from engine.bundle.graphspec import GraphSpec
 from engine.bundle.manifest import open_bundle
 from engine.cli.console import run_command
 from triton_repo import render as command
@@ -32,6 +33,10 @@ def rendered(bundle, folder, *arguments):
     return output
 
 
+def symbols_of(spec):
+    return GraphSpec.model_validate(spec).symbols
+
+
 @pytest.fixture(scope="module")
 def bundle_with_plans(bundle_fp16, tmp_path_factory):
     """A bundle as TensorRT's would be: its manifest says so. No plan is opened when a repository is rendered."""
@@ -47,7 +52,7 @@ def bundle_with_plans(bundle_fp16, tmp_path_factory):
             "library": "tensorrt 10.13",
             "targets": ["9.0"],
             "device": "NVIDIA H200",
-            "profiles": [],
+            "profiles": [{"ranges": {symbol: [64, 64, 64] for symbol in symbols_of(graph["spec"])}}],
             "weight_stripped": False,
             "flags": [],
             "audit": {"flops": {}, "share_16_bit": 1.0, "symbols": {}},

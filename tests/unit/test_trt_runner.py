@@ -388,7 +388,10 @@ def test_notes_of_plans_that_are_gone_are_dropped(tmp_path):
 @pytest.fixture
 def bundle(tmp_path):
     return SimpleNamespace(
-        path=tmp_path, file=lambda file: tmp_path / file, manifest=SimpleNamespace(backend="tensorrt")
+        path=tmp_path,
+        file=lambda file: tmp_path / file,
+        read_graph=lambda graph: b"",
+        manifest=SimpleNamespace(backend="tensorrt"),
     )
 
 

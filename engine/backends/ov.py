@@ -1,0 +1,235 @@
+"""OpenVINO: runs the bundle's ONNX graphs on Intel's and other x86 processors, Intel's GPUs and NPUs."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.backends import ov_cache
+from engine.backends.base import Runner
+from engine.backends.ov_library import OV_TYPES, Compute, OvLibrary, choose_compute, compute_of, cpu_flags, translated
+from engine.bundle.graphspec import GraphSpec, Precision
+from engine.bundle.manifest import Bundle, VaeSegment
+from engine.bundle.onnx_file import with_weights
+from engine.device.interface import Array
+from engine.memory.residency import host_weights
+
+#: Shapes that a graph stays compiled for: a step has two, guided and not, and a folder of photos a few.
+_SHAPES_KEPT = 4
+#: And of their weights, which each holds for itself, all together; one shape stays in any case.
+_WEIGHTS_KEPT_BYTES = 1 << 30
+#: Graphs that are computed in fp32 where others are in bf16. The denoise encoder runs once, and its latent guides all
+#: steps: with it in bf16 too, the demo's results are 44.1 to 46.6 dB from fp32's; this way, 48.5 to 53.9 dB.
+_IN_FP32 = frozenset({"denoise_encoder"})
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class OpenVinoBackend:
+    """OpenVINO on one device.
+
+    Args:
+        library: with the device.
+        threads: of the CPU that one graph may use; 0 is one per core.
+        compute: the type to compute in; see `engine.backends.ov_library.compute_of`.
+    Raises:
+        BackendError: the device does not compute in that type.
+    """
+
+    def __init__(self, library: OvLibrary, threads: int = 0, compute: Compute = "auto") -> None:
+        self.library = library
+        self._threads = threads
+        self._compute = choose_compute(library, compute)
+
+    @property
+    def label(self) -> str:
+        """The library and its version, for results' metadata."""
+        return self.library.label
+
+    def open(self, bundle: Bundle, graph: str) -> Runner:
+        """Return a runner for one of a bundle's graphs; it is compiled when it first sees a shape; see `Backend`."""
+        entry = bundle.manifest.graphs[graph]
+        compute = self._graph_compute(entry.spec, bundle.manifest.precision)
+        weights_bytes = host_weights(bundle, compute)[graph]
+        compiler = _GraphCompiler(self.library, self._properties(compute), bundle, graph)
+        kept = max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes))
+        # The VAE's graphs have activations of hundreds of megabytes each, and run once or twice a photo, or a tile.
+        releases = entry.spec.role == "vae" and self.library.device == "CPU"
+        return OpenVinoRunner(entry.spec, compiler, kept, releases=releases)
+
+    def close(self) -> None:
+        """Runners share nothing that has to be given back."""
+
+    def computes_in(self, bundle: Bundle) -> Precision:
+        """Return the type that a bundle's networks are computed in; see `ComputingBackend`."""
+        return compute_of(self.library, self._compute, bundle.manifest.precision, bundle.spec("unet").precision)
+
+    @contextmanager
+    def open_segment(
+        self, segment: VaeSegment, content: bytes, folder: Path, precision: Precision = "fp32"
+    ) -> Iterator[Runner]:
+        """Open one of a graph's segments for as long as it runs; see `SegmentBackend`.
+
+        It is compiled once for slices of all heights: static shapes are no faster here, and compiling one for each
+        height takes twice as long.
+        """
+        # OpenVINO finds weights beside a graph's file only, and segments lie in a zip file; they are small.
+        graph = with_weights(content, folder, segment.spec.name)
+        compute = self._graph_compute(segment.spec, precision)
+
+        def compile_segment(_: _Shapes) -> Any:
+            core = self.library.core
+            return core.compile_model(core.read_model(graph), self.library.device, self._properties(compute))
+
+        runner = OpenVinoRunner(segment.spec, compile_segment, 1, any_shape=True)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+    def _graph_compute(self, spec: GraphSpec, bundle_precision: Precision) -> Precision:
+        """Return the type that a graph, or a segment of one, is computed in."""
+        compute = compute_of(self.library, self._compute, bundle_precision, spec.precision)
+        graph = spec.name.split(".")[0]  # a segment is named behind its graph
+        return "fp32" if compute == "bf16" and graph in _IN_FP32 else compute
+
+    def _properties(self, compute: Precision) -> dict[str, Any]:
+        """Return what models are compiled with; the type is always said, so that no release chooses another."""
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": OV_TYPES[compute]}
+        if self.library.device != "CPU":
+            return properties
+        return {
+            **properties,
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(self._threads or _cores()),
+            # Every process would pin its threads to the same first cores, also where others are idle.
+            "ENABLE_CPU_PINNING": "NO",
+        }
+
+
+class OpenVinoRunner(Runner):
+    """A graph, compiled for the shapes that it has seen last.
+
+    Args:
+        spec: of the graph.
+        compiled: returns it compiled for the shapes of its inputs.
+        kept: shapes that it stays compiled for, at most.
+        any_shape: whether one compiled model takes all shapes.
+        releases: whether memory for activations is given back after each run.
+    """
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        compiled: Callable[[_Shapes], Any],
+        kept: int,
+        *,
+        any_shape: bool = False,
+        releases: bool = False,
+    ) -> None:
+        super().__init__(spec)
+        self._releases = releases
+        self._compiled, self._kept, self._any_shape = compiled, kept, any_shape
+        self._requests: OrderedDict[_Shapes, Any] = OrderedDict()
+        self._closed = False
+
+    def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        assert not self._closed, f"{self.spec.name} was closed"
+        shapes = () if self._any_shape else tuple((name, inputs[name].shape) for name in sorted(inputs))
+        request = self._request(shapes)
+        try:
+            # Inputs are read where they are, outputs are copied: the next call would write over them.
+            results = request.infer(
+                {name: np.ascontiguousarray(array) for name, array in inputs.items()},
+                share_inputs=True,
+                share_outputs=False,
+            )
+            if self._releases:
+                request.get_compiled_model().release_memory()
+            return {tensor.name: results[tensor.name] for tensor in self.spec.outputs}
+        except Exception as error:
+            raise translated(error, self.spec.name, "run") from error
+
+    def _request(self, shapes: _Shapes) -> Any:
+        request = self._requests.pop(shapes, None)
+        if request is None:
+            while len(self._requests) >= self._kept:  # before the next one takes its memory
+                self._requests.popitem(last=False)
+            try:
+                request = self._compiled(shapes).create_infer_request()
+            except Exception as error:
+                raise translated(error, self.spec.name, "compile") from error
+        self._requests[shapes] = request
+        return request
+
+    def close(self) -> None:
+        self._closed = True
+        self._requests.clear()
+
+
+class _GraphCompiler:
+    """Compiles one of a bundle's graphs, or takes it compiled from the cache."""
+
+    def __init__(self, library: OvLibrary, properties: Mapping[str, Any], bundle: Bundle, graph: str) -> None:
+        self._library = library
+        self._properties = properties
+        self._bundle, self._graph = bundle, graph
+        self._weights = bundle.file(bundle.manifest.weights)
+        entry = bundle.manifest.graphs[graph]
+        self._spec, self._entry = entry.spec, entry.file
+        self._hashes = {"graph": entry.file.sha256, "weights": bundle.manifest.weights.sha256}
+
+    def __call__(self, shapes: _Shapes) -> Any:
+        core, device = self._library.core, self._library.device
+        if device != "CPU":
+            return core.compile_model(self._model(shapes), device, self._properties)
+        # Models without weights, which are found by the place of their file.
+        properties = {**self._properties, "CACHE_MODE": "OPTIMIZE_SIZE"}
+        key = ov_cache.cache_key(
+            version=self._library.version,
+            processor=f"{self._library.device_name} {' '.join(sorted(cpu_flags()))}",
+            properties=properties,
+            shapes=dict(shapes),
+            **self._hashes,
+        )
+        found = ov_cache.load(key)
+        if found is not None:
+            try:
+                return core.import_model(found, device, {**properties, "WEIGHTS_PATH": str(self._weights)})
+            except RuntimeError:  # whole, and still not what this library reads
+                ov_cache.drop(key)
+        compiled = core.compile_model(self._model(shapes), device, properties)
+        blob = io.BytesIO()
+        compiled.export_model(blob)
+        ov_cache.store(key, blob.getvalue())
+        return compiled
+
+    def _model(self, shapes: _Shapes) -> Any:
+        """Read the graph for some shapes. Host arrays of bfloat16 are float32, which NumPy has."""
+        api = self._library.api
+        self._bundle.read_graph(self._graph)  # checked, before the library reads it
+        model = self._library.core.read_model(self._bundle.file(self._entry))
+        self._bundle.file(self._entry)  # and still the same
+        model.reshape({name: api.PartialShape(list(shape)) for name, shape in shapes})
+        narrow = [tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs) if tensor.dtype == "bfloat16"]
+        if not narrow:
+            return model
+        steps = api.preprocess.PrePostProcessor(model)
+        for tensor in self._spec.inputs:
+            if tensor.name in narrow:
+                steps.input(tensor.name).tensor().set_element_type(api.Type.f32)
+        for tensor in self._spec.outputs:
+            if tensor.name in narrow:
+                steps.output(tensor.name).tensor().set_element_type(api.Type.f32)
+        return steps.build()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

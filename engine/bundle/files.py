@@ -1,0 +1,148 @@
+"""A bundle's files: what the manifest says of each, and the check that it is so.
+
+A bundle may come from a stranger, so sizes are bounded, and pipes and devices, which may never end, are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from engine.bundle.hashing import FileState, file_state, hash_file
+from engine.errors import BundleError, first_line
+
+MANIFEST = "manifest.json"
+REBUILD = "build it again: python export/build_engines.py --output {path}"
+#: What a manifest, or a graph without its weights, may take; SDXL's largest is 3 MB.
+MAX_TEXT_BYTES = 64 << 20
+
+#: Bytes of a file or of weights: what a disk can hold.
+Bytes = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+def _plain_name(name: str) -> str:
+    if not name.isprintable() or Path(name).name != name or name in ("", ".", "..", MANIFEST):
+        raise ValueError("must be a file's name without a folder")
+    return name
+
+
+class File(BaseModel):
+    """A file of the bundle, by its name inside the folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    bytes: Bytes
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def describe_file(path: Path) -> File:
+    """Return the manifest's entry for a file of a bundle."""
+    return File(name=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def check_file(folder: Path, entry: File) -> FileState:
+    """Check a file's size and hash.
+
+    Returns:
+        The state that it had before it was hashed.
+    Raises:
+        BundleError: it is missing, changed, or cannot be read.
+    """
+    path = folder / entry.name
+    try:
+        size = plain_size(path)
+        if size != entry.bytes:
+            raise _changed(path, f"{entry.bytes} bytes", f"{size} bytes")
+        state = file_state(path)
+        found = hash_file(path)
+    except FileNotFoundError:
+        fix = REBUILD.format(path=folder)
+        raise BundleError("a file of the bundle is missing", where=path, fix=fix) from None
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
+    if found != entry.sha256:
+        raise _changed(path, f"SHA-256 {entry.sha256[:16]}…", f"SHA-256 {found[:16]}…")
+    return state
+
+
+def check_again(folder: Path, entry: File, state: FileState) -> FileState:
+    """Check that a file is still the one that was checked; one that was touched since is hashed again.
+
+    A hard link touches a file too, as when a model repository is rendered.
+
+    Args:
+        folder: of the bundle.
+        entry: of the file.
+        state: that it had when it was checked.
+    Returns:
+        The state that it has now.
+    Raises:
+        BundleError: as `check_file`.
+    """
+    try:
+        if file_state(folder / entry.name) == state:
+            return state
+    except OSError:
+        pass  # `check_file` says what it is
+    return check_file(folder, entry)
+
+
+def read_checked(folder: Path, entry: File) -> bytes:
+    """Return a small file's content, which is what its hash is of, whatever has become of the file since.
+
+    Raises:
+        BundleError: it is too large, changed, or cannot be read.
+    """
+    path = folder / entry.name
+    if entry.bytes > MAX_TEXT_BYTES:
+        raise BundleError("too large", where=path, expected=f"up to {MAX_TEXT_BYTES} bytes", found=entry.bytes)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry.sha256:
+        raise _changed(path, f"SHA-256 {entry.sha256[:16]}…", f"SHA-256 {found[:16]}…")
+    return content
+
+
+def read_archived(archive: Path, name: str) -> bytes:
+    """Return a small file of a zip archive.
+
+    Raises:
+        BundleError: it is not there, damaged, or too large, whatever size the archive says it has.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(name) as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+    # What else zipfile raises for entries that are encrypted, or compressed in a way it lacks.
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+        raise BundleError("cannot be read", where=f"{archive}: {name}", found=first_line(error)) from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise BundleError("too large", where=f"{archive}: {name}", expected=f"up to {MAX_TEXT_BYTES} bytes")
+    return content
+
+
+def plain_size(path: Path) -> int:
+    """Return a file's size.
+
+    Raises:
+        OSError: there is none.
+        BundleError: it is a pipe or a device.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError("no plain file", where=path, fix="use a bundle from somebody you trust")
+    return status.st_size
+
+
+def _changed(path: Path, expected: str, found: str) -> BundleError:
+    fix = REBUILD.format(path=path.parent)
+    return BundleError("a file of the bundle was changed", where=path, expected=expected, found=found, fix=fix)
