@@ -154,9 +154,12 @@ def read_pixels(image: Any, samples: Samples, orientation: int) -> tuple[Pixels,
 
 
 def _unit(values: NDArray[Any], black: float, span: np.float32) -> Pixels:
-    exact = np.float32 if values.dtype.itemsize < 4 else np.float64  # which holds what the samples hold
-    moved = values.astype(exact) - exact(black) if black else values.astype(exact)
-    return (moved / exact(span)).clip(0.0, 1.0).astype(np.float32, copy=False)
+    exact = np.dtype(np.float32 if values.dtype.itemsize < 4 else np.float64)  # which holds what the samples hold
+    moved: NDArray[Any] = values.astype(exact)
+    if black:
+        moved -= exact.type(black)
+    moved /= exact.type(span)
+    return moved.clip(0.0, 1.0).astype(np.float32, copy=False)
 
 
 # -- into files -------------------------------------------------------------------------------------
