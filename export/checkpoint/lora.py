@@ -170,7 +170,7 @@ def _file_of(name: str, path: Path) -> Path:
 def _warnings(lora: LoadedLora, metadata: Mapping[str, str]) -> Iterator[str]:
     if lora.left_out:
         names = ", ".join(lora.left_out[:3]) + (" …" if len(lora.left_out) > 3 else "")
-        yield f"{len(lora.left_out)} embeddings of words are left out, as no text here uses them: {names}"
+        yield f"embeddings of words are left out, as no text here uses them: {names}"
     other = other_prediction((), metadata)
     if other is not None:
         yield f"it was trained for {other.what}, so on a base that predicts noise it may not do what it should"
