@@ -28,7 +28,14 @@ ENGINES: dict[str, tuple[str, Compute]] = {
     "openvino-fp32": ("openvino", "fp32"),
     "openvino-bf16": ("openvino", "bf16"),
 }
-BASELINES = ("torch", "torch-compile", *ENGINES)
+#: PyTorch: whether it is compiled, and whether it computes in bf16.
+_TORCH = {
+    "torch": (False, False),
+    "torch-compile": (True, False),
+    "torch-bf16": (False, True),
+    "torch-bf16-compile": (True, True),
+}
+BASELINES = (*_TORCH, *ENGINES)
 _END_SECONDS = 5
 
 
@@ -225,8 +232,8 @@ class _Runtime:
         else:
             from benchmarks.torch_backend import make_torch_backend
 
-            compiled = self._name == "torch-compile"
-            backend = make_torch_backend(bundle, setup.gpu, compiled=compiled, threads=setup.threads)
+            compiled, in_bf16 = _TORCH[self._name]
+            backend = make_torch_backend(bundle, setup.gpu, compiled=compiled, in_bf16=in_bf16, threads=setup.threads)
         budget = setup.vram_budget_gib if self._name == ENGINE else None
         self._restorer = Restorer(bundle, backend, vram_budget_bytes=None if budget is None else int(budget * 2**30))
         open_ms = (time.perf_counter() - started) * 1e3

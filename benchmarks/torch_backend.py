@@ -30,13 +30,16 @@ from engine.recipe import stream_of
 from export.graphs.builder import call_arguments
 
 
-def make_torch_backend(bundle: Bundle, gpu: int | None, *, compiled: bool = False, threads: int = 0) -> Backend:
+def make_torch_backend(
+    bundle: Bundle, gpu: int | None, *, compiled: bool = False, in_bf16: bool = False, threads: int = 0
+) -> Backend:
     """Return the backend that a bundle's networks run on in PyTorch.
 
     Args:
         bundle: whose weights and architecture are used.
         gpu: its number, None for the CPU.
         compiled: whether the networks go through `torch.compile`; eager otherwise.
+        in_bf16: on a CPU, by autocast, with channels last: PyTorch's fastest where there are units for it.
         threads: that one operator may use on a CPU; 0 leaves torch's own choice.
     Raises:
         BackendError: PyTorch cannot run it there, or a compiler is missing.
@@ -44,7 +47,9 @@ def make_torch_backend(bundle: Bundle, gpu: int | None, *, compiled: bool = Fals
     if compiled:
         check_compiler(gpu)
     if gpu is None:
-        return TorchBackend(bundle, threads, compiled=compiled)
+        return TorchBackend(bundle, threads, compiled=compiled, in_bf16=in_bf16)
+    if in_bf16:
+        raise BackendError("PyTorch's bf16 is a baseline on CPUs", where="--baseline", fix="measure torch instead")
     if not torch.cuda.is_available():
         raise BackendError(
             "this PyTorch cannot use the GPU",
@@ -86,17 +91,17 @@ def check_compiler(gpu: int | None) -> None:
 
 
 class TorchBackend:
-    """PyTorch on a CPU, in float32, attention by `scaled_dot_product_attention`.
+    """PyTorch on a CPU, in float32 or by autocast in bf16, attention by `scaled_dot_product_attention`.
 
     Args:
         bundle: whose weights and architecture are used.
         threads: that one operator may use; 0 leaves torch's own choice.
-        compiled: as for `make_torch_backend`.
+        compiled, in_bf16: as for `make_torch_backend`.
     Raises:
         BackendError: the bundle is of another precision.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0, *, compiled: bool = False) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 0, *, compiled: bool = False, in_bf16: bool = False) -> None:
         # PyTorch's CPU operators for fp16 are slow, and ONNX Runtime computes fp16 graphs in float32.
         if bundle.manifest.precision != "fp32":
             raise BackendError(
@@ -107,7 +112,7 @@ class TorchBackend:
             )
         if threads:
             torch.set_num_threads(threads)
-        self._builders, self._compiled = bundle_builders(bundle), compiled
+        self._builders, self._compiled, self._in_bf16 = bundle_builders(bundle), compiled, in_bf16
 
     @property
     def label(self) -> str:
@@ -117,21 +122,26 @@ class TorchBackend:
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Return the module that a graph was exported from; `bundle` is the one it was made with."""
         builder = self._builders[graph]
-        return _TorchRunner(builder.spec, _ready(load_weights(builder, bundle, "cpu"), self._compiled))
+        module = load_weights(builder, bundle, "cpu")
+        if self._in_bf16:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return _TorchRunner(builder.spec, _ready(module, self._compiled), in_bf16=self._in_bf16)
 
     def close(self) -> None:
         """Modules share nothing."""
 
 
 class _TorchRunner(Runner):
-    def __init__(self, spec: GraphSpec, module: Any) -> None:
+    def __init__(self, spec: GraphSpec, module: Any, *, in_bf16: bool) -> None:
         super().__init__(spec)
         self._module: Any = module
+        self._in_bf16 = in_bf16
 
     @torch.inference_mode()
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = _call(self._module, self.spec, {name: torch.from_numpy(array) for name, array in inputs.items()})
-        return {name: value.numpy() for name, value in outputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bf16):
+            outputs = _call(self._module, self.spec, {name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: value.float().numpy() for name, value in outputs.items()}
 
     def close(self) -> None:
         self._module = None

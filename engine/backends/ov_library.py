@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -56,6 +57,19 @@ class OvLibrary:
         return str(self.core.get_property(self.device, "FULL_DEVICE_NAME"))
 
 
+def is_installed() -> bool:
+    """Tell whether an OpenVINO is installed that is new enough; it is not imported."""
+    try:
+        version = metadata.version("openvino")
+    except metadata.PackageNotFoundError:
+        return False
+    return _release(version) >= OLDEST
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def open_library(device: str) -> OvLibrary:
     """Import OpenVINO and look for a device.
 
@@ -73,8 +87,7 @@ def open_library(device: str) -> OvLibrary:
     except (ImportError, OSError, RuntimeError) as error:  # the package is there, its libraries are not
         raise BackendError("openvino does not load", found=reason(error), fix=f"{INSTALL}; {_ELSEWHERE}") from error
     version = str(openvino.__version__)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if numbers < OLDEST:
+    if _release(version) < OLDEST:
         raise BackendError(
             "this OpenVINO is too old",
             expected=f"{'.'.join(map(str, OLDEST))} or newer",

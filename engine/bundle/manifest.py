@@ -186,12 +186,13 @@ class Source(_Model):
 
 
 class Lora(_Model):
-    """A LoRA that was merged: W' = W + scale · alpha / rank · up · down, over `layers` weights."""
+    """A LoRA that was merged: W' = W + scale · ΔW, over `layers` weights; `kinds` are formulas of ΔW, such as LoHa."""
 
     name: str
     file: str
     sha256: str
     scale: float
+    kinds: tuple[str, ...] = ("LoRA",)
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     layers: int

@@ -61,6 +61,9 @@ def restore(arguments: Sequence[str]) -> int:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
+        facts = {} if restorer is None else restorer.backend_facts
+        if "compute" in facts and options.backend is None and not options.quiet:
+            print(f"note: computed in {facts['compute']} by {facts['library']}, the fastest here", file=sys.stderr)
         _warn_of_idle_options(options, settings)
         if not options.quiet and (raws := raws_left_out(options.images, recursive=options.recursive)):
             print(f"note: camera raws in the folders were left out: {raws}; name one to restore it", file=sys.stderr)
@@ -236,7 +239,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"default: {default_bundle_dir()}",
     )
-    engine.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
+    engine.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="default: the one that the bundle was built for, or the fastest that is installed",
+    )
     engine.add_argument(
         "--device",
         default="auto",

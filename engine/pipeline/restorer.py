@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends import make_backend
+from engine.backends import default_backend, make_backend
 from engine.backends.base import Backend, ComputingBackend
 from engine.backends.ov_library import Compute
 from engine.backends.runners import Runners
@@ -77,6 +77,7 @@ class Restorer:
     Attributes:
         bundle: as given.
         stages: each stage on its own, on the host's arrays.
+        backend_facts: the library that runs the bundle and, where it chooses, the type that it computes in.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
@@ -100,6 +101,7 @@ class Restorer:
                 opened.callback(self._session.close)
             self._executor: Executor = self._session or self.stages
             self._backend = backend
+            self.backend_facts = backend_facts(backend, bundle)
             opened.pop_all()
 
     @classmethod
@@ -117,7 +119,7 @@ class Restorer:
 
         Args:
             bundle: its folder; None means where `build_engines.py` builds by default.
-            backend: one of `engine.backends.BACKENDS`; None means the one that the bundle is for.
+            backend: one of `engine.backends.BACKENDS`; None means `default_backend`.
             device, threads, compute: as for `engine.backends.make_backend`.
             vram_budget_gib: of GPU memory, for everything; what does not fit is loaded and released by
                 stage. None means that everything stays, or that there is an error.
@@ -131,7 +133,9 @@ class Restorer:
             raise UsageError("a budget of GPU memory must be above 0", where="vram_budget_gib", found=vram_budget_gib)
         path = Path(bundle) if bundle is not None else default_bundle_dir()
         opened = open_bundle(path)
-        made = make_backend(backend or opened.manifest.backend, device=device, threads=threads, compute=compute)
+        made = make_backend(
+            backend or default_backend(opened.manifest, device), device=device, threads=threads, compute=compute
+        )
         budget = None if vram_budget_gib is None else int(vram_budget_gib * 2**30)
         return cls(opened, made, vram_budget_bytes=budget)
 
@@ -319,7 +323,7 @@ class Restorer:
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):
             used = plan.settings.updated({"seed": seed})
-            provenance = provenance_of(self.bundle, used, plan, backend_facts(self._backend, self.bundle))
+            provenance = provenance_of(self.bundle, used, plan, self.backend_facts)
             if notes:
                 provenance["notes"] = notes
             results.append(Restored(photo, used, times, provenance, tuple(notes)))

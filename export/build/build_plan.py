@@ -23,9 +23,10 @@ from export.build.request import BuildRequest
 from export.build.trial import trial_symbols
 from export.build.weights import Weight, WeightsLayout, plan_layout
 from export.checkpoint.architecture import Architecture, Shapes, infer_architecture, missing_tensor
-from export.checkpoint.checkpoint import Checkpoint, LazyTensor, open_sdxl, open_supir, open_unet
+from export.checkpoint.checkpoint import Checkpoint, open_sdxl, open_supir, open_unet
 from export.checkpoint.lora import LoadedLora, open_lora
-from export.checkpoint.tokenizer import END_TOKEN, FILE, find_tokenizer, load_tokenizer
+from export.checkpoint.tensor_files import LazyTensor
+from export.checkpoint.tokenizer import END_TOKEN, FILE, check_vocabulary, find_tokenizer, load_tokenizer
 from export.graphs.code_key import code_key
 from export.graphs.definitions import GraphDefinition, graph_definitions
 from export.graphs.traces import (
@@ -156,7 +157,14 @@ class BuildPlan:
                 for checkpoint in self.checkpoints
                 for file in checkpoint.files
             },
-            "loras": {lora.name: {"file": hashes[lora.file], "scale": lora.scale} for lora in self.loras},
+            "loras": {
+                lora.name: {
+                    "file": hashes[lora.file],
+                    "scale": lora.scale,
+                    **({"configuration": hash_file(lora.configuration)} if lora.configuration else {}),
+                }
+                for lora in self.loras
+            },
             "tokenizer": {path.name: hash_file(path) for path in vocabulary},
             "graphs": {name: graph.key for name, graph in self.graphs.items()},
             "verify": self.request.verify,
@@ -199,9 +207,11 @@ class BuildPlan:
                     "name": lora.name,
                     "file": str(lora.file),
                     "scale": lora.scale,
+                    "kinds": lora.kinds,
                     "ranks": lora.ranks,
                     "alphas": lora.alphas,
                     "layers": len(lora.deltas),
+                    "left_out": lora.left_out,
                 }
                 for lora in self.loras
             ],
@@ -255,12 +265,15 @@ def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: N
     tokenizer = load_tokenizer(request.tokenizer)
     end_id = tokenizer.token_to_id(END_TOKEN)
     assert end_id is not None  # load_tokenizer has seen to it
-    _check_vocabulary(request.tokenizer, max(tokenizer.get_vocab().values()), arch)
+    check_vocabulary(request.tokenizer, tokenizer, (arch.text_encoder.vocabulary, arch.text_encoder_2.vocabulary))
     definitions = graph_definitions(arch, request.precision, end_id, vae_precision=_vae_precision(request))
     graphs = {name: _planned(request, arch, end_id, definition, say) for name, definition in definitions.items()}
     wanted = _wanted_weights(graphs)
     _check_tensors(tensors, {weight.name: weight.shape for weight in wanted})
     loras = tuple(open_lora(lora.name, lora.path, lora.scale, shapes) for lora in request.loras)
+    for lora in loras:
+        for warning in lora.warnings:
+            say(f"LoRA {lora.name}: {warning}")
     defaults = validated({**preset.settings, **request.settings})
     return BuildPlan(
         request=request,
@@ -415,16 +428,4 @@ def _check_tensors(tensors: Mapping[str, LazyTensor], wanted: Shapes) -> None:
         if tensor.shape != wanted[name]:
             raise CheckpointError(
                 "a tensor has the wrong shape", where=where, expected=list(wanted[name]), found=list(tensor.shape)
-            )
-
-
-def _check_vocabulary(folder: Path, last_id: int, arch: Architecture) -> None:
-    for net in (arch.text_encoder, arch.text_encoder_2):
-        if last_id >= net.vocabulary:
-            raise CheckpointError(
-                "the tokenizer has tokens that the text towers lack",
-                where=folder,
-                expected=f"ids below {net.vocabulary}",
-                found=f"ids up to {last_id}",
-                fix="give the tokenizer that belongs to the base with --tokenizer",
             )

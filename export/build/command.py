@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(f"Built {request.output} in {time.monotonic() - started:.0f} s.")
         for lora in manifest.loras:
-            print(
-                f"  merged LoRA {lora.name} × {lora.scale:g}: rank {_list(lora.ranks)}, "
-                f"alpha {_list(lora.alphas)}, {lora.layers} layers"
-            )
+            print(f"  merged LoRA {lora.name} {_lora_text(lora.model_dump())}")
         for name, graph in manifest.graphs.items():
             print(f"  {name:<16} {graph.spec.precision}  {_verified(graph.verification)}{_plan_of(graph)}")
     return 0
@@ -123,20 +120,21 @@ def _parser() -> argparse.ArgumentParser:
         "with the LoRAs that --lora names, or else with its own where the preset merges some.",
     )
     files = parser.add_argument_group("checkpoints")
+    files.add_argument("--sdxl", type=Path, metavar="FILE|DIR", help="base: one file, or a diffusers folder")
     files.add_argument(
-        "--sdxl", type=Path, metavar="FILE|DIR", help="base: one .safetensors file, or a diffusers folder"
+        "--unet",
+        type=Path,
+        metavar="FILE|DIR",
+        help="replaces the base's UNet (SDXL-Lightning's files), in diffusers' or LDM names",
     )
-    files.add_argument(
-        "--unet", type=Path, metavar="FILE|DIR", help="replaces the base's UNet (SDXL-Lightning's files)"
-    )
-    files.add_argument("--supir", type=Path, metavar="FILE", help="SUPIR v0Q or v0F, .ckpt or .safetensors")
+    files.add_argument("--supir", type=Path, metavar="FILE", help="SUPIR v0Q or v0F")
     files.add_argument(
         "--lora",
         type=_lora,
         action="append",
         default=[],
         metavar="NAME=FILE[:SCALE]",
-        help="merged into the base, times SCALE (default 1); repeatable",
+        help="LoRA, LoHa, LoKr or DoRA, a file or folder; merged into the base, times SCALE (default 1); repeatable",
     )
     files.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="CLIP's vocabulary; default: tokenizer/ of a diffusers folder"
@@ -320,10 +318,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
             f"{source['tensors']} tensors, {format_bytes(source['bytes'])}{ignored}"
         )
     for lora in plan["merge"]:
-        lines.append(
-            f"  merge  {lora['name']} × {lora['scale']:g}: rank {_list(lora['ranks'])}, "
-            f"alpha {_list(lora['alphas'])}, {lora['layers']} layers"
-        )
+        lines.append(f"  merge  {lora['name']} {_lora_text(lora)}")
     write = plan["write"]
     lines.append(f"  write  weights: {write['parameters']:,} parameters, {format_bytes(write['weights_bytes'])}")
     for graph in write["graphs"]:
@@ -332,6 +327,12 @@ def _plan_text(plan: dict[str, Any]) -> str:
     if write["targets"]:
         lines.append(f"  write  plans for compute capability {', '.join(write['targets'])}")
     return "\n".join(lines)
+
+
+def _lora_text(lora: Mapping[str, Any]) -> str:
+    """Return what is said of a LoRA, by the fields that a plan's description and the manifest share."""
+    rank = f"rank {_list(lora['ranks'])}, alpha {_list(lora['alphas'])}, " if lora["ranks"] or lora["alphas"] else ""
+    return f"× {lora['scale']:g}: {', '.join(lora['kinds'])}, {rank}{lora['layers']} weights"
 
 
 def _list(numbers: Sequence[float]) -> str:

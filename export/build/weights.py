@@ -23,8 +23,8 @@ import numpy as np
 
 from engine.bundle.graphspec import DType
 from engine.errors import BuildError, CheckpointError, from_os_error
-from export.checkpoint.checkpoint import LazyTensor, is_finite
 from export.checkpoint.lora import LoadedLora, merge_into
+from export.checkpoint.tensor_files import LazyTensor, is_finite
 from export.graphs.definitions import NUMPY_DTYPES
 
 WEIGHTS = "weights.safetensors"

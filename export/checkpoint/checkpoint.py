@@ -1,90 +1,28 @@
 """Checkpoints of every layout, as tensors under our names that are read only when asked for.
 
-Files are memory-mapped and opened read-only. Which model a file holds is told from its tensors'
-names. Pickles are read by `export.checkpoint.torch_zip`, which knows tensors and nothing else.
+`tensor_files` reads the files; `model_kinds` tells which model one holds, and refuses those that the
+engine cannot sample.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.errors import CheckpointError
 from export.checkpoint import keymap
-from export.checkpoint.keymap import Part, Target
-from export.checkpoint.mapped import DOWNLOAD_AGAIN, StoredTensor
-from export.checkpoint.safetensors_file import metadata, read_safetensors
-from export.checkpoint.torch_zip import is_torch_zip, read_torch_zip
-
-_PICKLE_START = b"\x80"  # the opcode that names the protocol
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
-#: Numbers that are no weights, so that they may be whole: a LoRA's alpha, tables of positions.
-_MAY_BE_WHOLE = (".alpha", "mask_LQ", "logit_scale", "embeddings.position_ids")
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file, not read yet.
-
-    Attributes:
-        name: in the file.
-        file: that holds it.
-        shape: of what `read` returns.
-        read: returns it, in the dtype of the file.
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    read: Callable[[], NDArray[Any]]
-
-    def part(self, part: Part) -> LazyTensor:
-        """Return a part of this tensor (see `keymap.Part`), as lazily."""
-        if part == "whole":
-            return self
-        cut, shape = _CUTS[part]
-        return LazyTensor(self.name, self.file, shape(self.shape), lambda: cut(self.read()))
-
-
-_CUTS: dict[Part, tuple[Callable[[NDArray[Any]], NDArray[Any]], Callable[[tuple[int, ...]], tuple[int, ...]]]] = {
-    # A kernel of one pixel; any other keeps its shape, which then fits nowhere.
-    "matrix": (lambda t: t.reshape(t.shape[:2]), lambda s: s[:2] if set(s[2:]) <= {1} else s),
-    "transposed": (lambda t: np.ascontiguousarray(t.T), lambda s: s[::-1]),
-    "q": (lambda t: np.split(t, 3)[0], lambda s: _third(s)),
-    "k": (lambda t: np.split(t, 3)[1], lambda s: _third(s)),
-    "v": (lambda t: np.split(t, 3)[2], lambda s: _third(s)),
-}
-#: The bits of a number's exponent, by the number's size in bytes; all are set in infinities and NaN.
-_EXPONENTS = {
-    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
-    "float32": (np.uint32, 0x7F80_0000),
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
-}
-_BLOCK_VALUES = 1 << 20
-
-
-def is_finite(array: NDArray[Any]) -> bool:
-    """Tell whether an array holds neither infinities nor NaN; whole numbers never do."""
-    if array.dtype.name not in _EXPONENTS:
-        return True
-    # Whole numbers are compared: NumPy takes thirty times as long to compare float16 values.
-    kind, exponent = _EXPONENTS[array.dtype.name]
-    bits = array.reshape(-1).view(kind)
-    mask: Any = kind(exponent)
-    blocks = (bits[start : start + _BLOCK_VALUES] for start in range(0, len(bits), _BLOCK_VALUES))
-    return all(int(np.bitwise_and(block, mask).max()) != exponent for block in blocks)
-
-
-def _third(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0] // 3, *shape[1:]) if shape else ()
+from export.checkpoint.keymap import Target
+from export.checkpoint.mapped import DOWNLOAD_AGAIN
+from export.checkpoint.model_kinds import (
+    identify,
+    other_prediction,
+    require_noise_scheduler,
+    require_text_to_image,
+)
+from export.checkpoint.tensor_files import LazyTensor, metadata_of, open_file
 
 
 @dataclass
@@ -139,30 +77,39 @@ def open_sdxl(path: Path) -> Checkpoint:
     """Open a base model: one LDM file, or a diffusers folder.
 
     Raises:
-        CheckpointError: missing, damaged, or another model.
+        CheckpointError: missing, damaged, another model, or one that does not predict noise.
     """
     if path.is_dir():
         return _open_diffusers_folder(path)
     tensors = open_file(path)
-    _require(path, tensors, "SDXL (one file)", "--sdxl")
+    _require(path, tensors, ("SDXL (one file)",), "--sdxl")
+    _require_base(path, tensors, _UNET)
     return _sort_ldm(Checkpoint("sdxl", "LDM, one file", (path,)), tensors, _SDXL_PREFIXES)
 
 
 def open_unet(path: Path) -> Checkpoint:
-    """Open a UNet that replaces the base's: diffusers' names, or the UNet of an LDM file.
+    """Open a UNet that replaces the base's: diffusers' or LDM's names, alone, in a folder, or in a whole file.
 
     Raises:
-        CheckpointError: missing, damaged, or another model.
+        CheckpointError: missing, damaged, another model, or one that does not predict noise.
     """
     if path.is_dir():
+        require_noise_scheduler(path)
         folder = path / "unet" if (path / "unet").is_dir() else path
         tensors, files = _open_component(folder)
+        _require_base(files[0], tensors, "")
         return _diffusers_unet(Checkpoint("unet", "diffusers, UNet folder", files, folder=path), tensors)
     tensors = open_file(path)
-    kind = _require(path, tensors, ("UNet (diffusers)", "SDXL (one file)"), "--unet")
+    kind = _require(path, tensors, ("UNet (diffusers)", "UNet (LDM)", "SDXL (one file)"), "--unet")
     if kind == "UNet (diffusers)":
+        _require_base(path, tensors, "")
         return _diffusers_unet(Checkpoint("unet", "diffusers, UNet alone", (path,)), tensors)
-    return _sort_ldm(Checkpoint("unet", "LDM, UNet of one file", (path,)), tensors, _UNET_PREFIX)
+    layout = "LDM, UNet of one file"
+    if kind == "UNet (LDM)":  # with or without `diffusion_model.`: as in a whole file from here on
+        layout = "LDM, UNet alone"
+        tensors = {_UNET + name.removeprefix("diffusion_model."): tensor for name, tensor in tensors.items()}
+    _require_base(path, tensors, _UNET)
+    return _sort_ldm(Checkpoint("unet", layout, (path,)), tensors, _UNET_PREFIX)
 
 
 def open_supir(path: Path) -> Checkpoint:
@@ -174,57 +121,22 @@ def open_supir(path: Path) -> Checkpoint:
     if path.is_dir():
         raise CheckpointError("is a folder", where=path, expected="SUPIR's .ckpt or .safetensors file")
     tensors = open_file(path)
-    _require(path, tensors, "SUPIR", "--supir")
+    _require(path, tensors, ("SUPIR",), "--supir")
     bare = not any(name.startswith("model.") for name in tensors)
     layout = "LDM, without `model.`" if bare else "LDM"
     return _sort_ldm(Checkpoint("supir", layout, (path,)), tensors, _SUPIR_PREFIXES)
-
-
-def open_file(path: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a safetensors file or of a pickle of tensors, by their names in it.
-
-    Raises:
-        CheckpointError: missing, truncated, or a pickle of anything but tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError("no such file", where=path, fix="check the path")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError("no permission to read it", where=path)
-    return _lazy(path, read_safetensors(path)) if path.suffix == ".safetensors" else _open_pickle(path)
-
-
-def identify(names: Iterable[str]) -> str:
-    """Return what kind of model a file with tensors of these names holds."""
-    names = list(names)
-
-    def has(*parts: str) -> bool:
-        return any(part in name for name in names for part in parts)
-
-    for kind, found in (
-        ("LoRA", has("lora", "hada_", "lokr_")),
-        ("SUPIR", has("project_modules.", "denoise_encoder.")),
-        ("ControlNet", has("control_model.")),
-        ("Stable Diffusion 1 or 2", has("cond_stage_model.")),
-        ("SDXL refiner", has("conditioner.embedders.0.model.")),
-        ("SDXL (one file)", has("conditioner.embedders.1.", "model.diffusion_model.label_emb.")),
-        ("Stable Diffusion 1 or 2", has("model.diffusion_model.")),
-        ("UNet (diffusers)", has("down_blocks.")),
-    ):
-        if found:
-            return kind
-    return "something unknown"
 
 
 _FIXES = {
     "LoRA": "give it with --lora NAME=FILE, beside a base",
     "SUPIR": "give it with --supir",
     "UNet (diffusers)": "give it with --unet, and the whole base with --sdxl",
+    "UNet (LDM)": "give it with --unet, and the whole base with --sdxl",
     "SDXL (one file)": "give it with --sdxl",
 }
 
 
-def _require(path: Path, tensors: Mapping[str, Any], kinds: str | tuple[str, ...], option: str) -> str:
-    kinds = (kinds,) if isinstance(kinds, str) else kinds
+def _require(path: Path, tensors: Mapping[str, Any], kinds: tuple[str, ...], option: str) -> str:
     kind = identify(tensors)
     if kind not in kinds:
         raise CheckpointError(
@@ -237,6 +149,15 @@ def _require(path: Path, tensors: Mapping[str, Any], kinds: str | tuple[str, ...
     return kind
 
 
+def _require_base(path: Path, tensors: Mapping[str, LazyTensor], prefix: str) -> None:
+    """Refuse a base, or the UNet of one, that the engine cannot sample; `prefix` is that of the UNet's names."""
+    other = other_prediction(tensors, metadata_of(path))
+    if other is not None:
+        raise other.error(path)
+    unet = {name[len(prefix) :]: tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    require_text_to_image(path, unet)
+
+
 # -- LDM files ------------------------------------------------------------------------------------
 
 #: Known prefixes and what lies behind them; a tensor behind one must find its place.
@@ -247,7 +168,8 @@ def _some(target: Target | None) -> tuple[Target, ...]:
     return () if target is None else (target,)
 
 
-_UNET_PREFIX: Prefixes = (("model.diffusion_model.", lambda name, _: _some(keymap.unet_target(name))),)
+_UNET = "model.diffusion_model."
+_UNET_PREFIX: Prefixes = ((_UNET, lambda name, _: _some(keymap.unet_target(name))),)
 _SDXL_PREFIXES: Prefixes = (
     *_UNET_PREFIX,
     ("first_stage_model.", lambda name, levels: _some(keymap.vae_target(name, levels))),
@@ -265,8 +187,14 @@ _SUPIR_PREFIXES: Prefixes = (
     ("model.", lambda name, _: ()),
     ("first_stage_model.", lambda name, _: ()),
 )
-#: Parameters that no forward pass uses, and tables that follow from the code.
-_STRAY = ("mask_LQ", "logit_scale", "embeddings.position_ids")
+#: Parameters that no forward pass uses, and tables that follow from the code. SDXL pools bigG alone.
+_STRAY = (
+    "mask_LQ",
+    "logit_scale",
+    "embeddings.position_ids",
+    "conditioner.embedders.0.transformer.text_projection.weight",
+    "conditioner.embedders.1.model.attn_mask",
+)
 
 
 def _sort_ldm(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], prefixes: Prefixes) -> Checkpoint:
@@ -289,13 +217,16 @@ def _sort_ldm(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], prefixe
 
 
 def _open_diffusers_folder(path: Path) -> Checkpoint:
+    require_noise_scheduler(path)
     files: list[Path] = []
     checkpoint = Checkpoint("sdxl", "diffusers folder", (), folder=path)
     for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
         tensors, opened = _open_component(path / component)
         files += opened
+        if component == "unet":
+            _require_base(opened[0], tensors, "")
         for name, tensor in tensors.items():
-            if name.endswith(_STRAY):
+            if name.endswith(_STRAY) or (component, name) == ("text_encoder", "text_projection.weight"):
                 continue
             if component == "unet":
                 targets = [Target(f"unet.{name}")]
@@ -322,24 +253,25 @@ def _open_component(folder: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ..
             where=folder,
             expected="a diffusers folder with unet, vae, text_encoder and text_encoder_2",
         )
-    stems = [f"{stem}{variant}" for variant in ("", ".fp16") for stem in ("diffusion_pytorch_model", "model")]
-    for stem in stems:
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return open_file(single), (single,)
-        index = _index_of(folder, stem)
-        if index is not None:
+    names = [
+        f"{stem}{variant}.{suffix}"
+        for suffix, whole in (("safetensors", "model"), ("bin", "pytorch_model"))
+        for variant in ("", ".fp16")
+        for stem in ("diffusion_pytorch_model", whole)
+    ]
+    for name in names:
+        if (folder / name).is_file():
+            return open_file(folder / name), (folder / name,)
+        index = _index_of(folder, name)
+        if index.is_file():
             return _open_shards(index)
-    raise CheckpointError(
-        "no weights here", where=folder, expected=" or ".join(f"{stem}.safetensors" for stem in stems)
-    )
+    raise CheckpointError("no weights here", where=folder, expected=" or ".join(names))
 
 
-def _index_of(folder: Path, stem: str) -> Path | None:
-    base, _, variant = stem.partition(".")
-    suffix = f".{variant}" if variant else ""
-    index = folder / f"{base}.safetensors.index{suffix}.json"
-    return index if index.is_file() else None
+def _index_of(folder: Path, name: str) -> Path:
+    """Return where diffusers puts the index of a sharded file: model.safetensors.index.fp16.json, say."""
+    stem, *variant, suffix = name.split(".")
+    return folder / ".".join([stem, suffix, "index", *variant, "json"])
 
 
 def _open_shards(index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
@@ -355,56 +287,3 @@ def _open_shards(index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
         if name not in tensors:
             raise CheckpointError("a shard lacks a tensor", where=index.parent / shard, expected=name)
     return tensors, files
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """Return what a safetensors file says of itself; nothing for a file of another format.
-
-    Raises:
-        CheckpointError: damaged.
-    """
-    return metadata(path) if path.suffix == ".safetensors" else {}
-
-
-def _lazy(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
-    tensors = {}
-    for name, tensor in stored.items():
-        _check_type(path, name, tensor.dtype.name, plain=tensor.dtype.name in _FLOATS)
-        tensors[name] = LazyTensor(name, path, tensor.shape, tensor.read)
-    return tensors
-
-
-def _open_pickle(path: Path) -> dict[str, LazyTensor]:
-    if is_torch_zip(path):  # what torch has written since 1.6
-        return _lazy(path, read_torch_zip(path))
-    with path.open("rb") as file:
-        start = file.read(1)
-    if start != _PICKLE_START:
-        raise CheckpointError(
-            "not a checkpoint", where=path, expected="a .safetensors file or a pickle", fix=DOWNLOAD_AGAIN
-        )
-    try:
-        from export.checkpoint.torch_legacy import read_torch_legacy
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise CheckpointError(
-            "written in torch's format from before version 1.6, which only torch reads",
-            where=path,
-            fix="install torch (pip install -e '.[export]'), or convert the file to .safetensors",
-        ) from None
-    return _lazy(path, read_torch_legacy(path))
-
-
-def _check_type(path: Path, name: str, found: object, *, plain: bool) -> None:
-    if not plain and not name.endswith(_MAY_BE_WHOLE):
-        raise CheckpointError(
-            "a tensor is not of a plain floating-point type",
-            where=f"{path}: {name}",
-            expected=", ".join(_FLOATS),
-            found=found,
-            fix="give an unquantized checkpoint",
-        )

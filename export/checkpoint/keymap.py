@@ -239,6 +239,8 @@ def open_clip_targets(name: str, net: str) -> tuple[Target, ...]:
     if name == "text_projection":
         # open_clip multiplies by the matrix as stored, a Linear layer by its transpose.
         return (Target(f"{net}.text_projection.weight", "transposed"),)
+    if name == "text_projection.weight":  # converters write it as a Linear layer's
+        return (Target(f"{net}.text_projection.weight"),)
     head, _, leaf = name.rpartition(".")
     if head in _OPEN_CLIP:
         return (Target(f"{net}.{_OPEN_CLIP[head]}.{leaf}"),)

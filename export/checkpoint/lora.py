@@ -1,18 +1,17 @@
-"""LoRAs: every common format parsed into one, matched to the base, merged.
+"""LoRAs: every common format and kind, matched to the base and merged.
 
-    W' = W + Σᵢ scaleᵢ · (αᵢ / rᵢ) · upᵢ · downᵢ        (the paper's Eq. 11 and 14: A is `up`)
+    W' = W + Σᵢ scaleᵢ · ΔWᵢ(W)
 
-Names are not taken apart: a table of all names that each weight of the base may have, dotted or
-flattened, LDM's or diffusers', is looked up instead. So a LoRA tensor either matches or is an error.
+`lora_names` knows the layouts, `lora_kinds` the formulas, `lora_config` the configurations. Each
+change is computed from the base's own weight, so the order of several LoRAs does not matter, and
+scale 0 is the base. A tensor of a LoRA either finds its place or is an error.
 Sources: LoRA (arXiv 2106.09685); SPEC, "LoRA".
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,67 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, LoraError
-from export.checkpoint import keymap
 from export.checkpoint.architecture import Shapes
-from export.checkpoint.checkpoint import LazyTensor, identify, is_finite, metadata_of, open_file
+from export.checkpoint.lora_config import configuration_of
+from export.checkpoint.lora_kinds import Delta, bias_delta, weight_delta
+from export.checkpoint.lora_names import LayerNames, is_embedding, refused_kind, role_of
+from export.checkpoint.model_kinds import identify, other_prediction
+from export.checkpoint.tensor_files import LazyTensor, metadata_of, open_file
 
-#: Of a weight, that are changed at a time: 8 MB in float64.
-_BLOCK_VALUES = 1 << 20
-#: The networks that LoRAs change: the base, not the control trunk.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-
-_KOHYA_PREFIXES = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
-_ROLES = (
-    (re.compile(r"(?P<module>.+)\.(lora_down|lora_A(\.\w+)?|lora\.down|lora_linear_layer\.down)\.weight"), "down"),
-    (re.compile(r"(?P<module>.+)\.(lora_up|lora_B(\.\w+)?|lora\.up|lora_linear_layer\.up)\.weight"), "up"),
-    (re.compile(r"(?P<module>.+)\.lora_mid\.weight"), "mid"),
-    (re.compile(r"(?P<module>.+)\.alpha"), "alpha"),
+#: How PEFT and diffusers call the file in the folders that they write.
+_FOLDER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
 )
-#: Kinds that change weights by another formula: refused by name rather than merged wrongly.
-_UNSUPPORTED = (
-    ("LoHa", re.compile(r"\.hada_")),
-    ("LoKr", re.compile(r"\.lokr_")),
-    ("DoRA", re.compile(r"\.(dora_scale|lora_magnitude_vector)")),
-    ("OFT", re.compile(r"\.(oft_|boft_)")),
-    ("IA3", re.compile(r"\.(on_input|ia3_)")),
-    ("GLoRA", re.compile(r"\.(a1|a2|b1|b2)\.weight$")),
-    ("a full weight difference", re.compile(r"\.(diff|diff_b)$")),
-    ("LoRA with biases", re.compile(r"\.lora_[AB](\.\w+)?\.bias$")),
-)
-
-
-#: Ways to start a LoRA that move a part of the base into it, so that it fits no other base.
-_BASE_CHANGING = ("pissa", "olora", "loftq", "corda")
-
-
-@dataclass(frozen=True)
-class Delta:
-    """One layer's low-rank change: `alpha` / `rank` · up · (mid ·) down."""
-
-    up: LazyTensor
-    down: LazyTensor
-    mid: LazyTensor | None
-    alpha: float
-    rank: int
-    scaling: float
-
-    def add_to(self, weight: NDArray[np.float64], scale: float) -> None:
-        """Add the change to a weight, in place, with products that accumulate in float64.
-
-        Args:
-            weight: f64[out, in, …], contiguous.
-            scale: the LoRA's own.
-        Raises:
-            LoraError: a value is not finite.
-        """
-        up, down = (_finite(tensor).reshape(tensor.shape[0], -1) for tensor in (self.up, self.down))
-        if self.mid is not None:  # the kernel lies there: (out, r) · (r, r, kh, kw) · (r, in)
-            down = np.einsum("rskl,si->rikl", _finite(self.mid), down).reshape(self.rank, -1)
-        up = up * (scale * self.scaling)
-        rows = weight.reshape(len(weight), -1)  # a view: the weight is contiguous
-        some = max(1, _BLOCK_VALUES // rows.shape[1])
-        for start in range(0, len(rows), some):  # so that the product stays in the processor's caches
-            rows[start : start + some] += up[start : start + some] @ down
+_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass
@@ -93,20 +46,38 @@ class LoadedLora:
         file: it was read from.
         scale: given by the user; 0 leaves the base bit-identical.
         deltas: by the name of the weight that they change.
+        left_out: names of tensors that no network uses: embeddings of words.
+        configuration: the file beside it that gave α and rank, if one did.
+        warnings: what a person should know, a line each.
     """
 
     name: str
     file: Path
     scale: float
     deltas: dict[str, Delta] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    configuration: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({delta.kind for delta in self.deltas.values()}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({delta.rank for delta in self.deltas.values()}))
+        return tuple(sorted({delta.rank for delta in self.deltas.values() if delta.rank is not None}))
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        return tuple(sorted({delta.alpha for delta in self.deltas.values()}))
+        return tuple(sorted({delta.alpha for delta in self.deltas.values() if delta.alpha is not None}))
+
+
+@dataclass
+class _Layer:
+    """A LoRA's tensors for one layer of the base, by role, and what the LoRA calls the layer."""
+
+    name: str
+    parts: dict[str, LazyTensor]
 
 
 def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
@@ -114,7 +85,7 @@ def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
 
     Args:
         name: for the report.
-        path: a file, or a folder that PEFT saved.
+        path: a file, or a folder that PEFT or diffusers wrote.
         scale: how much of it is merged; negative values take it away.
         base: shapes of the base's tensors, by our names.
     Raises:
@@ -122,8 +93,15 @@ def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
             matches nothing.
     """
     if not math.isfinite(scale):
-        raise LoraError("the scale is not a number", where=name, found=scale)
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+        raise LoraError(
+            "the scale is not a number",
+            where=f"LoRA {name}",
+            expected="a number, such as 0.8",
+            found=scale,
+            fix="give one",
+        )
+    file = _file_of(name, path)
+    where = f"LoRA {name}: {file}"
     try:
         tensors = open_file(file)
     except CheckpointError as error:
@@ -134,16 +112,19 @@ def open_lora(name: str, path: Path, scale: float, base: Shapes) -> LoadedLora:
             found=error.found,
             fix=error.fix,
         ) from error
-    _refuse_unsupported(name, file, tensors)
-    modules = _group(name, file, tensors)
-    alphas = _configured_alphas(name, file)
-    targets = _match(name, file, modules, base)
-    lora = LoadedLora(name, file, scale)
-    for module, parts in modules.items():
-        target = targets[module]
-        if target in lora.deltas:
-            raise LoraError("two of its layers change one weight", where=f"LoRA {name}: {module}", found=target)
-        lora.deltas[target] = _delta(f"LoRA {name}: {module}", parts, base[target], alphas(module))
+    embeddings = tuple(tensor for tensor in tensors if is_embedding(tensor))
+    layers = _layers(where, tensors, embeddings, base)
+    metadata = metadata_of(file)
+    configuration = configuration_of(where, file, tensors, metadata)
+    lora = LoadedLora(name, file, scale, left_out=embeddings, configuration=configuration.file)
+    lora.warnings = tuple(_warnings(lora, metadata))
+    for target, layer in layers.items():
+        place, scaling = f"{where}: {layer.name}", configuration.scaling(layer.name)
+        changes = {
+            f"{target}.weight": weight_delta(place, layer.parts, base[f"{target}.weight"], scaling),
+            f"{target}.bias": bias_delta(place, layer.parts, base.get(f"{target}.bias"), scaling),
+        }
+        lora.deltas.update({weight: delta for weight, delta in changes.items() if delta is not None})
     return lora
 
 
@@ -153,222 +134,121 @@ def merge_into(weight: NDArray[Any], target: str, loras: Iterable[LoadedLora]) -
     Args:
         weight: of any floating dtype; it is not changed.
         target: its name.
-        loras: in order; those of scale 0 do nothing at all.
+        loras: those of scale 0 do nothing at all.
     Returns:
         f64 of the same shape if any LoRA changes it, to be rounded once, else `weight` itself.
+    Raises:
+        LoraError: a LoRA holds a value that is not finite.
     """
     active = [lora for lora in loras if lora.scale != 0.0 and target in lora.deltas]
     if not active:
         return weight
     merged = weight.astype(np.float64, order="C")
     for lora in active:
-        lora.deltas[target].add_to(merged, lora.scale)
+        lora.deltas[target].add_to(merged, weight, lora.scale)
     return merged
 
 
-# -- parsing --------------------------------------------------------------------------------------
+def _file_of(name: str, path: Path) -> Path:
+    """Return the file to read: the one that a folder holds, if `path` is one."""
+    if not path.is_dir():
+        return path
+    present = [path / each for each in _FOLDER_FILES if (path / each).is_file()]
+    # The same LoRA may be there in two formats; of other names there must be one.
+    found = present[:1] or sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    if len(found) != 1:
+        raise LoraError(
+            "is a folder with several files" if found else "is a folder without a LoRA",
+            where=f"LoRA {name}: {path}",
+            expected=" or ".join(_FOLDER_FILES),
+            found=", ".join(each.name for each in found[:4]) or "neither these nor one other file of tensors",
+            fix="name the file itself",
+        )
+    return found[0]
 
-Parts = dict[str, LazyTensor]
+
+def _warnings(lora: LoadedLora, metadata: Mapping[str, str]) -> Iterator[str]:
+    if lora.left_out:
+        names = ", ".join(lora.left_out[:3]) + (" …" if len(lora.left_out) > 3 else "")
+        yield f"embeddings of words are left out, as no text here uses them: {names}"
+    other = other_prediction((), metadata)
+    if other is not None:
+        yield f"it was trained for {other.what}, so on a base that predicts noise it may not do what it should"
 
 
-def _refuse_unsupported(name: str, file: Path, tensors: Iterable[str]) -> None:
-    for tensor in tensors:
-        for kind, pattern in _UNSUPPORTED:
-            if pattern.search(tensor):
-                raise LoraError(
-                    f"is of an unsupported kind: {kind}",
-                    where=f"LoRA {name}: {file}",
-                    expected="low-rank pairs (kohya's lora_down/lora_up or PEFT's lora_A/lora_B)",
-                    found=tensor,
-                    fix="convert it to a plain LoRA, or merge it into the base beforehand",
-                )
-
-
-def _group(name: str, file: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, Parts]:
-    if not tensors:
-        raise LoraError("holds no tensors", where=f"LoRA {name}: {file}", expected="low-rank pairs")
-    modules: dict[str, Parts] = {}
+def _layers(
+    where: str, tensors: Mapping[str, LazyTensor], embeddings: Sequence[str], base: Shapes
+) -> dict[str, _Layer]:
+    """Sort a LoRA's tensors, but for `embeddings`, by the layers of the base that they change."""
+    names = LayerNames(base)
+    layers: dict[str, _Layer] = {}
+    unmatched: dict[str, None] = {}
+    seen: set[str] = set()
     for tensor_name, tensor in tensors.items():
-        for pattern, role in _ROLES:
-            match = pattern.fullmatch(tensor_name)
-            if match:
-                parts = modules.setdefault(match["module"], {})
-                if role in parts:
-                    raise LoraError(
-                        "holds two adapters",
-                        where=f"LoRA {name}: {file}",
-                        found=f"{parts[role].name} and {tensor_name}",
-                        fix="save each adapter to a file of its own, and name both with --lora",
-                    )
-                parts[role] = tensor
-                break
-        else:
-            kind = identify(tensors)
+        if tensor_name in embeddings:
+            continue
+        kind, role = refused_kind(tensor_name), role_of(tensor_name)
+        if kind is not None:
+            raise LoraError(
+                f"is of an unsupported kind: {kind}",
+                where=where,
+                expected="LoRA, LoHa, LoKr, DoRA, or differences of weights",
+                found=tensor_name,
+                fix="merge it into the base with the program that trained it, and give that base",
+            )
+        if role is None:
+            looks = identify(tensors)
             raise LoraError(
                 "holds a tensor that is no part of a LoRA",
-                where=f"LoRA {name}: {file}",
-                found=tensor_name + ("" if kind == "LoRA" else f" (the file looks like: {kind})"),
+                where=where,
+                expected="LoRA, LoHa, LoKr, DoRA, or differences of weights",
+                found=tensor_name + ("" if looks == "LoRA" else f" (the file looks like: {looks})"),
+                fix="give a LoRA with --lora; a whole model belongs to another option",
             )
-    return modules
-
-
-def _match(name: str, file: Path, modules: Iterable[str], base: Shapes) -> dict[str, str]:
-    table = _names_of(base)
-    targets = {module: _target(module, table) for module in modules}
-    unmatched = [module for module, target in targets.items() if target is None]
+        called, part, cut = role
+        seen.add(called)
+        target = names.find(called)
+        if target is None:
+            unmatched[called] = None
+            continue
+        layer = layers.setdefault(target, _Layer(called, {}))
+        if part in layer.parts:
+            _refuse_second(where, layer, part, called, tensor_name, target)
+        layer.parts[part] = tensor.part(cut)
+    if not seen:
+        raise LoraError(
+            "holds no tensors of a LoRA",
+            where=where,
+            expected="LoRA, LoHa, LoKr, DoRA, or differences of weights",
+            found=", ".join(embeddings[:3]) or "no tensors",
+            fix="give a LoRA with --lora; embeddings of words (textual inversions) have no place here",
+        )
     if unmatched:
-        none_match = len(unmatched) == len(targets)
         raise LoraError(
             "is for another model: none of its layers is in the base"
-            if none_match
-            else f"{len(unmatched)} of its {len(targets)} layers match nothing in the base",
-            where=f"LoRA {name}: {file}",
+            if len(unmatched) == len(seen)
+            else f"{len(unmatched)} of its {len(seen)} layers match nothing in the base",
+            where=where,
             expected="layers of SDXL's UNet or text encoders",
-            found=", ".join(unmatched[:3]) + (" …" if len(unmatched) > 3 else ""),
+            found=", ".join(list(unmatched)[:3]) + (" …" if len(unmatched) > 3 else ""),
+            fix="give a LoRA that was trained on SDXL",
         )
-    return {module: target for module, target in targets.items() if target is not None}
+    return layers
 
 
-def _names_of(base: Shapes) -> dict[str, str]:
-    """Return every name that a LoRA may call a weight of the base by, and the weight."""
-    table: dict[str, str] = {}
-    for weight in base:
-        component, _, rest = weight.partition(".")
-        if component not in COMPONENTS or not rest.endswith(".weight"):
-            continue
-        module = rest.removesuffix(".weight")
-        dotted = [module]
-        if component == "unet":
-            dotted += keymap.unet_ldm_names(module)
-        else:
-            dotted.append(f"text_model.{module}")
-        for alias in dotted:
-            table[f"{component}.{alias}"] = weight
-            table[f"{component}.{alias.replace('.', '_')}"] = weight
-    return table
-
-
-def _target(module: str, table: Mapping[str, str]) -> str | None:
-    module = module.removeprefix("base_model.model.")
-    for prefix, component in _KOHYA_PREFIXES.items():
-        if module.startswith(prefix):
-            return table.get(f"{component}.{module.removeprefix(prefix)}")
-    # diffusers says "unet.…", ComfyUI "diffusion_model.…", PEFT on a bare UNet nothing.
-    module = re.sub(r"^(model\.)?diffusion_model\.", "unet.", module)
-    return table.get(module) or table.get(f"unet.{module}")
-
-
-def _delta(where: str, parts: Parts, weight: tuple[int, ...], configured: _Alpha) -> Delta:
-    for role in ("up", "down"):
-        if role not in parts:
-            raise LoraError("half of a pair is missing", where=where, expected=f"{role} matrix", found=sorted(parts))
-    up, down, mid = parts["up"], parts["down"], parts.get("mid")
-    misfit = LoraError(
-        "does not fit the base: it was made for another model",
-        where=where,
-        expected=f"up and down of a weight {list(weight)}",
-        found=f"up {list(up.shape)}, down {list(down.shape)}" + (f", mid {list(mid.shape)}" if mid else ""),
-    )
-    rank = down.shape[0] if len(down.shape) > 1 else 0
-    if rank == 0:
-        raise misfit
-    if "alpha" in parts and math.prod(parts["alpha"].shape) != 1:
-        raise LoraError("alpha is not one number", where=where, found=list(parts["alpha"].shape))
-    alpha = float(parts["alpha"].read().item()) if "alpha" in parts else configured.alpha
-    alpha = float(rank) if alpha is None else alpha
-    if not math.isfinite(alpha):
-        raise LoraError("alpha is not a number", where=where, found=alpha)
-    kernel = (mid or down).shape[2:]
-    fits = (
-        up.shape[1:] in ((rank,), (rank, 1, 1))
-        and (up.shape[0], down.shape[1]) == weight[:2]
-        and kernel in (weight[2:], (1,) * len(kernel))
-        and math.prod(kernel) == math.prod(weight[2:])
-        and (mid is None or (mid.shape[:2] == (rank, rank) and math.prod(down.shape[2:]) == 1))
-    )
-    if not fits:
-        raise misfit
-    divisor = math.sqrt(rank) if configured.rank_stabilized else rank
-    return Delta(up, down, mid, alpha, rank, alpha / divisor)
-
-
-def _finite(tensor: LazyTensor) -> NDArray[np.float64]:
-    value = tensor.read()
-    if not is_finite(value):
+def _refuse_second(where: str, layer: _Layer, role: str, called: str, tensor: str, target: str) -> None:
+    if called != layer.name:
         raise LoraError(
-            "a tensor holds values that are not finite",
-            where=f"{tensor.file}: {tensor.name}",
-            fix="the file is damaged, or its training diverged: give another one",
+            "two of its layers change one weight",
+            where=f"{where}: {called}",
+            expected="one layer for each of the base",
+            found=f"{target}, as {layer.name} does",
+            fix="give the file before two were put together",
         )
-    return value.astype(np.float64)
-
-
-# -- alpha from beside the tensors ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Alpha:
-    """What a configuration says of a layer; None leaves alpha to be the rank."""
-
-    alpha: float | None = None
-    rank_stabilized: bool = False
-
-
-def _configured_alphas(name: str, file: Path) -> Callable[[str], _Alpha]:
-    """Return the alpha of each layer by PEFT's adapter_config.json or diffusers' file metadata."""
-    where = f"LoRA {name}: {file}"
-    beside = file.parent / "adapter_config.json"
-    try:
-        if file.name == "adapter_model.safetensors" and beside.is_file():
-            return _Config(where, {"": json.loads(beside.read_text())}).alpha
-        metadata = metadata_of(file).get("lora_adapter_metadata")
-        if metadata:
-            # A pipeline flattens its components' configurations ("unet.lora_alpha"), a model alone
-            # writes its own as it is ("lora_alpha").
-            components: dict[str, dict[str, Any]] = {}
-            for key, value in json.loads(metadata).items():
-                component, _, option = key.rpartition(".")
-                components.setdefault(component, {})[option] = value
-            return _Config(where, components).alpha
-    except (ValueError, AttributeError) as error:
-        raise LoraError("its configuration is damaged", where=where, found=str(error)) from error
-    return lambda module: _Alpha()
-
-
-class _Config:
-    """PEFT's LoraConfig, per component ("" for all)."""
-
-    def __init__(self, where: str, components: Mapping[str, Mapping[str, Any]]) -> None:
-        self.where, self.components = where, components
-        for config in components.values():
-            if config.get("use_dora"):
-                raise LoraError("is of an unsupported kind: DoRA", where=where, found="use_dora in its configuration")
-            if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
-                raise LoraError(
-                    f"is of an unsupported kind: {config['peft_type']}", where=where, expected="peft_type LORA"
-                )
-            start = str(config.get("init_lora_weights", True)).lower()
-            if start.startswith(_BASE_CHANGING):
-                raise LoraError(
-                    f"is of an unsupported kind: {start} changes the base before it is trained",
-                    where=where,
-                    expected="a LoRA for the base as it is",
-                    found=f"init_lora_weights: {start}",
-                    fix="convert it with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
-                )
-
-    def alpha(self, module: str) -> _Alpha:
-        module = module.removeprefix("base_model.model.")
-        component, _, inside = module.partition(".")
-        config = self.components.get(component) or self.components.get("")
-        if config is None:
-            return _Alpha()
-        pattern = config.get("alpha_pattern") or {}
-        layer = inside if component in self.components else module
-        # PEFT takes a layer for one of a pattern if the pattern matches all of its name, or a part behind a dot.
-        key = next((each for each in pattern if re.match(rf"(.*\.)?({each})$", layer)), layer)
-        alpha = pattern.get(key, config.get("lora_alpha"))
-        try:
-            return _Alpha(None if alpha is None else float(alpha), bool(config.get("use_rslora")))
-        except (TypeError, ValueError):
-            raise LoraError("alpha is not a number", where=self.where, found=alpha) from None
+    raise LoraError(
+        "holds two adapters",
+        where=where,
+        expected="one",
+        found=f"{layer.parts[role].name} and {tensor}",
+        fix="save each adapter to a file of its own, and name both with --lora",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -56,6 +56,43 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if tokenizer.token_to_id(token) is None:
             raise CheckpointError("not a CLIP tokenizer", where=folder, expected=f"a token {token}")
     return tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, rows: Iterable[int]) -> None:
+    """Check that a vocabulary is the one that text towers were trained with, as far as their tables tell.
+
+    The end token is CLIP's last one, and its place is where bigG is pooled. Behind it there may only be tokens that
+    were added later, each with a row of its own.
+
+    Args:
+        folder: of the tokenizer, for the error.
+        tokenizer: from `load_tokenizer`.
+        rows: of each tower's table of embeddings.
+    Raises:
+        CheckpointError: the vocabulary is another one.
+    """
+    entries, own = (set(tokenizer.get_vocab(with_added_tokens=added).values()) for added in (True, False))
+    end = tokenizer.token_to_id(END_TOKEN)
+    assert end is not None  # `load_tokenizer` has seen to it
+    fix = "give the tokenizer that belongs to the base with --tokenizer, such as `tokenizer/` of its diffusers folder"
+    for table in rows:
+        if max(entries) >= table:
+            raise CheckpointError(
+                "the tokenizer has tokens that the text towers lack",
+                where=folder,
+                expected=f"ids below {table}",
+                found=f"ids up to {max(entries)}",
+                fix=fix,
+            )
+        behind = set(range(end + 1, table))
+        if behind - entries or behind & (own - {end}):
+            raise CheckpointError(
+                "the tokenizer is not that of the text towers: its end token is not their last",
+                where=folder,
+                expected=f"{table} entries, of which {END_TOKEN} is {table - 1}",
+                found=f"{len(entries)} entries, of which {END_TOKEN} is {end}",
+                fix=fix,
+            )
 
 
 def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:

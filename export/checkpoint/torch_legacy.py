@@ -22,7 +22,8 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: damaged, or a pickle of more than tensors.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # given a name, torch tells some formats by it
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "the pickle holds more than tensors, so it is not loaded: it could run any code",

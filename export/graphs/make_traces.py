@@ -23,7 +23,7 @@ from engine.memory.host_memory import release_free_memory, return_large_blocks_a
 from export.build.trial import try_graph
 from export.build.verify import compare_with_torch
 from export.build.weights import WEIGHTS, Weight, plan_layout, write_weights
-from export.checkpoint.checkpoint import LazyTensor
+from export.checkpoint.tensor_files import LazyTensor
 from export.graphs.builder import GraphBuilder
 from export.graphs.definitions import GraphDefinition
 from export.graphs.pack import pack

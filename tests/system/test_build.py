@@ -76,7 +76,7 @@ def test_the_demo_is_built_where_restore_looks_and_restores_a_photo(run_build, r
     place = {"RESTORE_BUNDLE": str(tmp_path / "bundle")}
     done = run_build(**place)
     assert done.returncode == 0, done.stderr
-    assert "merged LoRA landscape × 1: rank 26, alpha 2600, " in done.stdout
+    assert "merged LoRA landscape × 1: LoRA, rank 26, alpha 2600, " in done.stdout
     assert len(re.findall(r"agreed with torch to \d\.\de-07 when it was traced, runs", done.stdout)) == 7
     assert done.stdout.count("in slices too") == 3
     assert "100 %" in done.stderr
@@ -316,7 +316,12 @@ def test_a_dry_run_reads_headers_and_writes_nothing(tiny, tmp_path, capsys):
     arguments = ["--dry-run", "--output", str(tmp_path / "bundle"), *named(tiny)]
     assert run_command(main, arguments) == 0
     text = capsys.readouterr().out
-    for part in ("read   sdxl", "96.7 MB", "merge  face × 1: rank 4, alpha 2, 136 layers", "34,686,995 parameters"):
+    for part in (
+        "read   sdxl",
+        "96.7 MB",
+        "merge  face × 1: LoRA, rank 4, alpha 2, 136 weights",
+        "34,686,995 parameters",
+    ):
         assert part in text
     assert run_command(main, [*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["write"]["weights_bytes"] > 138e6
@@ -442,10 +447,10 @@ def test_a_change_of_code_that_decides_the_weights_is_noticed(request_of, monkey
     from export.build import build_plan as plan
     from export.graphs import code_key
 
-    source = next(path for path in plan._WEIGHT_SOURCES if path.stem == module)
+    source = next(path for path in plan._SOURCES if path.stem == module)
     changed = tmp_path / source.name
     changed.write_text(source.read_text() + "\nMENDED = True\n")
-    sources = tuple(changed if path == source else path for path in plan._WEIGHT_SOURCES)
+    sources = tuple(changed if path == source else path for path in plan._SOURCES)
 
     def key():
         code_key._file_key.cache_clear()
@@ -453,7 +458,7 @@ def test_a_change_of_code_that_decides_the_weights_is_noticed(request_of, monkey
         return planned.key(planned.hash_sources())
 
     before = key()
-    monkeypatch.setattr(plan, "_WEIGHT_SOURCES", sources)
+    monkeypatch.setattr(plan, "_SOURCES", sources)
     assert [line.split(":")[0] for line in differences(before, key())] == ["code"]
     changed.write_text(source.read_text() + "\n# a comment\n")
     assert key() == before

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 from engine.errors import CheckpointError
 from export.checkpoint.checkpoint import identify, open_file, open_sdxl, open_supir, open_unet
 
+UNET = "model.diffusion_model."
+
 
 def same(found, expected):
     assert set(found.tensors) == set(expected.tensors)
@@ -45,8 +47,19 @@ def test_unet_alone_in_every_layout(tiny, sdxl, tmp_path):
     alone = open_unet(layouts.write_diffusers_unet(tiny.sdxl, tmp_path / "unet.safetensors"))
     assert set(alone.tensors) == {name for name in sdxl.tensors if name.startswith("unet.")}
     layouts.write_diffusers_folder(tiny.sdxl, tmp_path / "m")
-    for path in (tiny.sdxl, tmp_path / "m", tmp_path / "m" / "unet"):
+    ldm = {name: tensor for name, tensor in layouts.load(tiny.sdxl).items() if name.startswith(UNET)}
+    for prefix in ("", "diffusion_model."):
+        save_file({prefix + name.removeprefix(UNET): value for name, value in ldm.items()}, tmp_path / f"{prefix}ldm")
+    for path in (
+        tiny.sdxl,
+        tmp_path / "m",
+        tmp_path / "m" / "unet",
+        tmp_path / "ldm",
+        tmp_path / "diffusion_model.ldm",
+    ):
         assert same(open_unet(path), alone)
+    with pytest.raises(CheckpointError, match=r"(?s)another model than --sdxl needs.*UNet \(LDM\).*with --unet"):
+        open_sdxl(tmp_path / "ldm")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -185,6 +198,10 @@ def test_quantized_files_are_told(tmp_path):
         (["conditioner.embedders.0.model.ln_final.weight"], "SDXL refiner"),
         (["conditioner.embedders.1.model.x", "conditioner.embedders.0.transformer.x"], "SDXL (one file)"),
         (["model.diffusion_model.label_emb.0.0.weight"], "SDXL (one file)"),
+        (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "UNet (LDM)"),
+        (["diffusion_model.input_blocks.0.0.weight", "diffusion_model.label_emb.0.0.weight"], "UNet (LDM)"),
+        (["input_blocks.0.0.weight"], "Stable Diffusion 1 or 2"),
+        (["unet.conv_in.w_norm"], "LoRA"),
         (["control_model.x", "diffusion_model.project_modules.1.x"], "SUPIR"),
         (["control_model.input_blocks.0.0.weight"], "ControlNet"),
         (["down_blocks.0.resnets.0.conv1.weight"], "UNet (diffusers)"),

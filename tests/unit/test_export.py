@@ -22,8 +22,8 @@ from export.build.request import BuildRequest, LoraRequest
 from export.build.trial import TRIAL_SYMBOLS, try_graph, widen
 from export.build.verify import compare_with_torch
 from export.build.weights import Weight, plan_layout, write_weights
-from export.checkpoint.architecture import TextArch
-from export.checkpoint.checkpoint import LazyTensor
+from export.checkpoint.tensor_files import LazyTensor
+from export.checkpoint.tokenizer import END_TOKEN, START_TOKEN, check_vocabulary, clip_tokenizer, load_tokenizer
 from export.graphs import to_onnx, traces
 from export.graphs.builder import as_tensor, call_arguments, graph_builders
 from export.graphs.definitions import example_inputs
@@ -341,15 +341,45 @@ def test_presets_check_their_loras(preset, count, right):
 
 
 def test_a_vocabulary_larger_than_the_towers_is_refused(tiny, tmp_path):
-    from export.build.build_plan import _check_vocabulary
-
-    small = TextArch(64, 2, 256, 1000, "gelu", projected=False)
-
-    class Arch:
-        text_encoder = text_encoder_2 = small
-
     with pytest.raises(CheckpointError, match="(?s)tokens that the text towers lack.*below 1000"):
-        _check_vocabulary(tiny.tokenizer, END, Arch)
+        check_vocabulary(tiny.tokenizer, load_tokenizer(tiny.tokenizer), (END + 1, 1000))
+
+
+def vocabulary_of(tmp_path, end, entries, added=()):
+    """A tokenizer with an end token of one's own, some entries beside it, and tokens that were added later."""
+    tokenizer = clip_tokenizer({START_TOKEN: 0, END_TOKEN: end} | {f"x{entry}": entry for entry in entries}, [])
+    tokenizer.add_tokens(list(added))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return load_tokenizer(tmp_path)
+
+
+def test_the_demos_vocabulary_does_not_fit_sdxls_towers(tiny, tmp_path):
+    from export.demo import files
+
+    request = BuildRequest(tiny.sdxl, tiny.supir, files.TOKENIZER, tmp_path / "b", preset="lightning")
+    with pytest.raises(CheckpointError, match=r"(?s)not that of the text towers.*49408 entries.*839 entries.* 838"):
+        make_plan(request)
+
+
+@pytest.mark.parametrize(
+    ("end", "entries", "added", "fits"),
+    [
+        (9, range(1, 9), (), True),
+        (9, [], (), True),  # CLIP's last, whatever is missing before it
+        (8, range(1, 8), (), False),  # the table has another row behind it
+        (5, [1, 2, 3, 4, 6, 7, 8, 9], (), False),  # all entries, in another order
+        (7, range(1, 7), ("<a>", "<b>"), True),  # words that were learned later, as textual inversion does
+        (7, range(1, 7), ("<a>",), False),
+        (9, range(1, 9), ("<a>",), False),
+    ],
+)
+def test_end_tokens_and_tables(tmp_path, end, entries, added, fits):
+    tokenizer = vocabulary_of(tmp_path, end, entries, added)
+    if fits:
+        check_vocabulary(tmp_path, tokenizer, (10, 10))
+    else:
+        with pytest.raises(CheckpointError, match="text towers"):
+            check_vocabulary(tmp_path, tokenizer, (10, 10))
 
 
 def test_every_token_must_be_in_the_towers(tiny, tmp_path):

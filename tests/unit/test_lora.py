@@ -249,11 +249,8 @@ def with_module(module, suffixes=("lora_down.weight", "lora_up.weight")):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({f"{MODULE}.hada_w1_a": np.ones((4, 4), np.float32)}, "unsupported kind: LoHa"),
-        ({f"{MODULE}.lokr_w1": np.ones((4, 4), np.float32)}, "unsupported kind: LoKr"),
-        (tensors(**{f"{MODULE}__dora_scale": np.ones(64, np.float32)}), "unsupported kind: DoRA"),
-        (tensors(**{f"{MODULE}__diff": np.ones(64, np.float32)}), "unsupported kind: a full weight difference"),
-        (tensors(**{f"{MODULE}__lora_B__bias": np.ones(64, np.float32)}), "unsupported kind: LoRA with biases"),
+        (tensors(**{f"{MODULE}__diff": np.ones(64, np.float32)}), "two kinds of change for one weight"),
+        (tensors(**{f"{MODULE}__lora_B__bias": np.ones(64, np.float32)}), "(?s)does not fit the base.*no bias"),
         (tensors(**{f"{MODULE}__bogus": np.ones(64, np.float32)}), "no part of a LoRA"),
         (
             with_module("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
@@ -292,7 +289,8 @@ def test_what_cannot_be_merged_is_told(shapes, tmp_path, values, message):
     save_file(values, file)
     with pytest.raises(LoraError, match=message) as caught:
         open_lora("face", file, 1.0, shapes)
-    assert "LoRA face" in str(caught.value)
+    for part in ("LoRA face: ", "bad.safetensors", "expected: ", "found: ", "to do: "):
+        assert part in str(caught.value)
 
 
 def test_a_base_given_as_a_lora_is_told(tiny, shapes):
@@ -322,7 +320,7 @@ def test_missing_and_damaged_files_are_told(shapes, tmp_path, make):
 def test_configurations_that_cannot_be_merged_are_told(shapes, tmp_path, config):
     save_file(tensors(), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(config)
-    with pytest.raises(LoraError, match="configuration|unsupported kind|alpha is not a number"):
+    with pytest.raises(LoraError, match="configuration|unsupported kind"):
         open_lora("face", tmp_path, 1.0, shapes)
 
 

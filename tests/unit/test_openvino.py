@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from engine import backends
 from engine.backends import gpu_index, make_backend, ov_cache, ov_library
 from engine.backends.ov_cache import cache_key
 from engine.bundle.manifest import open_bundle
@@ -402,3 +403,24 @@ def test_segments_leave_no_files(bundle, tmp_path, monkeypatch):
         runner.infer({segment.maps[0]: z})
     assert sorted(bundle.path.iterdir()) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "built_for", "device", "flags", "installed", "expected"),
+    [
+        ("fp16", "onnxruntime", "auto", {"amx_bf16"}, True, "openvino"),
+        ("fp16", "onnxruntime", "cpu", {"amx_bf16"}, True, "openvino"),
+        ("fp16", "onnxruntime", "cuda", {"amx_bf16"}, True, "onnxruntime"),
+        ("fp16", "onnxruntime", "auto", {"avx512_bf16"}, True, "onnxruntime"),
+        ("fp16", "onnxruntime", "auto", {"amx_bf16"}, False, "onnxruntime"),
+        ("fp32", "onnxruntime", "auto", {"amx_bf16"}, True, "onnxruntime"),
+        ("fp16", "tensorrt-rtx", "auto", {"amx_bf16"}, True, "tensorrt-rtx"),
+        ("fp32", "openvino", "auto", set(), True, "openvino"),
+    ],
+)
+def test_the_default_is_the_fastest_that_is_installed(
+    monkeypatch, precision, built_for, device, flags, installed, expected
+):
+    monkeypatch.setattr(ov_library, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(backends, "is_installed", lambda: installed)
+    assert backends.default_backend(SimpleNamespace(precision=precision, backend=built_for), device) == expected

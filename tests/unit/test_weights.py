@@ -8,9 +8,9 @@ pytest.importorskip("ml_dtypes", reason="needs the build extra")
 from engine.bundle.hashing import hash_file
 from engine.errors import BuildError, CheckpointError, OutputError
 from export.build.weights import Weight, plan_layout, write_weights
-from export.checkpoint.checkpoint import LazyTensor
 from export.checkpoint.lora import LoadedLora
 from export.checkpoint.safetensors_file import read_safetensors
+from export.checkpoint.tensor_files import LazyTensor
 from export.graphs.definitions import NUMPY_DTYPES
 
 WANTED = [
@@ -58,8 +58,8 @@ def test_offsets_point_at_the_values(tmp_path):
 
 def test_merging_comes_before_the_cast(tmp_path):
     class Delta:
-        def add_to(self, weight, scale):
-            weight += scale * 1e-4
+        def add_to(self, merged, base, scale):
+            merged += scale * 1e-4
 
     lora = LoadedLora("l", Path("l"), 2.0, {"matrix": Delta()})
     base = sources(matrix=np.ones((32, 64), np.float16))
