@@ -170,7 +170,7 @@ def test_denoiser(restorer, reference, texts, sign):
 def half(bundle_fp16):
     from engine import Restorer
 
-    with Restorer.open(bundle_fp16) as opened:
+    with Restorer.open(bundle_fp16, backend="onnxruntime") as opened:
         yield opened
 
 

@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_photo_in_either_precision(demo_bundle, pho
     assert np.array_equal(first, second)
     half = tmp_path / "fp16"
     assert build_main(["--precision", "fp16", "--output", str(half), "--quiet"]) == 0
-    with Restorer.open(half) as restorer:
+    with Restorer.open(half, backend="onnxruntime") as restorer:
         found = restorer.restore(photo_path, seed=3).photo.rgb
     assert psnr(first, found) > 45.0
 

@@ -36,7 +36,7 @@ def test_libraries_are_loaded_before_the_first_session_and_once(backend, bundle_
         done.append("preload")
         print("Failed to load libcudnn.so.9: cannot open shared object file")
 
-    def open_session(file, providers, options):
+    def open_session(graph, providers, spec, folder, options):
         done.append("session")
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
