@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import __version__
+from engine.backends import make_backend
 from engine.backends.base import Backend, ComputingBackend
+from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle.manifest import Bundle
 from engine.bundle.storage import APP_NAME
 from engine.pipeline.plan import RestorationPlan
@@ -37,3 +39,14 @@ def backend_facts(backend: Backend, bundle: Bundle) -> dict[str, str]:
     """Return the library that runs a bundle and, where it chooses, the type that it computes in."""
     compute = {"compute": backend.computes_in(bundle)} if isinstance(backend, ComputingBackend) else {}
     return {"library": backend.label, **compute}
+
+
+def served_backend_facts(name: str, bundle: Bundle) -> dict[str, str]:
+    """Return the facts of the backend called `name` where another process runs it, perhaps on a GPU: none is opened.
+
+    Raises:
+        BackendError: its library is missing.
+    """
+    if name in PLAN_BACKENDS:
+        return {"library": open_library(name).label}
+    return backend_facts(make_backend(name, device="cpu"), bundle)

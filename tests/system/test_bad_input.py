@@ -299,7 +299,7 @@ def test_build(place, tiny, build_main, monkeypatch, capsys, arguments, status, 
         (["--lora", "=file"], "expected NAME=FILE[:SCALE]"),
         (["--preset", "best"], "invalid choice"),
         (["--precision", "int8"], "invalid choice"),
-        (["--backend", "openvino"], "invalid choice"),
+        (["--backend", "tensorflow"], "invalid choice"),
     ],
 )
 def test_build_usage(build_main, capsys, arguments, message):

@@ -9,7 +9,7 @@ from typing import Any
 from engine.image.decoding import decode_photo
 from engine.image.encoding import encode_photo
 from engine.image.preprocess import fix_colors, postprocess, result_size
-from engine.pipeline.provenance import provenance_of
+from engine.pipeline.provenance import provenance_of, served_backend_facts
 from engine.pipeline.text import Prompts
 from engine.settings import Settings
 from triton_repo.models.common import Metrics, answer_each, array, blob, parsed, response, strings
@@ -24,6 +24,7 @@ class TritonPythonModel:
         self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
         self._prompts = Prompts(self._bundle)
+        self._backend_facts = served_backend_facts(self._serving.backend, self._bundle)
         self._metrics = Metrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -39,7 +40,7 @@ class TritonPythonModel:
         photo = postprocess(fixed[0], source, result_size(source.size, settings.upscale))
         size = (restored.shape[3], restored.shape[2])
         provenance = provenance_of(
-            self._bundle, settings, self._serving.plan(self._bundle, size, settings, self._prompts)
+            self._bundle, settings, self._serving.plan(self._bundle, size, settings, self._prompts), self._backend_facts
         )
         encoded = encode_photo(photo, f".{blob(request, 'format').decode()}", provenance, IMAGE)
         self._metrics.took("postprocess", time.monotonic() - started)
