@@ -547,7 +547,7 @@ def test_plans_do_not_run_on_a_cpu(planned):
     with pytest.raises(UsageError, match="--backend tensorrt-rtx runs on GPUs"):
         Restorer.open(planned.path, device="cpu")
     with pytest.raises(UsageError, match="no such device"):
-        Restorer.open(planned.path, device="gpu")
+        Restorer.open(planned.path, device="tpu")
 
 
 def test_a_library_records_itself_in_its_plans():
