@@ -78,6 +78,7 @@ def open_pixels(data: bytes, file_format: Format, *, fail_on: str, **options: An
         pyvips.Error: the file is damaged.
     """
     library = vips()
+    library.vips_lib.vips_error_clear()  # what earlier files left there fills the room for this one's errors
     source = library.Source.new_from_memory(data)
     load = getattr(library.Image, f"{_LOADERS[file_format.name]}_source")
     return load(source, access="sequential", fail_on=fail_on, **options)

@@ -35,6 +35,7 @@ from engine.image.tiff import (
 
 _READERS = {"JPEG": read_jpeg, "PNG": read_png, "WebP": read_webp}
 _LOAD_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {"unlimited": True}, "AVIF": {"unlimited": True}}
+_END_OF_JPEG = b"\xff\xd9"
 #: By Pillow's name of each format: the module that teaches it that format, if any, and the extra that brings it.
 _PILLOW = {
     "BMP": ("BMP", None, None),
@@ -106,12 +107,12 @@ def _decode_plain(data: bytes, file_format: Format, guard: _Guard) -> Photo:
     guard.check(image.width, image.height, blocks.pictures)
     try:
         photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc)
-    except vips().Error as error:
+    except vips().Error:
         # A JPEG with all its pixels and no end marker, as some programs leave it, is whole. What is missing before
         # the marker is a warning of the library's.
-        if file_format is not formats.JPEG or "premature end" not in str(error):
+        if file_format is not formats.JPEG or data.endswith(_END_OF_JPEG):
             raise
-        ended = data + b"\xff\xd9"  # named: the library does not keep it
+        ended = data + _END_OF_JPEG  # named: the library does not keep it
         image = open_pixels(ended, file_format, fail_on="warning")
         photo = _photo(image, carried.orientation, guard.where, icc=blocks.icc)
         photo = replace(photo, warnings=("its end marker is missing; all its pixels are there",))
