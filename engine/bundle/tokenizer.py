@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 
 from engine.errors import BundleError
 
-#: Of OpenAI's CLIP, as `transformers` writes it: with the framing tokens and, in older files, without them.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_PATTERNS = (r"\s+", _WORDS, rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}")
+#: How CLIP cuts a text into words, before bytes and merges (arXiv 2103.00020 and its published vocabulary).
+CLIP_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}"
+#: Patterns of CLIP's tokenizers: spaces, and words with the framing tokens or, in older files, without them.
+_PATTERNS = (r"\s+", _WORDS, CLIP_WORDS)
 _STEPS = ("Sequence", "NFC", "Lowercase", "Replace", "Split", "ByteLevel", "RobertaProcessing", "TemplateProcessing")
 
 
@@ -44,7 +46,7 @@ def read_tokenizer(content: bytes, where: object) -> Tokenizer:
         where=where,
         expected="byte-pair encoding of CLIP's words",
         found=problem,
-        fix="use a bundle from somebody you trust, or build one: python export/build_engines.py",
+        fix="use a bundle from somebody you trust; or build one, with CLIP's own tokenizer",
     )
 
 

@@ -8,14 +8,11 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from engine.errors import CheckpointError
+from engine.bundle.tokenizer import CLIP_WORDS, read_tokenizer
+from engine.errors import BundleError, CheckpointError
 
 FILE = "tokenizer.json"
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
-#: How CLIP cuts a text into words, before bytes and merges (arXiv 2103.00020 and its published vocabulary).
-_WORDS = Regex(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-)
 #: bigG pads with the first token of the vocabulary, CLIP-L with the end token (SPEC, "Text").
 PAD_ID_2 = 0
 
@@ -41,15 +38,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load a CLIP vocabulary.
 
     Raises:
-        CheckpointError: damaged, or without CLIP's start and end tokens.
+        CheckpointError: damaged, of another kind than CLIP's, or without its start and end tokens.
     """
     folder = find_tokenizer(folder)
     try:
         if (folder / FILE).is_file():
-            tokenizer = Tokenizer.from_file(str(folder / FILE))
+            tokenizer = read_tokenizer((folder / FILE).read_bytes(), folder / FILE)
         else:
             vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             tokenizer = clip_tokenizer(vocabulary, _read_merges(folder / "merges.txt"))
+    except BundleError as error:  # the engine would refuse it in the bundle
+        raise CheckpointError(
+            error.problem,
+            where=error.where,
+            expected=error.expected,
+            found=error.found,
+            fix="give CLIP's tokenizer with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
+        ) from error
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError("the tokenizer is damaged", where=folder, found=str(error)[:200]) from error
     for token in (START_TOKEN, END_TOKEN):
@@ -116,7 +121,10 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(_WORDS, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     start, end = (START_TOKEN, vocabulary[START_TOKEN]), (END_TOKEN, vocabulary[END_TOKEN])

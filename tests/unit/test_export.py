@@ -353,6 +353,14 @@ def vocabulary_of(tmp_path, end, entries, added=()):
     return load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_the_engine_would_refuse_is_refused_by_the_build(tiny, tmp_path):
+    described = json.loads((tiny.tokenizer / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": " "}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="(?s)not CLIP's kind of tokenizer.*--tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_demos_vocabulary_does_not_fit_sdxls_towers(tiny, tmp_path):
     from export.demo import files
 
