@@ -31,7 +31,7 @@ from benchmarks.report import to_markdown
 from benchmarks.runtimes import BASELINES, ENGINE, Configuration, RepeatCounts, RunSetup, measure
 from benchmarks.stages import UNET, Launch
 from benchmarks.summary import summarize, works_of
-from engine.backends import BACKENDS, gpu_index
+from engine.backends import BACKENDS, default_backend, gpu_index
 from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if importlib.util.find_spec("torch") is None:
         raise BackendError("FLOPs are counted with torch, which is not installed", fix="pip install -e '.[export]'")
     bundle = open_bundle(options.bundle or default_bundle_dir())  # said before several processes say it
-    backend = options.backend or bundle.manifest.backend
+    backend = options.backend or default_backend(bundle.manifest, options.device)
     gpu = gpu_index(backend, options.device)
     setup = RunSetup(bundle.path, backend, gpu, options.threads, options.vram_budget, options.compute)
     grid = [

@@ -26,8 +26,8 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0, compute: 
 
     Args:
         name: one of `BACKENDS`.
-        device: "cpu"; "cuda", "cuda:1", … for NVIDIA's GPUs; "gpu" or "npu" for Intel's, with OpenVINO. "auto" is the
-            CPU for ONNX Runtime and OpenVINO, else the first of NVIDIA's GPUs.
+        device: "cpu"; "cuda", "cuda:1", … for an NVIDIA GPU; "gpu" or "npu" for Intel's, with OpenVINO. "auto" is the
+            CPU for ONNX Runtime and OpenVINO, else the first NVIDIA GPU.
         threads: that one operator may use on a CPU; 0 is one per core.
         compute: the type that OpenVINO computes in; "auto" is bf16 where the bundle is not in fp32 and the CPU has
             matrix units for it (AMX), else fp32.
@@ -67,10 +67,10 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0, compute: 
 
 
 def default_backend(manifest: Manifest, device: str = "auto") -> str:
-    """Return the backend that runs a bundle fastest here, of those that are installed: the one that it was built for.
+    """Return the backend that a bundle runs on where none is named: the one that it was built for, but for one case.
 
-    One case was measured to be otherwise: OpenVINO needs about a third of ONNX Runtime's time for a bundle of 16 bits
-    on a CPU that has matrix units for bf16. In float32 the two are level.
+    For a 16-bit bundle on a CPU with matrix units for bf16, OpenVINO, if it is installed, takes about a third of ONNX
+    Runtime's time. In float32 the two are level. Source: benchmarks/results/latency-openvino-2026-11-29.json.
 
     Args:
         manifest: of the bundle.
@@ -93,7 +93,7 @@ def _on_gpu(index: int, make: Callable[[Device], Backend]) -> Backend:
 
 
 def gpu_index(name: str, device: str = "auto") -> int | None:
-    """Return the number of NVIDIA's GPU that a backend would run on, None for none; nothing is opened.
+    """Return the number of the NVIDIA GPU that a backend would run on, None if it would use none; nothing is opened.
 
     Args:
         name, device: as for `make_backend`.

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from engine import Restorer
-from engine.backends import BACKENDS, MAX_THREADS
+from engine.backends import BACKENDS, MAX_THREADS, default_backend
 from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
@@ -61,8 +61,8 @@ def restore(arguments: Sequence[str]) -> int:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
-        facts = {} if restorer is None else restorer.backend_facts
-        if "compute" in facts and options.backend is None and not options.quiet:
+        if restorer is not None and not options.quiet and _backend_was_chosen(options, bundle):
+            facts = restorer.backend_facts
             print(f"note: computed in {facts['compute']} by {facts['library']}, the fastest here", file=sys.stderr)
         _warn_of_idle_options(options, settings)
         if not options.quiet and (raws := raws_left_out(options.images, recursive=options.recursive)):
@@ -113,6 +113,11 @@ def _outcomes(
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     config = WorkerConfig(engine, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
+
+
+def _backend_was_chosen(options: argparse.Namespace, bundle: Bundle) -> bool:
+    """Tell whether the bundle runs on another backend than it was built for though none was named."""
+    return options.backend is None and default_backend(bundle.manifest, options.device) != bundle.manifest.backend
 
 
 def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -248,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="cpu; cuda or cuda:N, NVIDIA's GPUs; gpu or npu, Intel's, with openvino; "
-        "default: the CPU for onnxruntime and openvino, else the first of NVIDIA's GPUs",
+        help="cpu; cuda or cuda:N, an NVIDIA GPU; gpu or npu, Intel's, with openvino; "
+        "default: the CPU for onnxruntime and openvino, else the first NVIDIA GPU",
     )
     engine.add_argument(
         "--compute",

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.backends.trt_library import PLAN_BACKENDS
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
 from engine.cli.jobs import PhotoJob
 from engine.errors import BackendError, UsageError
@@ -229,4 +230,4 @@ def gpu_is_used(device: str, backend: str) -> bool:
     """
     if ":" in device:
         raise UsageError("which GPU is Ray's to choose", where="--device", expected="auto, cpu or cuda", found=device)
-    return device == "cuda" or (device == "auto" and backend not in ("onnxruntime", "openvino"))
+    return device == "cuda" or (device == "auto" and backend in PLAN_BACKENDS)
