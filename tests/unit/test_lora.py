@@ -11,7 +11,6 @@ from golden import relative_l2
 from safetensors.numpy import save_file
 
 from engine.errors import LoraError
-from export.checkpoint.checkpoint import open_sdxl
 from export.checkpoint.lora import LoadedLora, merge_into, open_lora
 
 RANK = 4
@@ -24,16 +23,6 @@ CLIP_L = "text_encoder.encoder.layers.0.self_attn.q_proj.weight"
 BIG_G = "text_encoder_2.encoder.layers.1.mlp.fc1.weight"
 
 rng = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return open_sdxl(tiny.sdxl).tensors
-
-
-@pytest.fixture(scope="module")
-def shapes(base):
-    return {name: tensor.shape for name, tensor in base.items()}
 
 
 def pair(shape, rank=RANK):

@@ -13,7 +13,6 @@ from golden import relative_l2
 from safetensors.numpy import save_file
 
 from engine.errors import LoraError
-from export.checkpoint.checkpoint import open_sdxl
 from export.checkpoint.lora import merge_into, open_lora
 from export.checkpoint.lora_names import _HEADS, LayerNames, _names
 
@@ -26,16 +25,6 @@ CLIP_L, CLIP_L_OUT = f"text_encoder.{LAYER}.q_proj", f"text_encoder.{LAYER}.out_
 BIG_G, PROJECTION = f"text_encoder_2.{LAYER}.q_proj", "text_encoder_2.text_projection"
 RANK = 4
 rng = np.random.default_rng(1)
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return open_sdxl(tiny.sdxl).tensors
-
-
-@pytest.fixture(scope="module")
-def shapes(base):
-    return {name: tensor.shape for name, tensor in base.items()}
 
 
 def flat(layer):
