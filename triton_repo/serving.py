@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.backends import MAX_THREADS
 from engine.bundle.manifest import Bundle, open_bundle
 from engine.errors import BundleError, UsageError
-from engine.image.preprocess import Size
+from engine.image.photo import Size
 from engine.memory.budget import MemoryBudget
 from engine.memory.size_plan import SizePlan, choose_plan, pixels_of_attention
 from engine.pipeline.plan import RestorationPlan, make_plan

@@ -101,16 +101,27 @@ def read_checked(folder: Path, entry: File) -> bytes:
         BundleError: it is too large, changed, or cannot be read.
     """
     path = folder / entry.name
-    if entry.bytes > MAX_TEXT_BYTES:
-        raise BundleError("too large", where=path, expected=f"up to {MAX_TEXT_BYTES} bytes", found=entry.bytes)
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
     except OSError as error:
         raise BundleError(f"cannot be read: {error.strerror}", where=path) from error
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise _changed(path, f"SHA-256 {entry.sha256[:16]}…", f"SHA-256 {found[:16]}…")
     return content
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return a small file's content.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        BundleError: it is too large, or no plain file.
+    """
+    size = plain_size(path)
+    if size > MAX_TEXT_BYTES:
+        raise _too_large(path, size)
+    return path.read_bytes()
 
 
 def read_archived(archive: Path, name: str) -> bytes:
@@ -126,7 +137,7 @@ def read_archived(archive: Path, name: str) -> bytes:
     except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise BundleError("cannot be read", where=f"{archive}: {name}", found=first_line(error)) from error
     if len(content) > MAX_TEXT_BYTES:
-        raise BundleError("too large", where=f"{archive}: {name}", expected=f"up to {MAX_TEXT_BYTES} bytes")
+        raise _too_large(f"{archive}: {name}")
     return content
 
 
@@ -141,6 +152,11 @@ def plain_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise BundleError("no plain file", where=path, fix="use a bundle from somebody you trust")
     return status.st_size
+
+
+def _too_large(where: object, size: int | None = None) -> BundleError:
+    found = None if size is None else f"{size} bytes"
+    return BundleError("is too large", where=where, expected=f"up to {MAX_TEXT_BYTES} bytes", found=found)
 
 
 def _changed(path: Path, expected: str, found: str) -> BundleError:

@@ -22,14 +22,13 @@ from tokenizers import Tokenizer
 
 from engine.bundle.files import (
     MANIFEST,
-    MAX_TEXT_BYTES,
     REBUILD,
     Bytes,
     File,
     check_again,
     check_file,
-    plain_size,
     read_archived,
+    read_bounded,
     read_checked,
 )
 from engine.bundle.graphspec import GraphSpec, Precision, parse_axis
@@ -359,7 +358,7 @@ def read_manifest(path: Path) -> Bundle:
     file = path / MANIFEST
     rebuild = REBUILD.format(path=path)
     try:
-        text = file.read_bytes() if plain_size(file) <= MAX_TEXT_BYTES else b""
+        text = read_bounded(file)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError("no bundle here", where=path, expected=MANIFEST, fix=rebuild) from None
     except OSError as error:

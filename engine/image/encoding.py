@@ -14,10 +14,8 @@ from engine.image.blocks import Blocks, write_jpeg, write_png, write_webp
 from engine.image.codec import encode_pixels, stored_pixels, vips
 from engine.image.formats import Format, output_format
 from engine.image.metadata import PROVENANCE_BYTES, blocks_for, note_of
-from engine.image.photo import Photo
+from engine.image.photo import Photo, Size
 from engine.image.tiff import write_tiff
-
-Size = tuple[int, int]
 
 
 def encode_photo(

@@ -17,10 +17,10 @@ from typing import Any
 from engine.bundle.storage import atomic_write
 from engine.errors import ImageError, OutputError, from_os_error
 from engine.image.decoding import decode_photo, exif_of
-from engine.image.encoding import Size, check_format, encode_photo
+from engine.image.encoding import check_format, encode_photo
 from engine.image.formats import READ_SUFFIXES, output_format
 from engine.image.metadata import provenance_in
-from engine.image.photo import Photo
+from engine.image.photo import Photo, Size
 
 #: Bytes of a name that all common disks hold.
 _MAX_NAME = 255

@@ -15,6 +15,8 @@ from engine.errors import ImageError
 _OVERSHOOT = 0.25
 
 Pixels = NDArray[np.float32]
+#: (width, height) in pixels.
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

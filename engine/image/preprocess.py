@@ -16,7 +16,7 @@ from engine.bundle.manifest import Bundle
 from engine.errors import ImageError, RestoreError
 from engine.image import colorfix
 from engine.image.files import read_photo
-from engine.image.photo import Photo, Pixels, photo_from_array, resize
+from engine.image.photo import Photo, Pixels, Size, photo_from_array, resize
 from engine.image.pillow_images import photo_from_image
 from engine.settings import ColorFix, Settings
 
@@ -101,9 +101,6 @@ def postprocess(pixels: Pixels, source: Photo, size: Size) -> Photo:
     alpha = None if source.alpha is None else resize(source.alpha, size)
     np.clip(rgb, 0.0, 1.0, out=rgb)
     return replace(source, rgb=resize(rgb, size), alpha=alpha)
-
-
-Size = tuple[int, int]
 
 
 def result_size(size: Size, upscale: float) -> Size:

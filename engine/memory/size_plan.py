@@ -17,7 +17,8 @@ from engine.bundle.graphspec import parse_axis, resolve
 from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import ImageError, OutOfMemoryError, UsageError
-from engine.image.preprocess import MAX_WORKING_PIXELS, Size
+from engine.image.photo import Size
+from engine.image.preprocess import MAX_WORKING_PIXELS
 from engine.memory.budget import MemoryBudget
 from engine.memory.vae_slices import SlicedVae, peak_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.bundle.manifest import Bundle
-from engine.image.preprocess import Size
+from engine.image.photo import Size
 from engine.memory.residency import MemoryPlan, Workload
 from engine.memory.size_plan import SizePlan, VaeMode
 from engine.memory.vae_slices import SlicedVae

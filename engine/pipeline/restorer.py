@@ -21,10 +21,9 @@ from engine.backends.ov_library import Compute
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.errors import BackendError, DoesNotFitError, UsageError
-from engine.image.photo import Photo, Pixels
+from engine.image.photo import Photo, Pixels, Size
 from engine.image.preprocess import (
     PhotoLike,
-    Size,
     checked_working_size,
     fix_colors,
     load_photo,
