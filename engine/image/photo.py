@@ -99,10 +99,15 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     channels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     resized = np.empty((size[1], size[0], channels.shape[2]), np.float32)
     for index in range(channels.shape[2]):
-        plane = Image.fromarray(np.ascontiguousarray(channels[:, :, index]))
-        resized[:, :, index] = np.asarray(plane.resize(size, Image.Resampling.BICUBIC))
-    np.clip(resized, 0.0, 1.0, out=resized)
+        resized[:, :, index] = resized_plane(np.ascontiguousarray(channels[:, :, index]), size)
     return resized[:, :, 0] if pixels.ndim == 2 else resized
+
+
+def resized_plane(plane: Pixels, size: Size) -> Pixels:
+    """Resize one channel, f32[H, W] that lies together in memory, as `resize` does."""
+    if (plane.shape[1], plane.shape[0]) == size:
+        return plane
+    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC)).clip(0.0, 1.0)
 
 
 def lying(upright: NDArray[Any], orientation: int) -> NDArray[Any]:

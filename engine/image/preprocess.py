@@ -16,13 +16,11 @@ from engine.bundle.manifest import Bundle
 from engine.errors import ImageError, RestoreError
 from engine.image import colorfix
 from engine.image.files import read_photo
-from engine.image.photo import Photo, Pixels, Size, photo_from_array, resize
+from engine.image.photo import Photo, Pixels, Size, photo_from_array, resize, resized_plane
 from engine.image.pillow_images import photo_from_image
 from engine.settings import ColorFix, Settings
 
 _COLOR_FIXES = {"wavelet": colorfix.wavelet, "adain": colorfix.adain}
-#: Beyond this, no computer's memory holds the activations of even a small VAE.
-MAX_WORKING_PIXELS = 1 << 26
 PhotoLike = Photo | Image | NDArray[Any] | str | PathLike[str]
 
 
@@ -89,18 +87,24 @@ def to_network(rgb: Pixels) -> Pixels:
 
 
 def postprocess(pixels: Pixels, source: Photo, size: Size) -> Photo:
-    """Return f32[3, H, W] in [-1, 1] as a photo of (width, height) `size`, with its source's other data."""
-    rgb = np.array(pixels.transpose(1, 2, 0), np.float32, order="C")  # a copy, which may be changed
-    rgb += np.float32(1.0)
-    rgb *= np.float32(0.5)
-    if not all(np.isfinite(row).all() for row in rgb):
-        raise RestoreError(
-            "the networks gave values that are not finite",
-            fix="build the bundle with --precision fp32, and check the checkpoints",
-        )
+    """Return f32[3, H, W] in [-1, 1] as a photo of (width, height) `size`, with its source's other data.
+
+    Raises:
+        RestoreError: the networks gave values that are not finite.
+    """
+    rgb = np.empty((size[1], size[0], 3), np.float32)
+    for channel, plane in enumerate(pixels):  # one after the other: a large photo fills most of the memory
+        if not all(np.isfinite(row).all() for row in plane):
+            raise RestoreError(
+                "the networks gave values that are not finite",
+                fix="build the bundle with --precision fp32, and check the checkpoints",
+            )
+        unit = plane + np.float32(1.0)
+        unit *= np.float32(0.5)
+        np.clip(unit, 0.0, 1.0, out=unit)
+        rgb[:, :, channel] = resized_plane(unit, size)
     alpha = None if source.alpha is None else resize(source.alpha, size)
-    np.clip(rgb, 0.0, 1.0, out=rgb)
-    return replace(source, rgb=resize(rgb, size), alpha=alpha)
+    return replace(source, rgb=rgb, alpha=alpha)
 
 
 def result_size(size: Size, upscale: float) -> Size:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.image.preprocess import MAX_WORKING_PIXELS
 from engine.memory.host_memory import available_memory_bytes, total_memory_bytes
 
 _WEIGHTS = 0.7
@@ -20,8 +19,11 @@ _SERVED_ATTENTION = 0.25
 _PHOTO_FILE = 0.5
 #: Its colours and transparency as f32, and up to 8 bytes of its file.
 _BYTES_PER_FILE_PIXEL = 4 * 4 + 8
-#: Arrays of a photo's size: as it came, as the networks see it, stage 1, the result, the colour fix's, out.
-_BYTES_PER_PIXEL = 20 * 3 * 4
+#: What a large photo's own arrays may take: networks see tiles of it, and need the rest.
+_PIXELS = 0.6
+#: While colours are fixed there are the photo, stage 1, the networks' output and the result as f32, and a few rows of
+#: each; 53 bytes were measured.
+BYTES_PER_PIXEL = 5 * 3 * 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class MemoryBudget:
     @property
     def pixels(self) -> int:
         """How many pixels of a photo the networks may see, be it in tiles."""
-        return min(MAX_WORKING_PIXELS, self.bytes // _BYTES_PER_PIXEL)
+        return int(_PIXELS * self.bytes) // BYTES_PER_PIXEL
 
     @property
     def file_pixels(self) -> int:

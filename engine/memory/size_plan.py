@@ -18,7 +18,6 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.image.photo import Size
-from engine.image.preprocess import MAX_WORKING_PIXELS
 from engine.memory.budget import MemoryBudget
 from engine.memory.vae_slices import SlicedVae, peak_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian
@@ -261,7 +260,7 @@ def slices_bytes(bundle: Bundle, size: Size) -> int:
 def pixels_of_attention(bundle: Bundle, memory_bytes: int) -> int:
     """Return how many pixels the VAE's attention takes at once, which compares each cell with each, in float32."""
     cells = math.isqrt(memory_bytes // _FLOAT)
-    return min(MAX_WORKING_PIXELS, cells * bundle.pixels_per_cell**2)
+    return cells * bundle.pixels_per_cell**2
 
 
 def sampling_bytes(bundle: Bundle, size: Size) -> int:

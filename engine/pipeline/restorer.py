@@ -342,6 +342,7 @@ class Restorer:
         """Run the recipe once: operations on photos here, all others by the executor."""
         times = Timings()
         values: dict[str, Any] = {"photo": sources}
+        last_reads = {name: operation for operation in plan.operations for name in operation.reads}
         with times.outside("everything else"):
             for on_photos, group in groupby(plan.operations, key=lambda operation: operation.kind == "photo"):
                 if not on_photos:
@@ -350,7 +351,13 @@ class Restorer:
                 for operation in group:
                     (target,) = operation.writes
                     with times.outside(operation.name):
-                        values[target] = self._on_photos(operation, plan)(*(values[name] for name in operation.reads))
+                        result = self._on_photos(operation, plan)(*(values[name] for name in operation.reads))
+                    # What nothing reads any more goes at once: each value may be gigabytes.
+                    for name in operation.reads:
+                        if last_reads[name] is operation:
+                            del values[name]
+                    values[target] = result
+                    del result
         return values["restored"], times
 
     def _on_photos(self, operation: Operation, plan: RestorationPlan) -> Callable[..., Any]:

@@ -1,11 +1,15 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
+from engine.image.photo import Photo
+from engine.memory.budget import BYTES_PER_PIXEL
 from engine.memory.host_memory import available_memory_bytes, peak_memory_bytes, total_memory_bytes
 
 #: Blocks that malloc takes from its heap, with one above them that keeps the heap from shrinking by itself.
@@ -169,3 +173,25 @@ def test_freed_blocks_go_back_to_the_system():
 def test_large_blocks_go_back_when_they_are_freed(when, at_least, at_most):
     done = subprocess.run([sys.executable, "-c", FREE_LARGE_BLOCKS, when], capture_output=True, text=True, check=True)
     assert at_least < int(done.stdout) < at_most
+
+
+def test_the_arrays_of_a_large_photo_are_those_that_the_budget_counts(restorer, monkeypatch):
+    """A tall photo: rows that are worked on at a time count little beside it."""
+
+    class Networks:
+        def run(self, plan, lq, noise, listener, times):
+            shape = lq.shape
+            del lq
+            return {"pixels": np.full(shape, 0.5, np.float32), "stage1": np.zeros(shape, np.float32)}
+
+    monkeypatch.setattr(restorer, "_executor", Networks())
+    photo = Photo(np.full((12_040, 200, 3), 0.25, np.float32))
+    tracemalloc.start()
+    try:
+        restored = restorer.restore(photo, steps=1, min_size=64).photo
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert restored.size == photo.size
+    seen_pixels = 12_032 * 192
+    assert peak + photo.rgb.nbytes < BYTES_PER_PIXEL * seen_pixels  # the photo was there before
