@@ -6,13 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from engine.bundle.graphspec import GraphSpec, Precision, resolve
+from engine.bundle.graphspec import DType, GraphSpec, Precision, resolve
 from engine.bundle.manifest import Bundle, VaeSegment
-from engine.device.interface import Array
+from engine.device.interface import Array, host_dtype
 from engine.errors import BackendError
 
 
@@ -37,12 +35,12 @@ class Runner(ABC):
             BackendError: an input does not fit the spec, or the backend fails.
         """
         dtypes = {tensor.name: tensor.dtype for tensor in self.spec.inputs}
-        symbols = self.spec.bind(
-            {
-                name: (dtypes[name] if array.dtype == host_dtype(dtypes.get(name)) else str(array.dtype), array.shape)
-                for name, array in inputs.items()
-            }
-        )
+
+        def dtype_of(name: str, array: Array) -> str:
+            fits = name in dtypes and array.dtype == host_dtype(dtypes[name])
+            return dtypes[name] if fits else str(array.dtype)
+
+        symbols = self.spec.bind({name: (dtype_of(name, array), array.shape) for name, array in inputs.items()})
         outputs = self.infer_impl(inputs)
         for tensor in self.spec.outputs:
             expected = resolve(tensor.shape, symbols)
@@ -119,11 +117,6 @@ class ComputingBackend(Protocol):
         ...
 
 
-def as_dtype(array: Array, dtype: str) -> Array:
+def as_dtype(array: Array, dtype: DType) -> Array:
     """Return an array in a spec's dtype, as the host has it, without a copy where it has it already."""
     return array.astype(host_dtype(dtype), copy=False)
-
-
-def host_dtype(dtype: str | None) -> np.dtype[Any] | None:
-    """Return NumPy's dtype of a spec's. NumPy has no bfloat16: such values are in float32 on the host."""
-    return None if dtype is None else np.dtype("float32" if dtype == "bfloat16" else dtype)

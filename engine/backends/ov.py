@@ -86,7 +86,8 @@ class OpenVinoBackend:
 
         def compile_segment(_: _Shapes) -> Any:
             core = self.library.core
-            return core.compile_model(core.read_model(graph), self.library.device, self._properties(compute))
+            model = _with_host_arrays(self.library, core.read_model(graph), segment.spec)
+            return core.compile_model(model, self.library.device, self._properties(compute))
 
         runner = OpenVinoRunner(segment.spec, compile_segment, 1, any_shape=True)
         try:
@@ -212,23 +213,24 @@ class _GraphCompiler:
         return compiled
 
     def _model(self, shapes: _Shapes) -> Any:
-        """Read the graph for some shapes. Host arrays of bfloat16 are float32, which NumPy has."""
+        """Read the graph for some shapes."""
         api = self._library.api
         self._bundle.read_graph(self._graph)  # checked, before the library reads it
         model = self._library.core.read_model(self._bundle.file(self._entry))
         self._bundle.file(self._entry)  # and still the same
         model.reshape({name: api.PartialShape(list(shape)) for name, shape in shapes})
-        narrow = [tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs) if tensor.dtype == "bfloat16"]
-        if not narrow:
-            return model
-        steps = api.preprocess.PrePostProcessor(model)
-        for tensor in self._spec.inputs:
-            if tensor.name in narrow:
-                steps.input(tensor.name).tensor().set_element_type(api.Type.f32)
-        for tensor in self._spec.outputs:
-            if tensor.name in narrow:
-                steps.output(tensor.name).tensor().set_element_type(api.Type.f32)
-        return steps.build()
+        return _with_host_arrays(self._library, model, self._spec)
+
+
+def _with_host_arrays(library: OvLibrary, model: Any, spec: GraphSpec) -> Any:
+    """Return a model whose inputs and outputs of bfloat16 are float32, as the host has them; see `host_dtype`."""
+    api = library.api
+    steps = api.preprocess.PrePostProcessor(model)
+    for tensors, part in ((spec.inputs, steps.input), (spec.outputs, steps.output)):
+        for tensor in tensors:
+            if tensor.dtype == "bfloat16":
+                part(tensor.name).tensor().set_element_type(api.Type.f32)
+    return steps.build()
 
 
 def _cores() -> int:

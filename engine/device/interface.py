@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle.graphspec import DType
@@ -17,6 +18,11 @@ Array = NDArray[Any]
 
 #: The first has the way to the result on it, the second what can be done beside it.
 STREAMS = ("main", "side")
+
+
+def host_dtype(dtype: DType) -> np.dtype[Any]:
+    """Return NumPy's dtype of a spec's. NumPy has no bfloat16: such values are in float32 on the host."""
+    return np.dtype("float32" if dtype == "bfloat16" else dtype)
 
 
 class Buffer(Protocol):

@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle.graphspec import resolve
+from engine.bundle.graphspec import DType, resolve
 from engine.bundle.manifest import STATISTICS, Norm, VaeSegment
-from engine.device.interface import Array
+from engine.device.interface import Array, host_dtype
 
 
 class SegmentRunner(Protocol):
@@ -98,7 +98,7 @@ def run_slices(
         free = [maps[name] for name in ended if name != source and name not in segment.whole]
         result = next((array for array in free if _fits(array, shapes[output.name], output.dtype)), None)
         if result is None:
-            result = np.empty(shapes[output.name], output.dtype)
+            result = np.empty(shapes[output.name], host_dtype(output.dtype))
         fixed = statistics[segment.norm.map].as_inputs() if segment.norm is not None else {}
         if output.name in normed:
             statistics[output.name] = _Statistics(normed[output.name], shapes[output.name])
@@ -243,8 +243,8 @@ class _Statistics:
         }
 
 
-def _fits(array: Array, shape: Sequence[int], dtype: str) -> bool:
-    return array.shape == tuple(shape) and array.dtype == np.dtype(dtype)
+def _fits(array: Array, shape: Sequence[int], dtype: DType) -> bool:
+    return array.shape == tuple(shape) and array.dtype == host_dtype(dtype)
 
 
 def _shapes(segments: Sequence[VaeSegment], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,8 @@ be finite, and the VAE's segments must agree with the whole. Agreement with torc
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from engine.backends.base import Runner
 from engine.backends.ort import OrtBackend
 from engine.bundle.files import read_archived
 from engine.bundle.graphspec import GraphSpec, Precision, TensorSpec
@@ -140,24 +142,34 @@ def _run(spec: GraphSpec, file: Path, inputs: dict[str, NDArray[Any]]) -> dict[s
         # One run is not worth a copy of all weights in float32.
         return OrtBackend(as_written=spec.precision == "fp16").open_file(file, spec).infer(inputs)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        widened = widen(file, Path(folder))
-        wide = {name: value.astype(np.float32) if _is_bf16(value) else value for name, value in inputs.items()}
-        return OrtBackend().open_file(widened, _widened_spec(spec)).infer(wide)
+        wide = {name: _widened_array(value) for name, value in inputs.items()}
+        return OrtBackend().open_file(widen(file, Path(folder)), _widened_spec(spec)).infer(wide)
 
 
 def _is_bf16(value: NDArray[Any]) -> bool:
     return value.dtype.name == "bfloat16"
 
 
-def _run_in_slices(segments: Sequence[VaeSegment], file: Path, image: NDArray[np.float32]) -> NDArray[np.floating]:
+def _widened_array(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float32) if _is_bf16(value) else value
+
+
+def _run_in_slices(segments: Sequence[VaeSegment], file: Path, image: NDArray[Any]) -> NDArray[np.floating]:
     """Run a graph in slices, several of every map: one in the middle has neighbours on both sides."""
     backend = OrtBackend()
-    return run_slices(
-        segments,
-        image,
-        lambda segment: backend.open_segment(segment, read_archived(file, segment.file_name), file.parent),
-        SlicedVae(min_slices=4),
-    )
+
+    @contextmanager
+    def open_segment(segment: VaeSegment) -> Iterator[Runner]:
+        content = read_archived(file, segment.file_name)
+        if segment.spec.precision != "bf16":
+            with backend.open_segment(segment, content, file.parent) as runner:
+                yield runner
+            return
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            widened = widen_graph(onnx.load_from_string(content), file.parent, Path(folder) / segment.file_name)
+            yield backend.open_file(widened, _widened_spec(segment.spec))
+
+    return run_slices(segments, _widened_array(image), open_segment, SlicedVae(min_slices=4))
 
 
 # -- bf16 as float32 --------------------------------------------------------------------------------
@@ -166,19 +178,28 @@ def _run_in_slices(segments: Sequence[VaeSegment], file: Path, image: NDArray[np
 def widen(file: Path, folder: Path) -> Path:
     """Write a graph with every bfloat16, weights included, turned into float32; returns its file.
 
-    It keeps the graph's structure and its rounded weights, and gives up its rounding in between. Weights are
-    widened one after the other, so it takes no memory.
-
     Args:
         file: the ONNX file; the weights file lies beside it.
         folder: where the widened graph and its weights go.
     """
-    model = onnx.load(file, load_external_data=False)
+    return widen_graph(onnx.load(file, load_external_data=False), file.parent, folder / file.name)
+
+
+def widen_graph(model: onnx.ModelProto, weights_folder: Path, file: Path) -> Path:
+    """Write a graph with every bfloat16, weights included, turned into float32; returns its file.
+
+    It keeps the graph's structure and its rounded weights, and gives up its rounding in between. Weights are
+    widened one after the other, so it takes no memory.
+
+    Args:
+        model: the graph, which is changed.
+        weights_folder: where its weights file lies.
+        file: the widened graph, which gets a weights file beside it.
+    """
     graph = model.graph
-    with (folder / WEIGHTS).open("wb") as data:
+    with (file.parent / WEIGHTS).open("wb") as data:
         for index, tensor in enumerate(graph.initializer):
-            value = numpy_helper.to_array(tensor, str(file.parent))
-            wide = value.astype(np.float32) if _is_bf16(value) else value
+            wide = _widened_array(numpy_helper.to_array(tensor, str(weights_folder)))
             if tensor.data_location != TensorProto.EXTERNAL:
                 graph.initializer[index].CopyFrom(numpy_helper.from_array(wide, tensor.name))
                 continue
@@ -198,8 +219,8 @@ def widen(file: Path, folder: Path) -> Path:
             elif attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
                 constant = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(constant, attribute.t.name))
-    onnx.save(model, folder / file.name)
-    return folder / file.name
+    onnx.save(model, file)
+    return file
 
 
 def _widened_spec(spec: GraphSpec) -> GraphSpec:

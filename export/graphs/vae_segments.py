@@ -40,15 +40,13 @@ class TracedSegment:
 def cut(spec: GraphSpec, structure: onnx.ModelProto) -> tuple[TracedSegment, ...]:
     """Return the segments of a graph of the VAE, in the order in which they run; () for another graph.
 
-    A graph in bf16 has none: no CPU provider runs it.
-
     Args:
         spec: of the graph.
         structure: its trace; it is not changed.
     Raises:
         BuildError: a norm or attention is not made of the nodes that `export.graphs.to_onnx` writes.
     """
-    if spec.role != "vae" or spec.precision == "bf16":
+    if spec.role != "vae":
         return ()
     try:
         return tuple(_Cutter(spec, structure).segments())

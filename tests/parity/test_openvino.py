@@ -100,6 +100,13 @@ def test_the_vae_in_slices_in_bf16_is_within_its_bound(wide, narrow):
     assert_near(narrow.stages.encode_clean(pixels, vae_mode=SlicedVae(min_slices=4)), clean)
 
 
+def test_the_vae_of_a_bf16_bundle_works_in_slices(bundle_bf16):
+    with Restorer.open(bundle_bf16, backend="openvino") as restorer:
+        z = np.random.default_rng(2).normal(size=(1, restorer.bundle.latent_channels, 8, 8)).astype(np.float32)
+        whole = restorer.stages.decode(z)
+        assert_near(restorer.stages.decode(z, vae_mode=SlicedVae(min_slices=2)), whole)
+
+
 @pytest.mark.parametrize("compute", ["auto", "fp32"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_bundles_of_sixteen_bits_are_run(request, wide, photo, precision, compute):

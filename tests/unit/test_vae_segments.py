@@ -147,9 +147,10 @@ def test_the_input_is_not_changed_and_a_segment_is_closed_behind_its_slices(bund
     assert np.array_equal(z, before)
 
 
-def test_a_graph_in_bf16_has_no_segments_and_other_graphs_have_none():
-    assert all(not cut_sdxl(graph, "bf16") for graph in GRAPHS)
+def test_only_the_vae_has_segments_whatever_its_precision():
     assert cut_sdxl("unet", "fp16") == ()
+    for graph in VAE_GRAPHS:
+        assert len(cut_sdxl(graph, "bf16")) == len(cut_sdxl(graph, "fp32"))
 
 
 def test_every_parameter_is_in_a_segment(sdxl):
