@@ -23,7 +23,7 @@ from engine.bundle.graphspec import resolve
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, BuildError, BundleError
 from engine.memory.vae_slices import _BESIDE_BYTES, SlicedVae, _shapes, _Slices, peak_bytes, run_slices
-from engine.recipe import GRAPHS, RECIPE
+from engine.recipe import RECIPE
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.definitions import graph_definitions
 from export.graphs.traces import SHIPPED, read_trace, trace_file
