@@ -193,7 +193,7 @@ def test_where_memory_runs_out_the_next_smaller_plan_is_tried(short_of_memory, p
 def test_smaller_plans_are_tried_until_one_fits(short_of_memory, photo):
     restorer, refused = short_of_memory(16)
     result = restorer.restore(photo, steps=1, min_size=256)
-    assert [shape[3] for shape in refused] == [48, 32]
+    assert [shape[3] for shape in refused] == [48, 32, 32]  # whole, then tiles, with the VAE in slices and in tiles
     assert len(result.notes) == len(refused)
     assert result.provenance["plan"]["tile_px"] == 128
 
