@@ -109,3 +109,12 @@ def segment(marker, data):
 
 def with_segments(data, *segments):
     return data[:2] + b"".join(segments) + data[2:]
+
+
+def tiff_of(pixels, **options):
+    """Return what tifffile writes of an array; tests that call it need that package."""
+    import tifffile
+
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()
