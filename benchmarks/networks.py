@@ -7,6 +7,8 @@ from safetensors import safe_open
 
 from engine.bundle.graphspec import Precision
 from engine.bundle.manifest import Bundle
+from export.build.int8 import parameter_shapes
+from export.build.verify import ParameterReader
 from export.checkpoint.architecture import infer_architecture
 from export.graphs.builder import GraphBuilder, graph_builders
 
@@ -21,7 +23,7 @@ def bundle_builders(bundle: Bundle, *, vae_precision: Precision | None = None) -
     with safe_open(bundle.file(bundle.manifest.weights), framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return graph_builders(
-        infer_architecture(shapes),
+        infer_architecture(parameter_shapes(shapes)),
         bundle.manifest.precision,
         bundle.manifest.tokenizer.end_id,
         vae_precision=vae_precision or bundle.spec("vae_decoder").precision,
@@ -38,6 +40,7 @@ def load_weights(builder: GraphBuilder, bundle: Bundle, place: str) -> torch.nn.
     """
     module = builder.module()
     with safe_open(bundle.file(bundle.manifest.weights), framework="pt", device=place) as file:
-        state = {name: file.get_tensor(name).to(weight.dtype) for name, weight in module.named_parameters()}
+        read = ParameterReader(file)
+        state = {name: read(name).to(weight.dtype) for name, weight in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module.to(place)  # the constants, which are made on the CPU

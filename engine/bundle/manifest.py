@@ -142,7 +142,8 @@ class Graph(_Model):
     """One ONNX graph, and the plan it was compiled to; its weights lie in the bundle's weights file.
 
     Attributes:
-        weights_bytes: of its parameters, some of which other graphs may share.
+        weights_bytes: of its parameters as they are stored, some of which other graphs may share.
+        weights_in_int8: whether its matrices are stored in int8, which the graph multiplies out to its precision.
         parity_sample: inputs, and what the graph must make of them: a weight-stripped plan is checked by it.
         segments: the same graph cut into segments, in the order in which they run; none where it cannot be.
         segments_file: a zip file of the segments' graphs.
@@ -152,6 +153,7 @@ class Graph(_Model):
     file: File
     verification: Verification
     weights_bytes: Bytes
+    weights_in_int8: bool = False
     plan: TrtEngine | None = None
     parity_sample: File | None = None
     segments: tuple[VaeSegment, ...] = ()

@@ -214,9 +214,14 @@ def choose_resident_graphs(bundle: Bundle, budget: MemoryBudget, compute: Precis
 
 
 def host_weights(bundle: Bundle, compute: Precision = "fp32") -> dict[str, int]:
-    """Return the bytes that each graph's weights take in a computer's memory, in the type they are computed in."""
+    """Return the bytes that each graph's weights take in a computer's memory, in the type they are computed in.
+
+    Weights in int8 are counted as multiplied out: a library may do that once, when it opens the graph.
+    """
     return {
-        name: graph.weights_bytes * bytes_per_weight(compute) // bytes_per_weight(graph.spec.precision)
+        name: graph.weights_bytes
+        * bytes_per_weight(compute)
+        // (1 if graph.weights_in_int8 else bytes_per_weight(graph.spec.precision))
         for name, graph in bundle.manifest.graphs.items()
     }
 

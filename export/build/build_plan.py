@@ -18,6 +18,7 @@ from engine.bundle.profiles import Profile
 from engine.bundle.storage import APP_NAME, cache_dir, plain_name
 from engine.errors import BackendError, BuildError, CheckpointError, RestoreError, UsageError
 from engine.settings import Settings, validated
+from export.build.int8 import has_int8_form
 from export.build.presets import PRESETS
 from export.build.request import BuildRequest
 from export.build.trial import trial_symbols
@@ -52,6 +53,7 @@ _ROOM_PER_KERNELS_BYTES = 4 << 20
 _EXPORT = Path(__file__).parents[1]
 _SOURCES = (
     *sorted((_EXPORT / "checkpoint").glob("*.py")),
+    _EXPORT / "build" / "int8.py",
     _EXPORT / "build" / "weights.py",
     _EXPORT / "graphs" / "pack.py",
     _EXPORT / "graphs" / "vae_segments.py",
@@ -149,6 +151,7 @@ class BuildPlan:
             "format": FORMAT,
             "preset": self.request.preset,
             "precision": self.request.precision,
+            "weights": self.request.weights,
             "backend": self.request.backend,
             "notice": self.request.notice,
             "defaults": self.defaults.model_dump(mode="json"),
@@ -190,6 +193,7 @@ class BuildPlan:
             "output": str(self.request.output),
             "preset": self.request.preset,
             "precision": self.request.precision,
+            "weights": self.request.weights,
             "backend": self.request.backend,
             "read": [
                 {
@@ -217,7 +221,7 @@ class BuildPlan:
             ],
             "write": {
                 "weights_bytes": self.layout.bytes,
-                "parameters": sum(math.prod(weight.shape) for weight in self.layout.weights.values()),
+                "parameters": sum(math.prod(shape) for shape in _parameters(self.graphs).values()),
                 "graphs": [
                     {
                         "name": name,
@@ -268,8 +272,7 @@ def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: N
     check_vocabulary(request.tokenizer, tokenizer, (arch.text_encoder.vocabulary, arch.text_encoder_2.vocabulary))
     definitions = graph_definitions(arch, request.precision, end_id, vae_precision=_vae_precision(request))
     graphs = {name: _planned(request, arch, end_id, definition, say) for name, definition in definitions.items()}
-    wanted = _wanted_weights(graphs)
-    _check_tensors(tensors, {weight.name: weight.shape for weight in wanted})
+    _check_tensors(tensors, _parameters(graphs))
     loras = tuple(open_lora(lora.name, lora.path, lora.scale, shapes) for lora in request.loras)
     for lora in loras:
         for warning in lora.warnings:
@@ -282,7 +285,7 @@ def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: N
         arch=arch,
         tensors=tensors,
         graphs=graphs,
-        layout=plan_layout(wanted),
+        layout=plan_layout(_wanted_weights(graphs, in_int8=request.weights == "int8")),
         defaults=defaults,
         compiling=_plan_options(request, definitions, defaults.min_size, arch.vae.pixels_per_cell),
     )
@@ -343,6 +346,8 @@ def _plan_options(
     if request.weight_stripped and request.weight_streaming:
         # A refit of weights that lie on the host has never been tried: it needs a GPU.
         raise UsageError("--strip-weights and --weight-streaming exclude each other", fix="use one of them")
+    if request.weight_stripped and request.weights is not None:  # nor has one of weights in int8
+        raise UsageError("--strip-weights and --weights int8 exclude each other", fix="use one of them")
     library = open_library(request.backend)
     gpu, missing = _gpu_at_hand()
     device = None
@@ -402,14 +407,20 @@ def _check_sample_fits(definitions: Mapping[str, GraphDefinition], profiles: Map
             )
 
 
-def _wanted_weights(graphs: Mapping[str, PlannedGraph]) -> list[Weight]:
-    """Return every parameter of every graph, once; two encoders share `quant_conv`."""
+def _parameters(graphs: Mapping[str, PlannedGraph]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of every graph, once; two encoders share `quant_conv`."""
+    return {name: shape for graph in graphs.values() for name, shape in graph.parameters.items()}
+
+
+def _wanted_weights(graphs: Mapping[str, PlannedGraph], *, in_int8: bool) -> list[Weight]:
+    """Return the tensors of the weights file."""
     wanted = {}
     for graph in graphs.values():
-        dtype = PRECISION_DTYPES[graph.definition.spec.precision]
+        spec = graph.definition.spec
         for name, shape in graph.parameters.items():
-            wanted[name] = Weight(name, dtype, shape)
-    return list(wanted.values())
+            weight = Weight(name, PRECISION_DTYPES[spec.precision], shape)
+            wanted[name] = weight.in_int8() if in_int8 and has_int8_form(spec, name, shape) else (weight,)
+    return [weight for parts in wanted.values() for weight in parts]
 
 
 def _check_tensors(tensors: Mapping[str, LazyTensor], wanted: Shapes) -> None:

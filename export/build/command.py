@@ -82,7 +82,8 @@ def _run(options: argparse.Namespace) -> int:
         for lora in manifest.loras:
             print(f"  merged LoRA {lora.name} {_lora_text(lora.model_dump())}")
         for name, graph in manifest.graphs.items():
-            print(f"  {name:<16} {graph.spec.precision}  {_verified(graph.verification)}{_plan_of(graph)}")
+            stored = ", weights in int8" if graph.weights_in_int8 else ""
+            print(f"  {name:<16} {graph.spec.precision}{stored}  {_verified(graph.verification)}{_plan_of(graph)}")
     return 0
 
 
@@ -143,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--preset", choices=PRESETS, default="ours", help="sampling defaults (default: %(default)s)")
     how.add_argument(
         "--precision", choices=PRECISION_DTYPES, help="of the networks (default: fp16 for plans, else fp32)"
+    )
+    how.add_argument(
+        "--weights",
+        choices=("int8",),
+        help="store the matrices of all networks but the VAE in 8 bits, a scale per output channel, which halves "
+        "engines and bundles of 16 bits (default: in the precision of the networks)",
     )
     how.add_argument(
         "--min-size",
@@ -220,6 +227,7 @@ def _request(options: argparse.Namespace) -> BuildRequest:
         "output": options.output or default_bundle_dir(),
         "preset": options.preset,
         "precision": options.precision or ("fp32" if options.backend == BACKENDS[0] else "fp16"),
+        "weights": options.weights,
         "backend": options.backend,
         "targets": tuple(part.strip() for part in options.compute_capability.split(",") if part.strip()),
         "shapes": options.shapes,
@@ -309,7 +317,8 @@ class _Bar:
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
-    lines = [f"Would build {plan['output']}: preset {plan['preset']}, {plan['precision']}, {plan['backend']}"]
+    types = plan["precision"] + (f", weights in {plan['weights']}" if plan["weights"] else "")
+    lines = [f"Would build {plan['output']}: preset {plan['preset']}, {types}, {plan['backend']}"]
     for source in plan["read"]:
         files = ", ".join(Path(file).name for file in source["files"])
         ignored = f", {source['ignored']} of no network ignored" if source["ignored"] else ""

@@ -34,6 +34,7 @@ class BuildRequest:
         unet: replaces the base's UNet.
         loras: merged in this order.
         settings: what the bundle's defaults have beside the preset's.
+        weights: "int8" stores matrices so, see `export.build.int8`; None in the graphs' precision.
         backend: that the bundle is for; the others can run it where they know its precision.
         targets: compute capabilities to compile for; none means the backend's own choice.
         shapes: sizes to compile for, as `export.trt.shapes.parse_shapes` reads them; "" means by `min_size`.
@@ -53,6 +54,7 @@ class BuildRequest:
     loras: tuple[LoraRequest, ...] = ()
     preset: str = "ours"
     precision: Precision = "fp32"
+    weights: Literal["int8"] | None = None
     backend: str = "onnxruntime"
     targets: tuple[str, ...] = ()
     shapes: str = ""

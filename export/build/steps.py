@@ -38,6 +38,7 @@ from engine.memory.host_memory import release_free_memory, return_large_blocks_a
 from engine.units import format_bytes
 from export.build.build_plan import BuildPlan, PlannedGraph
 from export.build.folder import check_room, locked, present_manifest, swap
+from export.build.int8 import VALUES
 from export.build.trial import try_graph
 from export.build.weights import WEIGHTS, Weight, write_weights
 from export.checkpoint.architecture import sinusoid_frequencies
@@ -242,7 +243,8 @@ def _pack_and_verify(
             in_build=agreement,
             trial=run.trial,
         ),
-        weights_bytes=sum(plan.layout.weights[parameter].bytes for parameter in planned.parameters),
+        weights_bytes=sum(map(plan.layout.parameter_bytes, planned.parameters)),
+        weights_in_int8=any(name + VALUES in plan.layout.weights for name in planned.parameters),
         parity_sample=None if parity_sample is None else describe_file(parity_sample),
         segments=segments,
         segments_file=None if segments_file is None else describe_file(segments_file),

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from engine.bundle.verification import Agreement, relative_l2
 from engine.errors import BuildError
+from export.build import int8
 from export.build.trial import BOUNDS, METHODS, TrialRun, trial_symbols
 from export.build.weights import WEIGHTS
 from export.graphs.builder import GraphBuilder, as_tensor, call_arguments
@@ -65,9 +66,30 @@ def load_module(builder: GraphBuilder, weights: Path) -> torch.nn.Module:
     """
     module = builder.module()
     with safe_open(weights, framework="pt") as file:
-        state = {name: file.get_tensor(name).to(torch.float32) for name, _ in module.named_parameters()}
+        read = ParameterReader(file)
+        state = {name: read(name) for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module
+
+
+class ParameterReader:
+    """Reads parameters from a bundle's weights file in float32; those in int8 are multiplied out.
+
+    Args:
+        file: opened by `safetensors.safe_open` for torch.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = frozenset(file.keys())
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name in self._names:
+            stored: torch.Tensor = self._file.get_tensor(name)
+            return stored.to(torch.float32)
+        values, scales = (self._file.get_tensor(name + part).to(torch.float32) for part in (int8.VALUES, int8.SCALES))
+        product: torch.Tensor = values * scales.reshape(-1, *(1,) * (values.ndim - 1))
+        return product
 
 
 class Streamed(TorchFunctionMode):
@@ -84,7 +106,7 @@ class Streamed(TorchFunctionMode):
     def __init__(self, module: torch.nn.Module, file: Any) -> None:
         super().__init__()
         self._names = {parameter: name for name, parameter in module.named_parameters()}
-        self._file = file
+        self._stored = ParameterReader(file)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -94,8 +116,7 @@ class Streamed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _read(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        stored: torch.Tensor = self._file.get_tensor(self._names[parameter])
-        return stored.to(torch.float32)
+        return self._stored(self._names[parameter])
 
 
 def run_torch(builder: GraphBuilder, inputs: Mapping[str, NDArray[Any]], weights: Path) -> dict[str, NDArray[Any]]:

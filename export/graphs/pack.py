@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from engine.bundle.graphspec import DType, GraphSpec
+from engine.bundle.graphspec import GraphSpec
 from engine.errors import BuildError
-from export.build.weights import WEIGHTS, Weight
+from export.build import int8
+from export.build.weights import WEIGHTS, StoredType, Weight
 
 #: ONNX's numbers for our types.
-ONNX_TYPES: dict[DType, int] = {
+ONNX_TYPES: dict[StoredType, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
 }
 
 
 def pack(structure: onnx.ModelProto, spec: GraphSpec, weights: Mapping[str, Weight]) -> onnx.ModelProto:
-    """Return the graph with every parameter as external data in the weights file.
+    """Return the graph with every parameter as external data in the weights file; those in int8 are multiplied out.
 
     Args:
         structure: from `to_onnx.trace`; it is not changed.
@@ -35,9 +37,39 @@ def pack(structure: onnx.ModelProto, spec: GraphSpec, weights: Mapping[str, Weig
     count = len(spec.inputs)
     parameters = list(graph.input)[count:]
     del graph.input[count:]
+    products = []
     for parameter in parameters:
-        graph.initializer.append(_external(parameter, spec.name, weights))
+        if parameter.name + int8.VALUES in weights:
+            values, scales = _in_int8(parameter)
+            graph.initializer.extend(_external(part, spec.name, weights) for part in (values, scales))
+            products.append(
+                helper.make_node(
+                    "DequantizeLinear",
+                    [values.name, scales.name],
+                    [parameter.name],
+                    name=f"{parameter.name}.dequantized",
+                    axis=0,
+                )
+            )
+        else:
+            graph.initializer.append(_external(parameter, spec.name, weights))
+    if products:
+        nodes = list(graph.node)
+        del graph.node[:]
+        graph.node.extend((*products, *nodes))  # in the order in which they run
+        for opset in model.opset_import:
+            opset.version = max(opset.version, int8.OPSET)
     return model
+
+
+def _in_int8(parameter: onnx.ValueInfoProto) -> tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]:
+    """Return the integers and the scales of a parameter, one scale per index of its first axis."""
+    kind = parameter.type.tensor_type
+    shape = [axis.dim_value for axis in kind.shape.dim]
+    return (
+        helper.make_tensor_value_info(parameter.name + int8.VALUES, TensorProto.INT8, shape),
+        helper.make_tensor_value_info(parameter.name + int8.SCALES, kind.elem_type, shape[:1]),
+    )
 
 
 def _external(parameter: onnx.ValueInfoProto, graph: str, weights: Mapping[str, Weight]) -> TensorProto:

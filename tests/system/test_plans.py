@@ -23,12 +23,17 @@ from engine import Restorer
 from engine.backends.trt_library import TrtLibrary, open_library
 from engine.backends.trt_plan import check_plan
 from engine.bundle.files import describe_file
+from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.bundle.manifest import Audit, Bundle, TrtEngine, open_bundle, plan_key
+from engine.bundle.profiles import Profile, Range
 from engine.errors import BackendError, BuildError, BundleError, UsageError
 from export.build import steps as build_module
 from export.build.build_plan import make_plan
 from export.build.request import BuildRequest, LoraRequest
 from export.build.steps import build
+from export.build.weights import Weight, plan_layout, write_weights
+from export.checkpoint.tensor_files import LazyTensor
+from export.graphs.pack import pack
 from export.trt import compile as plans_module
 from export.trt.audit import audit, heavy_layers
 from export.trt.compile import PlanOptions, check_targets, compile_plan, known_targets
@@ -92,6 +97,40 @@ def test_every_graph_of_the_reference_model_becomes_a_plan(planned, library):
     kinds = {name: set(graph.plan.audit.flops) for name, graph in planned.manifest.graphs.items()}
     assert kinds["unet"] == {"half"}
     assert kinds["vae_decoder"] == {"bf16"}
+
+
+def test_weights_in_int8_are_so_in_the_plan(library, tmp_path):
+    """A product with a matrix of 4 MiB in float16, as `pack` writes it: its plan is of half the size."""
+    spec = GraphSpec(
+        name="product",
+        role="text",
+        precision="fp16",
+        inputs=(TensorSpec(name="x", dtype="float16", shape=("B", 1024)),),
+        outputs=(TensorSpec(name="y", dtype="float16", shape=("B", 2048)),),
+        multiples={},
+    )
+    x, y, m = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape)
+        for name, shape in (("x", ["B", 1024]), ("y", ["B", 2048]), ("m", [2048, 1024]))
+    )
+    nodes = [helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])]
+    structure = helper.make_model(
+        helper.make_graph(nodes, "product", [x, m], [y]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )
+    values = np.random.default_rng(0).standard_normal((2048, 1024), np.float32)
+    source = {"m": LazyTensor("m", tmp_path, values.shape, lambda: values)}
+    profile = Profile(ranges={"B": Range(1, 1, 1)})
+    options = PlanOptions(library, ("8.9",), None, {"product": (profile,)}, weight_stripped=False)
+    sizes = []
+    for weights in (Weight("m", "float16", values.shape).in_int8(), (Weight("m", "float16", values.shape),)):
+        layout = plan_layout(weights)
+        write_weights(tmp_path / "weights.safetensors", layout, source, [])
+        onnx.save(pack(structure, spec, layout.weights), tmp_path / "product.onnx")
+        graph = SimpleNamespace(spec=spec, file=describe_file(tmp_path / "product.onnx"))
+        plan = compile_plan(graph, tmp_path, describe_file(tmp_path / "weights.safetensors"), options)
+        assert plan.audit.share_16_bit == 1
+        sizes.append(plan.file.bytes)
+    assert sizes[1] - sizes[0] > 0.9 * 2048 * 1024
 
 
 def test_float32_is_compiled_too_and_the_oldest_target_has_no_bfloat16(build_plans):
@@ -501,6 +540,7 @@ def test_what_can_be_compiled_for_is_asked_of_the_library(library):
             {"weight_stripped": True, "weight_streaming": True},
             "--strip-weights and --weight-streaming exclude each other",
         ),
+        ({"weight_stripped": True, "weights": "int8"}, "--strip-weights and --weights int8 exclude each other"),
         ({"backend": "onnxruntime", "targets": ("8.9",)}, "--compute-capability is about plans"),
         ({"backend": "onnxruntime", "shapes": "512"}, "--shapes is about plans"),
         ({"backend": "onnxruntime", "batch": 2}, "--batch is about plans"),

@@ -98,6 +98,9 @@ class Counted:
     def __init__(self, file):
         self.file, self.read = file, set()
 
+    def keys(self):
+        return self.file.keys()
+
     def get_tensor(self, name):
         self.read.add(name)
         return self.file.get_tensor(name)

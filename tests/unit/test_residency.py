@@ -235,7 +235,9 @@ SDXL = {
 def bundle_of(weights):
     graphs = {
         name: SimpleNamespace(
-            weights_bytes=size, spec=SimpleNamespace(precision="fp32" if size < 200 * 10**6 else "fp16")
+            weights_bytes=size,
+            weights_in_int8=False,
+            spec=SimpleNamespace(precision="fp32" if size < 200 * 10**6 else "fp16"),
         )
         for name, size in weights.items()
     }
