@@ -21,13 +21,13 @@ from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
+from engine.cli.claims import clean_stale_claims
 from engine.cli.jobs import (
     PhotoJob,
     Placement,
     check_folder,
     check_options,
     find_photos,
-    is_folder,
     plan_jobs,
     raws_left_out,
 )
@@ -72,8 +72,9 @@ def restore(arguments: Sequence[str]) -> int:
             return provenance_of(bundle, settings.updated({"seed": seed}))
 
         jobs = plan_jobs(found, placement, settings.seed, provenance)
-        for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
+        for folder in {output.parent for job in jobs for output in (*job.done, *(output for _, output in job.outputs))}:
             clean_stale_temp_files(folder)
+            clean_stale_claims(folder)
         bar = opened.enter_context(StepBar(jobs, settings.steps, quiet=options.quiet))
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = RunSummary()

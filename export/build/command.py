@@ -29,7 +29,7 @@ from export.build.request import VERIFY, BuildRequest, LoraRequest
 from export.trt.compile import DEFAULT_TARGETS
 
 #: What the extra `build` brings, and what only `export` does.
-_BUILD_PACKAGES = ("filelock", "google", "ml_dtypes", "onnx", "safetensors")
+_BUILD_PACKAGES = ("google", "ml_dtypes", "onnx", "safetensors")
 _EXPORT_PACKAGES = ("diffusers", "onnx_ir", "onnxscript", "torch")
 
 

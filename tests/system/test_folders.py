@@ -169,10 +169,10 @@ def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, t
             seen.append(wrote_a.wait(60))
         return work(self, *arguments)
 
-    def writing(self, output, result):
+    def writing(self, job, output, result):
         if output.name == "a.png":
             seen.append(restoring_b.wait(60))
-        write(self, output, result)
+        write(self, job, output, result)
         if output.name == "a.png":
             wrote_a.set()
 
