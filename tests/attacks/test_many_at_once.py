@@ -2,37 +2,46 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
 
+pytest.importorskip("onnx", reason="needs the build extra")
+
 from engine import Restorer
+from engine.bundle.manifest import open_bundle
+from engine.bundle.verification import Trial
 from engine.cli.batch import BatchRunner, restore_all
 from engine.cli.claims import claim_photo, clean_stale_claims
 from engine.cli.console import run_command
 from engine.cli.jobs import Placement, find_photos, plan_jobs
+from engine.errors import OutputError
 from engine.image.files import read_provenance
 from engine.pipeline.provenance import provenance_of
 from engine.restore import main
+from export.build import folder, steps
+from export.build.trial import TrialRun
 
 SETTINGS = ["--steps", "1", "--min-size", "64", "--threads", "1"]
 
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
+    place = tmp_path / "photos"
+    place.mkdir()
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    return place
 
 
 @pytest.fixture
@@ -47,8 +56,8 @@ def restore(bundle_fp32, capsys):
     return call
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+def names(place):
+    return sorted(path.name for path in place.iterdir())
 
 
 @pytest.mark.timeout(120)
@@ -201,3 +210,108 @@ def test_a_photo_from_the_future_is_gone_on_with_until_it_changes(restore, photo
         status, _, err = restore(photos, "-o", out)
         assert status == 1
         assert "0.png: exists already" in err
+
+
+# -- builds that are killed -------------------------------------------------------------------------------
+
+
+def killed_before(act, partial, output):
+    """Swap in a process of its own, which ends before the `act`th step; tell whether it ended so.
+
+    A step is a rename, the removal of a file, or of half of a folder.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = iter(range(act))
+
+    def step(whole):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                os._exit(9)
+            return whole(*arguments, **options)
+
+        return call
+
+    def remove(place, **options):
+        files = sorted(place.iterdir()) if place.exists() else []
+        for part in (files[: len(files) // 2], files[len(files) // 2 :]):
+            step(lambda part=part: [os.unlink(file) for file in part])()
+        rmtree(place, **options)
+
+    rmtree = shutil.rmtree
+    Path.rename, Path.unlink, folder.shutil.rmtree = step(Path.rename), step(Path.unlink), remove
+    status = 1
+    try:
+        folder.swap(partial, output)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes as Unix has them")
+def test_a_swap_that_is_killed_anywhere_is_put_right(tmp_path):
+    """Either bundle is in place, whole; the new one can be gone on with where it is not; and nothing else is left."""
+    seen = []
+    for act in range(20):
+        output = tmp_path / f"{act}" / "bundle"
+        partial = folder.partial_folder(output)
+        for place, names_of_files in ((output, "abc"), (partial, [*"def", folder.STATE])):
+            place.mkdir(parents=True)
+            for name in names_of_files:
+                (place / name).touch()
+        killed = killed_before(act, partial, output)
+        folder.repair(output)
+        if names(output) == ["a", "b", "c"]:
+            assert names(partial) == ["d", "e", "f", folder.STATE]
+            assert names(output.parent) == [".bundle.building", "bundle"]
+        else:
+            assert set(names(output)) - {folder.STATE} == {"d", "e", "f"}  # the state goes when the bundle is opened
+            assert names(output.parent) == ["bundle"]
+        seen.append(names(output)[0])
+        if not killed:
+            break
+    assert "".join(seen) == "aadddd"
+
+
+class Stop(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_build_that_was_killed_in_its_swap_is_gone_on_with(bundle_fp32, build_bundle, tmp_path, monkeypatch):
+    def stop(partial, output):
+        output.rename(output.parent / f".{output.name}.old")
+        raise Stop
+
+    trial = TrialRun(Trial(method="not run", symbols={}), {}, {})
+    monkeypatch.setattr(steps, "try_graph", lambda *_: trial)
+    output = shutil.copytree(bundle_fp32, tmp_path / "bundle", copy_function=os.link)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "swap", stop)
+        with pytest.raises(Stop):
+            build_bundle(output, preset="supir")
+    monkeypatch.setattr(steps, "write_weights", None)  # they are there
+    build_bundle(output, preset="supir")
+    assert open_bundle(output).manifest.preset == "supir"
+    assert names(tmp_path) == ["bundle"]
+    assert folder.STATE not in names(output)
+
+
+def test_what_a_killed_build_of_something_else_left_is_cleared(bundle_fp32, build_bundle, tmp_path):
+    shutil.copytree(bundle_fp32, tmp_path / "bundle")
+    (tmp_path / ".bundle.building").mkdir()
+    (tmp_path / ".bundle.building" / folder.STATE).write_text(json.dumps({"key": {"preset": "supir"}}))
+    (tmp_path / ".bundle.lock").touch()
+    (tmp_path / "bundle" / folder.STATE).touch()  # of one that was killed when its bundle was in place
+    before = names(bundle_fp32)
+    build_bundle(tmp_path / "bundle")
+    assert names(tmp_path) == ["bundle"]
+    assert names(tmp_path / "bundle") == before
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(build_bundle, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / folder.STATE).write_text("{}")
+    with pytest.raises(OutputError, match="something that is no bundle lies there"):
+        build_bundle(tmp_path / "mine")
+    assert names(tmp_path / "mine") == [folder.STATE]
