@@ -131,11 +131,12 @@ def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: ar
         print(json.dumps(reports, indent=1))
     elif not options.quiet:
         for report in reports:
-            print(f"{report['output']}  ({report['total_ms'] / 1e3:.1f} s, seed {report['settings']['seed']})")
+            took, seed = report["total_ms"] / 1e3, report["settings"]["seed"]
+            print(printable(f"{report['output']}  ({took:.1f} s, seed {seed})"))
         if tally.photos > 1 or tally.kept:
-            print(*tally.lines(), sep="\n")
+            print(*map(printable, tally.lines()), sep="\n")
         if options.report is not None:
-            print(f"report: {options.report}")
+            print(printable(f"report: {options.report}"))
     if tally.failed:
         raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
 
@@ -158,7 +159,7 @@ def _facts(bundle: Bundle, settings: Settings) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(printable(f"warning: {text}"), file=sys.stderr)
 
 
 # -- what to do -----------------------------------------------------------------------------------
