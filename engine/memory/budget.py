@@ -74,6 +74,11 @@ class MemoryBudget:
         """How many pixels a photo may have to be read at all."""
         return int(_PHOTO_FILE * self.bytes) // _BYTES_PER_FILE_PIXEL
 
+    @staticmethod
+    def photo_bytes(pixels: int) -> int:
+        """Return what the arrays of a photo take, of as many pixels as the networks see."""
+        return pixels * _BYTES_PER_PIXEL
+
     @classmethod
     def for_weights(cls, needed_bytes: int) -> MemoryBudget:
         """Return the least budget whose share holds these weights."""
