@@ -13,6 +13,9 @@ from engine.cli.console import run_command
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
+    from engine.memory.host_memory import check_addresses
+
+    check_addresses()
     from engine.cli.command import restore
 
     return restore(arguments)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.cli.jobs import PhotoJob, is_made
+from engine.cli.claims import Claim, claim_photo, wait_for_photo
+from engine.cli.jobs import PhotoJob, file_stamp, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
 from engine.image.photo import Photo
@@ -60,6 +63,23 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A photo as it was taken on.
+
+    Attributes:
+        job: what is left to be made of it.
+        photo: as it was read; None if nothing is to be done about it.
+        stamp: its file's, from before it was read.
+        claim: that keeps other runs off it; None where nothing is made, or whatever is there is replaced.
+    """
+
+    job: PhotoJob
+    photo: Photo | None = None
+    stamp: dict[str, int] | None = None
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True)
 class BatchRunner:
     """How photos are restored.
 
@@ -81,10 +101,37 @@ class BatchRunner:
     quality: int | None = None
     any_size: bool = False
 
-    def read(self, job: PhotoJob) -> Photo | None:
-        """Read a photo, unless nothing is to be done about it."""
+    def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
+        """Take a photo on: claim it, see what of it another run has made by now, and read it.
+
+        Args:
+            job: of the photo.
+            stop: ends the wait for another run that has the photo; None does not wait.
+        Returns:
+            The photo, or None while another run has it.
+        """
         if job.error is not None or not (job.outputs or self.previews):
-            return None
+            return Source(job)
+        claim: Claim | None = None
+        if job.outputs and not self.overwrite:
+            folder = job.outputs[0][1].parent
+            _make_folder(folder)
+            claim = claim_photo(job.photo, folder) if stop is None else wait_for_photo(job.photo, folder, stop)
+            if claim is None:
+                return None
+        try:
+            left = self.remaining(job)
+            if not (left.outputs or self.previews):
+                return Source(left, claim=claim)
+            stamp = file_stamp(job.photo) if job.photo.is_file() else None  # else reading says what is wrong
+            return Source(left, self.read(left), stamp, claim)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+    def read(self, job: PhotoJob) -> Photo:
+        """Read a photo."""
         return read_photo(job.photo, max_pixels=None if self.any_size else self.restorer.max_photo_pixels)
 
     def restore(self, photo: Photo, plan: RestorationPlan, seed: int, watch: ProgressListener) -> Restored:
@@ -98,8 +145,10 @@ class BatchRunner:
             on_note=lambda text: watch.note(f"note: {text}"),
         )
 
-    def write(self, output: Path, result: Restored) -> None:
-        """Write a result."""
+    def write(self, job: PhotoJob, output: Path, result: Restored) -> None:
+        """Write a result, unless it is there: claims keep runs apart, but not on every disk."""
+        if not self.overwrite and self._is_made(job, result.settings.seed, output):
+            return
         write_photo(output, result.photo, result.provenance, overwrite=self.overwrite, quality=self.quality)
 
     def remaining(self, job: PhotoJob) -> PhotoJob:
@@ -116,34 +165,58 @@ class BatchRunner:
 
 
 def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
-    """Restore photos one after the other, and yield what became of each, in order.
+    """Restore photos one after the other, and yield what became of each.
 
     One photo is decoded ahead and one result encoded behind, each in a thread of its own, so memory holds three
-    photos at most. What goes wrong with one is part of its outcome and does not touch the others.
+    photos at most. What goes wrong with one is part of its outcome and does not touch the others. Photos that
+    another run has claimed come last: by then that run has made them, or is waited for, or was killed.
 
     Args:
         jobs: what to restore into which files.
         work: how.
         watch: is told how it goes.
     """
+    stop = threading.Event()
+    queue: deque[tuple[PhotoJob, threading.Event | None]] = deque((job, None) for job in jobs)
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-        ahead = reader.submit(work.read, jobs[0]) if jobs else None
+        source: Future[Source | None] | None = None
+        ahead: Future[Source | None] | None = None
         behind: _Open | None = None
-        for index, job in enumerate(jobs):
-            assert ahead is not None
-            photo = ahead
-            if index + 1 < len(jobs):
-                ahead = reader.submit(work.read, jobs[index + 1])
-            current = _Open(job)
-            try:
-                _restore_one(current, photo, work, watch, writer, behind)
-            except Exception as error:
-                current.error = _restore_error(error, job, watch)
+        try:
+            while queue:
+                job, waited = queue.popleft()
+                source = ahead or reader.submit(work.take, job, waited)
+                ahead = reader.submit(work.take, *queue[0]) if queue else None
+                if source.exception() is None and source.result() is None:
+                    queue.append((job, stop))
+                    continue
+                current = _Open(job)
+                try:
+                    _restore_one(current, source, work, watch, writer, behind)
+                except Exception as error:
+                    current.error = _restore_error(error, job, watch)
+                finally:
+                    _release(source, writer)
+                if behind is not None:
+                    yield behind.outcome(watch)
+                behind = current
             if behind is not None:
                 yield behind.outcome(watch)
-            behind = current
-        if behind is not None:
-            yield behind.outcome(watch)
+        finally:
+            stop.set()
+            for taken in (source, ahead):
+                if taken is not None:
+                    _release(taken, writer)
+
+
+def _release(source: Future[Source | None], writer: ThreadPoolExecutor) -> None:
+    """Release a photo's claim as soon as all that is submitted to the writer is written."""
+
+    def release() -> None:
+        if source.exception() is None and (taken := source.result()) is not None and taken.claim is not None:
+            taken.claim.release()
+
+    writer.submit(release)
 
 
 @dataclass
@@ -179,7 +252,7 @@ class _Open:
 
 def _restore_one(
     current: _Open,
-    source: Future[Photo | None],
+    source: Future[Source | None],
     work: BatchRunner,
     watch: ProgressListener,
     writer: ThreadPoolExecutor,
@@ -189,10 +262,13 @@ def _restore_one(
         raise current.job.error
     if current.job.outputs:
         watch.begin(current.job)
-    photo = source.result()
+    taken = source.result()
+    assert taken is not None
+    # Again: without a claim, another run may have made it while it was read ahead.
+    current.job = job = work.remaining(taken.job)
+    photo = taken.photo
     if photo is None:
         return
-    current.job = job = work.remaining(current.job)
     if not job.outputs:
         if work.previews:
             current.pictures = [writer.submit(preview, photo), writer.submit(_preview_of_file, job.done[0])]
@@ -211,11 +287,12 @@ def _restore_one(
         watch.note(f"{job.photo}: {plan}", detail=True)
     for seed, output in job.outputs:
         result = work.restore(photo, plan, seed, watch)
+        result = replace(result, provenance={**result.provenance, "photo": taken.stamp})
         if behind is not None:
             behind.wait()
         current.wait()
         current.reports.append(_report(job.photo, output, photo, result))
-        current.writes.append(writer.submit(work.write, output, result))
+        current.writes.append(writer.submit(work.write, job, output, result))
         if work.previews and not current.pictures:
             current.pictures = [writer.submit(preview, photo), writer.submit(preview, result.photo)]
 

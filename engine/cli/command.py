@@ -21,13 +21,13 @@ from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
+from engine.cli.claims import clean_stale_claims
 from engine.cli.jobs import (
     PhotoJob,
     Placement,
     check_folder,
     check_options,
     find_photos,
-    is_folder,
     plan_jobs,
     raws_left_out,
 )
@@ -72,8 +72,9 @@ def restore(arguments: Sequence[str]) -> int:
             return provenance_of(bundle, settings.updated({"seed": seed}))
 
         jobs = plan_jobs(found, placement, settings.seed, provenance)
-        for folder in {output.parent for job in jobs for _, output in job.outputs if is_folder(options.output)}:
+        for folder in {output.parent for job in jobs for output in (*job.done, *(output for _, output in job.outputs))}:
             clean_stale_temp_files(folder)
+            clean_stale_claims(folder)
         bar = opened.enter_context(StepBar(jobs, settings.steps, quiet=options.quiet))
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = RunSummary()
@@ -130,11 +131,12 @@ def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: ar
         print(json.dumps(reports, indent=1))
     elif not options.quiet:
         for report in reports:
-            print(f"{report['output']}  ({report['total_ms'] / 1e3:.1f} s, seed {report['settings']['seed']})")
+            took, seed = report["total_ms"] / 1e3, report["settings"]["seed"]
+            print(printable(f"{report['output']}  ({took:.1f} s, seed {seed})"))
         if tally.photos > 1 or tally.kept:
-            print(*tally.lines(), sep="\n")
+            print(*map(printable, tally.lines()), sep="\n")
         if options.report is not None:
-            print(f"report: {options.report}")
+            print(printable(f"report: {options.report}"))
     if tally.failed:
         raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
 
@@ -157,7 +159,7 @@ def _facts(bundle: Bundle, settings: Settings) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(printable(f"warning: {text}"), file=sys.stderr)
 
 
 # -- what to do -----------------------------------------------------------------------------------

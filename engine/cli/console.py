@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from engine.errors import RestoreError, from_os_error
+from engine.errors import OutOfMemoryError, RestoreError, from_os_error
 
+#: What a loader and Python say where a process may not have more: ImportError and RuntimeError.
+_LACK_OF_MEMORY = ("failed to map segment", "cannot allocate memory", "can't start new thread")
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
@@ -46,8 +48,7 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interru
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except MemoryError:
-        print("error: out of memory\n  to do:    close other programs, or restore at a smaller size", file=sys.stderr)
-        return RestoreError.exit_code
+        return _out_of_memory()
     except BrokenPipeError:
         _drop_output()
         return RestoreError.exit_code
@@ -57,11 +58,13 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], interru
         print(f"error: {from_os_error(error, place, 'read or write', 'either')}", file=sys.stderr)
         _drop_output()
         return RestoreError.exit_code
-    except Exception:
+    except Exception as error:
         # NumPy, while it loads, makes an ImportError of a KeyboardInterrupt.
         if interrupted.is_set():
             print("\ninterrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
+        if any(text in str(error) for text in _LACK_OF_MEMORY):
+            return _out_of_memory()
         traceback.print_exc()
         print("\nThis is a bug. Please report the lines above and the command.", file=sys.stderr)
         return EXIT_BUG
@@ -86,6 +89,12 @@ def _interrupts() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _out_of_memory() -> int:
+    fix = "close other programs, raise a limit on memory, if one is set, or restore at a smaller size"
+    print(f"error: {OutOfMemoryError('out of memory', fix=fix)}", file=sys.stderr)
+    return OutOfMemoryError.exit_code
 
 
 def _drop_output() -> None:

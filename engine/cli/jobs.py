@@ -144,7 +144,8 @@ def plan_jobs(
                 done.append(output)
                 continue
             if output.parent.is_dir() or not is_folder(placement.output):  # else it is made when it is needed
-                check_output(output, overwrite=placement.overwrite)
+                # Of a folder's photo, `_is_kept` has seen none; one that another run has made since then is no error.
+                check_output(output, overwrite=placement.overwrite or item.folder is not None)
             outputs.append((seed + index, output))
         jobs.append(PhotoJob(item.photo, () if error else tuple(outputs), tuple(done), error))
     return jobs
@@ -156,13 +157,29 @@ def raws_left_out(names: Sequence[Path], *, recursive: bool) -> int:
     return sum(len(list_images(folder, recursive=recursive, suffixes=RAW.suffixes)) for folder in folders)
 
 
+def file_stamp(photo: Path) -> dict[str, int]:
+    """Return by what a photo's file is known again, for the metadata of its results.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    status = photo.stat()
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
 def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
-    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `provenance`."""
+    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `provenance`.
+
+    The photo is what it was if its file has the size and date that the result notes, be that date in the future; or
+    if its size is the same, or not noted, and the result is newer: copies of folders have dates of their own.
+    """
     try:
-        if output.stat().st_mtime < photo.stat().st_mtime:
-            return False
-        noted = read_provenance(output)
+        now, noted = file_stamp(photo), read_provenance(output)
+        is_newer = output.stat().st_mtime_ns >= now["modified_ns"]
     except (OSError, RestoreError):
+        return False
+    before = noted.get("photo", {"bytes": now["bytes"]})
+    if before != now and not (is_newer and isinstance(before, dict) and before.get("bytes") == now["bytes"]):
         return False
     asked = json.loads(json.dumps(provenance))
     return all(noted.get(key) == asked[key] for key in ("bundle", "settings"))

@@ -9,6 +9,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from engine.cli.jobs import PhotoJob
+from engine.errors import printable
 
 
 class StepBar:
@@ -41,7 +42,7 @@ class StepBar:
         self._begun += 1
         self._owed = self._steps * len(job.outputs)
         count = f"[{self._begun}/{self._jobs}] " if self._jobs > 1 else ""
-        self._bar.set_description_str(f"{count}{job.photo.name}")
+        self._bar.set_description_str(printable(f"{count}{job.photo.name}"))
 
     def step(self) -> None:
         self._owed -= 1
@@ -52,7 +53,7 @@ class StepBar:
 
     def note(self, text: str, *, detail: bool = False) -> None:
         if not (detail and self._quiet):
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=sys.stderr)
 
     def drop(self) -> None:
         """Leave nothing of the bar behind: half a bar says nothing beside an error."""

@@ -19,8 +19,6 @@ _SERVED_ATTENTION = 0.25
 _PHOTO_FILE = 0.5
 #: Its colours and transparency as f32, and up to 8 bytes of its file.
 _BYTES_PER_FILE_PIXEL = 4 * 4 + 8
-#: What a large photo's own arrays may take: networks see tiles of it, and need the rest.
-_PIXELS = 0.6
 #: While colours are fixed there are the photo, stage 1, the networks' output and the result as f32, and a few rows of
 #: each; 53 bytes were measured.
 BYTES_PER_PIXEL = 5 * 3 * 4
@@ -69,12 +67,17 @@ class MemoryBudget:
     @property
     def pixels(self) -> int:
         """How many pixels of a photo the networks may see, be it in tiles."""
-        return int(_PIXELS * self.bytes) // BYTES_PER_PIXEL
+        return self.bytes // BYTES_PER_PIXEL
 
     @property
     def file_pixels(self) -> int:
         """How many pixels a photo may have to be read at all."""
         return int(_PHOTO_FILE * self.bytes) // _BYTES_PER_FILE_PIXEL
+
+    @staticmethod
+    def photo_bytes(pixels: int) -> int:
+        """Return what the arrays of a photo take, of as many pixels as the networks see."""
+        return pixels * BYTES_PER_PIXEL
 
     @classmethod
     def for_weights(cls, needed_bytes: int) -> MemoryBudget:

@@ -213,6 +213,11 @@ def choose_resident_graphs(bundle: Bundle, budget: MemoryBudget, compute: Precis
     return kept
 
 
+def resident_bytes(bundle: Bundle, kept: Iterable[str], compute: Precision = "fp32") -> int:
+    """Return the bytes of weights that are in a computer's memory at once, where some graphs stay."""
+    return _largest(host_weights(bundle, compute), PHASES, kept)
+
+
 def host_weights(bundle: Bundle, compute: Precision = "fp32") -> dict[str, int]:
     """Return the bytes that each graph's weights take in a computer's memory, in the type they are computed in.
 

@@ -19,7 +19,7 @@ from engine.bundle.sdxl import HEAD_CHANNELS
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.image.photo import Size
 from engine.memory.budget import MemoryBudget
-from engine.memory.vae_slices import SlicedVae, peak_bytes
+from engine.memory.vae_slices import SlicedVae, peak_bytes, widest_map_bytes
 from engine.sampling.tiling import Tiling, Trapezoid, gaussian
 from engine.settings import Settings
 from engine.units import format_memory
@@ -32,8 +32,10 @@ _WHOLE_UP_TO = 4
 #: Smaller tiles show too little of a picture, whatever a bundle's working size.
 _MIN_TILE_PX = 256
 _FLOAT = np.dtype(np.float32).itemsize
-#: SDXL's VAE is 256 channels wide at full size, in float32; four such maps at a time.
-_VAE_BYTES_PER_PIXEL = 4 * 256 * _FLOAT
+#: The VAE holds so many of its widest maps at a time; SDXL's are 256 channels wide at full size.
+_VAE_MAPS, _VAE_CHANNELS = 4, 256
+#: Libraries' own, beside maps and arrays. Measured with the demo: 27 MiB.
+_BESIDE_BYTES = 64 << 20
 #: Side of the VAE's tiles and how far neighbours overlap, in latent cells.
 _VAE_TILE_CELLS, _VAE_OVERLAP = 64, 16
 _MIN_VAE_TILE_CELLS = 32
@@ -132,7 +134,7 @@ def default_tile(bundle: Bundle) -> int:
     return max(_MIN_TILE_PX, bundle.manifest.defaults.min_size) // multiple * multiple
 
 
-def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBudget) -> SizePlan:
+def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBudget, held_bytes: int = 0) -> SizePlan:
     """Choose how a photo is restored on a computer; photos restored beside it do not matter.
 
     Args:
@@ -140,9 +142,10 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBu
         size: (width, height) in pixels that the networks see.
         settings: what they leave open is chosen by size and memory; what they say is done, or refused.
         budget: of the computer's memory.
+        held_bytes: of weights that are in memory at once.
     Raises:
         UsageError: tiles of that size do not exist.
-        ImageError: what was asked for does not fit.
+        ImageError: what was asked for does not fit, or not even the smallest plan.
     """
     tile = default_tile(bundle)
     _check_tile(bundle, settings)
@@ -184,9 +187,46 @@ def choose_plan(bundle: Bundle, size: Size, settings: Settings, budget: MemoryBu
     if settings.vae_tiles == "auto" and not whole_fits:
         in_slices = bundle.has_segments and slices_bytes(bundle, size) <= budget.slices
     if in_slices:
-        return SizePlan(tile_px, vae_in_slices=True)
+        return _fitting(SizePlan(tile_px, vae_in_slices=True), bundle, size, settings, budget, held_bytes)
     whole = settings.vae_tiles == "off" or (settings.vae_tiles == "auto" and whole_fits) or max(size) <= vae_tile_px
-    return SizePlan(tile_px, None if whole else vae_tile_px)
+    plan = SizePlan(tile_px, None if whole else vae_tile_px)
+    return _fitting(plan, bundle, size, settings, budget, held_bytes)
+
+
+def _fitting(
+    plan: SizePlan, bundle: Bundle, size: Size, settings: Settings, budget: MemoryBudget, held_bytes: int
+) -> SizePlan:
+    """Return a plan, or the first smaller one that fits where the settings leave that open.
+
+    Raises:
+        ImageError: none does. Where a system ends what takes too much, nothing could be said later.
+    """
+    is_open = settings.tile == "auto" and settings.vae_tiles in ("auto", "fast")
+    while (need := held_bytes + restoration_bytes(bundle, size, plan)) > budget.bytes:
+        smaller = plan.smaller(bundle, size, in_slices=settings.vae_tiles == "auto") if is_open else None
+        if smaller is None:
+            raise ImageError(
+                "too large for the memory of this computer",
+                where=f"{size[0]} × {size[1]} pixels",
+                expected=f"{format_memory(need)} of memory, {plan}",
+                found=f"{format_memory(budget.bytes)} available",
+                fix="lower --upscale or --min-size, close other programs, or raise a limit on memory, if one is set"
+                if is_open
+                else "leave --tile and --vae-tiles at auto",
+            )
+        plan = smaller
+    return plan
+
+
+def restoration_bytes(bundle: Bundle, size: Size, plan: SizePlan) -> int:
+    """Return what a restoration takes at (width, height) pixels beside the weights, bounded from above."""
+
+    def part(side: int | None) -> Size:
+        return size if side is None else (min(side, size[0]), min(side, size[1]))
+
+    vae = slices_bytes(bundle, size) if plan.vae_in_slices else vae_bytes(bundle, part(plan.vae_tile_px))
+    graphs = max(vae, sampling_bytes(bundle, part(plan.tile_px)))
+    return _BESIDE_BYTES + MemoryBudget.photo_bytes(size[0] * size[1]) + graphs
 
 
 def device_plans(bundle: Bundle, size: Size, settings: Settings) -> list[SizePlan]:
@@ -244,17 +284,28 @@ def vae_bytes(bundle: Bundle, size: Size) -> int:
     """Return what the VAE needs at (width, height) pixels: its maps, and attention of each cell with each, twice."""
     pixels = size[0] * size[1]
     cells = pixels // bundle.pixels_per_cell**2
-    return _VAE_BYTES_PER_PIXEL * pixels + 2 * _FLOAT * cells**2
+    widest = pixels * _VAE_CHANNELS * _FLOAT
+    if bundle.has_segments:
+        widest = max(
+            widest_map_bytes(bundle.manifest.graphs[graph].segments, _input_shape(bundle, graph, size))
+            for graph in bundle.vae_graphs
+        )
+    return _VAE_MAPS * widest + 2 * _FLOAT * cells**2
 
 
 def slices_bytes(bundle: Bundle, size: Size) -> int:
     """Return what the VAE needs at (width, height) pixels if it works in slices."""
-    factor = bundle.pixels_per_cell
-    symbols = {"B": 1, "h": size[1] // factor, "w": size[0] // factor}
     return max(
-        peak_bytes(bundle.manifest.graphs[graph].segments, resolve(bundle.spec(graph).inputs[0].shape, symbols))
+        peak_bytes(bundle.manifest.graphs[graph].segments, _input_shape(bundle, graph, size))
         for graph in bundle.vae_graphs
     )
+
+
+def _input_shape(bundle: Bundle, graph: str, size: Size) -> tuple[int, ...]:
+    """Return the shape of the VAE's input in a graph, for one image of (width, height) pixels."""
+    factor = bundle.pixels_per_cell
+    symbols = {"B": 1, "h": size[1] // factor, "w": size[0] // factor}
+    return resolve(bundle.spec(graph).inputs[0].shape, symbols)
 
 
 def pixels_of_attention(bundle: Bundle, memory_bytes: int) -> int:

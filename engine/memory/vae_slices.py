@@ -68,6 +68,11 @@ def peak_bytes(segments: Sequence[VaeSegment], shape: Sequence[int]) -> int:
     return most + _BESIDE_BYTES
 
 
+def widest_map_bytes(segments: Sequence[VaeSegment], shape: Sequence[int]) -> int:
+    """Return the bytes of the largest map between two segments for an image of a shape."""
+    return max(map(math.prod, _shapes(segments, shape).values())) * _FLOAT
+
+
 def run_slices(
     segments: Sequence[VaeSegment],
     image: Array,

@@ -32,7 +32,7 @@ from engine.image.preprocess import (
     result_size,
 )
 from engine.memory.budget import MemoryBudget
-from engine.memory.residency import choose_resident_graphs
+from engine.memory.residency import choose_resident_graphs, resident_bytes
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
 from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
@@ -89,6 +89,7 @@ class Restorer:
             compute = backend.computes_in(bundle) if isinstance(backend, ComputingBackend) else "fp32"
             on_host = not isinstance(backend, DeviceBackend)
             kept = choose_resident_graphs(bundle, self._memory, compute) if on_host else None
+            self._weights_bytes = 0 if kept is None else resident_bytes(bundle, kept, compute)
             self.bundle = bundle
             self._runners = Runners(backend, bundle, kept)
             opened.callback(self._runners.close)
@@ -197,7 +198,7 @@ class Restorer:
         recorded = None if like is None else recorded_size_plan(like, size)
         prompts = self.stages.prompts
         if self._session is None:
-            chosen = recorded or choose_plan(self.bundle, size, settings, self._memory)
+            chosen = recorded or choose_plan(self.bundle, size, settings, self._memory, self._weights_bytes)
             return make_plan(self.bundle, prompts, size, settings, chosen, photos)
         candidates = device_plans(self.bundle, size, settings) if recorded is None else [recorded]
         # What the settings leave open may be smaller still; what they ask for is done, or refused.

@@ -22,14 +22,14 @@ from engine.backends import BACKENDS
 from engine.bundle.graphspec import PRECISION_DTYPES
 from engine.bundle.manifest import Graph, default_bundle_dir
 from engine.bundle.verification import Verification
-from engine.errors import BuildError, CheckpointError, UsageError
+from engine.errors import BuildError, CheckpointError, UsageError, printable
 from engine.units import format_bytes
 from export.build.presets import PRESETS
 from export.build.request import VERIFY, BuildRequest, LoraRequest
 from export.trt.compile import DEFAULT_TARGETS
 
 #: What the extra `build` brings, and what only `export` does.
-_BUILD_PACKAGES = ("filelock", "google", "ml_dtypes", "onnx", "safetensors")
+_BUILD_PACKAGES = ("google", "ml_dtypes", "onnx", "safetensors")
 _EXPORT_PACKAGES = ("diffusers", "onnx_ir", "onnxscript", "torch")
 
 
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     plan = make_plan(request, _say)
     if options.dry_run:
         described = plan.describe()
-        print(json.dumps(described, indent=1) if options.json else _plan_text(described))
+        print(json.dumps(described, indent=1) if options.json else printable(_plan_text(described)))
         return 0
     with _Bar(sum(estimate(plan).values()), quiet=options.quiet) as bar:
         result = build(plan, bar, bar.say)
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(f"Built {request.output} in {time.monotonic() - started:.0f} s.")
         for lora in manifest.loras:
-            print(f"  merged LoRA {lora.name} {_lora_text(lora.model_dump())}")
+            print(printable(f"  merged LoRA {lora.name} {_lora_text(lora.model_dump())}"))
         for name, graph in manifest.graphs.items():
             stored = ", weights in int8" if graph.weights_in_int8 else ""
             print(f"  {name:<16} {graph.spec.precision}{stored}  {_verified(graph.verification)}{_plan_of(graph)}")
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _verified(verification: Verification) -> str:
@@ -313,7 +313,7 @@ class _Bar:
         self._bar.update(min(amount, self._bar.total - self._bar.n))
 
     def say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stderr)
+        self._bar.write(printable(line), file=sys.stderr)
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

@@ -15,6 +15,9 @@ from engine.errors import BuildError, BundleError, OutputError
 from engine.units import format_bytes
 from export.build.build_plan import BuildPlan
 
+#: In the folder of a build, what it has finished.
+STATE = "state.json"
+
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
@@ -52,9 +55,11 @@ def present_manifest(output: Path) -> Manifest | None:
             "something that is no bundle lies there", where=output, fix="choose another --output, or move it away"
         )
     try:
-        return open_bundle(output).manifest
+        manifest = open_bundle(output).manifest
     except BundleError:
         return None
+    (output / STATE).unlink(missing_ok=True)  # of a build that was killed when all but this was done
+    return manifest
 
 
 def check_room(plan: BuildPlan, partial: Path) -> int:
@@ -72,10 +77,18 @@ def check_room(plan: BuildPlan, partial: Path) -> int:
     return have
 
 
+def partial_folder(output: Path) -> Path:
+    """Return the folder that a bundle is built in."""
+    return output.parent / f".{output.name}.building"
+
+
 def swap(partial: Path, output: Path) -> None:
-    """Put a finished build in the bundle's place; where that fails, what was there is there again."""
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
+    """Put a finished build in the bundle's place; where that fails, what was there is there again.
+
+    A kill between any two of its acts loses nothing: `repair` puts the old bundle back, and as the state is removed
+    last, the next build goes on behind the last stage of this one.
+    """
+    old = _old_folder(output)
     if output.exists():
         output.rename(old)
     try:
@@ -84,4 +97,18 @@ def swap(partial: Path, output: Path) -> None:
         if old.exists():
             old.rename(output)
         raise
+    (output / STATE).unlink()
     shutil.rmtree(old, ignore_errors=True)
+
+
+def repair(output: Path) -> None:
+    """Put right what a swap that was killed has left: nothing in the bundle's place, or something beside it."""
+    old = _old_folder(output)
+    if old.exists() and not output.exists():
+        old.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_folder(output: Path) -> Path:
+    """Return where the bundle that is replaced lies meanwhile."""
+    return output.parent / f".{output.name}.old"

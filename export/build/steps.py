@@ -37,7 +37,7 @@ from engine.errors import from_os_error
 from engine.memory.host_memory import release_free_memory, return_large_blocks_at_once
 from engine.units import format_bytes
 from export.build.build_plan import BuildPlan, PlannedGraph
-from export.build.folder import check_room, locked, present_manifest, swap
+from export.build.folder import STATE, check_room, locked, partial_folder, present_manifest, repair, swap
 from export.build.int8 import VALUES
 from export.build.trial import try_graph
 from export.build.weights import WEIGHTS, Weight, write_weights
@@ -48,7 +48,6 @@ from export.graphs.traces import Trace
 from export.graphs.vae_segments import cut, write_segments
 from export.trt.compile import compile_plan
 
-_STATE = "state.json"
 _PACKAGES = ("ml_dtypes", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers")
 _TORCH_PACKAGES = ("torch", "diffusers", "onnxscript")
 #: Measured on 2 cores: what a bar needs for a sensible ETA, nothing else depends on it.
@@ -130,6 +129,7 @@ def build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> Bu
 
 def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> BuildResult:
     output = plan.request.output
+    repair(output)
     work = estimate(plan)
     progress.stage("hashing the inputs")
     hashes = plan.hash_sources()
@@ -137,12 +137,13 @@ def _build(plan: BuildPlan, progress: Progress, say: Callable[[str], None]) -> B
     progress.advance(work["hash"])
     present = present_manifest(output)
     changes = tuple(differences(present.key, key)) if present else ()
+    partial = partial_folder(output)
     if present and not changes:
+        shutil.rmtree(partial, ignore_errors=True)  # of a build of something else that was stopped
         return BuildResult("unchanged", present, (), ())
     for change in changes:
         say(f"changed: {change}")
 
-    partial = output.parent / f".{output.name}.building"
     have = check_room(plan, partial)
     say(f"writes {format_bytes(plan.write_bytes)} to a disk with {format_bytes(have)} free")
     state = _resume(partial, key)
@@ -343,7 +344,6 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
             for lora in plan.loras
         ),
     )
-    (partial / _STATE).unlink()
     (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return manifest
 
@@ -376,7 +376,7 @@ def _short(value: Any) -> str:
 def _resume(partial: Path, key: dict[str, Any]) -> _State:
     """Return the state of a stopped build of the same bundle, or start anew."""
     try:
-        state = _State.model_validate_json((partial / _STATE).read_text())
+        state = _State.model_validate_json((partial / STATE).read_text())
     except (OSError, ValueError):
         state = None
     # Through JSON, because that is how the other side was stored.
@@ -393,7 +393,7 @@ def _resume(partial: Path, key: dict[str, Any]) -> _State:
 
 def _drop_unfinished(partial: Path, state: _State) -> None:
     """Remove what a stopped build had begun, so that only what it had finished gets into the bundle."""
-    finished = {_STATE, *(file.name for graph in state.graphs.values() for file in graph.files)}
+    finished = {STATE, *(file.name for graph in state.graphs.values() for file in graph.files)}
     if state.weights is not None:
         finished.add(state.weights.name)
     for path in partial.iterdir():
@@ -402,5 +402,5 @@ def _drop_unfinished(partial: Path, state: _State) -> None:
 
 
 def _save(partial: Path, state: _State) -> None:
-    with atomic_write(partial / _STATE, "keep the state of the build") as file:
+    with atomic_write(partial / STATE, "keep the state of the build") as file:
         file.write(state.model_dump_json().encode())

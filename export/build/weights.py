@@ -188,6 +188,8 @@ def _one(weight: Weight, layout: WeightsLayout, source: LazyTensor, loras: Seque
             f"a weight does not fit {dtype}",
             where=where,
             found=f"values up to {float(np.abs(merged.astype(np.float64)).max()):.3g}",
-            fix="build with --precision bf16 or fp32",
+            fix="build with --precision bf16 or fp32"
+            if weight.dtype == "float16"
+            else "give LoRAs smaller scales, or another checkpoint",
         )
     return np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data

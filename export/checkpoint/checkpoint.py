@@ -6,7 +6,6 @@ engine cannot sample.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from export.checkpoint.model_kinds import (
     require_noise_scheduler,
     require_text_to_image,
 )
+from export.checkpoint.small_files import read_object
 from export.checkpoint.tensor_files import LazyTensor, metadata_of, open_file
 
 
@@ -275,10 +275,11 @@ def _index_of(folder: Path, name: str) -> Path:
 
 
 def _open_shards(index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("not an index of shards", where=index, fix=DOWNLOAD_AGAIN) from error
+    weight_map = read_object(index, "not an index of shards", "weight_map").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_shard, weight_map.values())):
+        raise CheckpointError(
+            "not an index of shards", where=index, expected="weight_map: files beside it", fix=DOWNLOAD_AGAIN
+        )
     files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
     tensors: dict[str, LazyTensor] = {}
     for file in files:
@@ -287,3 +288,8 @@ def _open_shards(index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
         if name not in tensors:
             raise CheckpointError("a shard lacks a tensor", where=index.parent / shard, expected=name)
     return tensors, files
+
+
+def _is_shard(name: object) -> bool:
+    """Tell whether an index names a file of its own folder."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name.encode()) < 256

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from engine.errors import LoraError
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from engine.errors import CheckpointError, LoraError
 from export.checkpoint.lora_kinds import Scaling
 from export.checkpoint.lora_names import unwrapped
+from export.checkpoint.small_files import parse_object, read_small_text
 
 _CONFIG = "adapter_config.json"
 #: Of a safetensors file's metadata.
@@ -35,6 +38,11 @@ _OTHER_FORMULAS = (
     "use_qalora",
     "velora_config",
 )
+_DAMAGED, _OPTIONS = "its configuration is damaged", "PEFT's options, as JSON"
+#: What trainers write: for them a dot is a dot.
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+#: What people write by hand.
+_MOST_EXPRESSIONS, _MOST_CHARACTERS = 64, 256
 
 
 def configuration_of(where: str, file: Path, tensors: Iterable[str], metadata: Mapping[str, str]) -> Configuration:
@@ -53,7 +61,7 @@ def configuration_of(where: str, file: Path, tensors: Iterable[str], metadata: M
             # A pipeline flattens its components' configurations ("unet.lora_alpha"), a model alone writes its own
             # as it is ("lora_alpha").
             components: dict[str, dict[str, Any]] = {}
-            for key, value in json.loads(metadata[_DIFFUSERS_KEY]).items():
+            for key, value in parse_object(metadata[_DIFFUSERS_KEY], _DAMAGED, where, _OPTIONS).items():
                 component, _, option = key.rpartition(".")
                 components.setdefault(component, {})[option] = value
             return Configuration(where, components)
@@ -61,14 +69,10 @@ def configuration_of(where: str, file: Path, tensors: Iterable[str], metadata: M
         by_peft = file.stem == _PEFT_FILE or any(_PEFT_NAMES.search(name) for name in tensors)
         if by_peft and beside.is_file():
             where = f"{where}, by {_CONFIG} beside it"
-            return Configuration(where, {"": json.loads(beside.read_text(encoding="utf-8"))}, beside)
-    except (ValueError, AttributeError, RecursionError) as error:
+            return Configuration(where, {"": parse_object(read_small_text(beside), _DAMAGED, where, _OPTIONS)}, beside)
+    except CheckpointError as error:
         raise LoraError(
-            "its configuration is damaged",
-            where=where,
-            expected="PEFT's options, as JSON",
-            found=str(error),
-            fix="download or save it again",
+            error.problem, where=error.where, expected=error.expected, found=error.found, fix=error.fix
         ) from error
     return Configuration(where, {})
 
@@ -135,9 +139,9 @@ class Configuration:
                 bool(config.get("use_dora")),
                 bool(config.get("use_rslora")),
             )
-        except (TypeError, ValueError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise LoraError(
-                "its configuration is damaged",
+                _DAMAGED,
                 where=self.where,
                 expected="numbers as alpha and rank, and patterns of layers' names",
                 found=str(error),
@@ -150,7 +154,47 @@ def _type_of(config: Mapping[str, Any]) -> str:
 
 
 def _of_layer(config: Mapping[str, Any], layer: str, option: str, default: Any) -> Any:
-    pattern = config.get(option) or {}
-    # PEFT takes a layer for one of a pattern if the pattern matches all of its name, or a part behind a dot.
-    key = next((each for each in pattern if re.match(rf"(.*\.)?({each})$", layer)), layer)
-    return pattern.get(key, default)
+    values = config.get(option) or {}
+    if not isinstance(values, dict):
+        raise TypeError(f"{option}: {type(values).__name__}")
+    key = _patterns(tuple(values)).first_match(layer)
+    return default if key is None else values[key]
+
+
+class _Patterns:
+    """Keys of PEFT's patterns: names of layers, or regular expressions.
+
+    PEFT takes a layer for one of a pattern if the pattern matches all of its name, or a part behind a dot. Keys are
+    strangers', and Python's own matching can take forever: Rust's, which is pydantic's, takes time in proportion
+    to the name and the pattern.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._names = {key: index for index, key in enumerate(keys) if _PLAIN_NAME.fullmatch(key)}
+        expressions = [(index, key) for index, key in enumerate(keys) if key not in self._names]
+        if len(expressions) > _MOST_EXPRESSIONS:
+            raise ValueError(f"more than {_MOST_EXPRESSIONS} regular expressions")
+        self._expressions = [(index, key, _expression(key)) for index, key in expressions]
+
+    def first_match(self, layer: str) -> str | None:
+        """Return the first key that a layer is one of, None if it is of none."""
+        parts = layer.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        found = [(self._names[end], end) for end in ends if end in self._names]
+        found += [(index, key) for index, key, matcher in self._expressions if matcher.isinstance_python(layer)]
+        return min(found, default=(0, None))[1]
+
+
+@lru_cache(maxsize=8)
+def _patterns(keys: tuple[str, ...]) -> _Patterns:
+    return _Patterns(keys)
+
+
+def _expression(key: str) -> SchemaValidator:
+    # A repetition of a repetition makes a short expression a large machine.
+    if len(key) > _MOST_CHARACTERS or "{" in key:
+        raise ValueError(f"a regular expression with braces, or of over {_MOST_CHARACTERS} characters: {key[:40]}")
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({key})$"))
+    except SchemaError as error:
+        raise ValueError(f"no regular expression: {key}") from error

@@ -21,7 +21,7 @@ from engine.errors import CheckpointError
 DOWNLOAD_AGAIN = "download it again; a download that broke off leaves a truncated file"
 
 #: Strides can repeat one stored value over any size. More than this is an attack on whoever reads it.
-_MOST_REPEATED_BYTES = 1 << 26
+MOST_REPEATED_BYTES = 1 << 26
 #: What NumPy 1 can do.
 MOST_DIMENSIONS = 32
 
@@ -98,7 +98,7 @@ def tensor_at(
             found=shorten(f"shape {list(shape)}, strides {list(strides)}, offset {offset}"),
             fix=DOWNLOAD_AGAIN,
         )
-    if math.prod(shape) * dtype.itemsize > max(size, _MOST_REPEATED_BYTES):
+    if math.prod(shape) * dtype.itemsize > max(size, MOST_REPEATED_BYTES):
         raise CheckpointError(
             "a tensor is larger than what is stored of it",
             expected=f"at most {size} bytes",

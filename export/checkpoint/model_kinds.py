@@ -6,13 +6,13 @@ of its scheduler.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import CheckpointError
+from export.checkpoint.small_files import read_object
 
 _LORA_ENDS = (".diff", ".diff_b", ".w_norm", ".b_norm", ".dora_scale")
 
@@ -117,16 +117,7 @@ def require_noise_scheduler(folder: Path) -> None:
     file = folder / _SCHEDULER
     if not file.is_file():
         return
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            "the scheduler's configuration is damaged",
-            where=file,
-            expected="diffusers' options, as JSON",
-            found=str(error),
-            fix="download it again",
-        ) from error
+    config = read_object(file, "the scheduler's configuration is damaged", "diffusers' options, as JSON")
     name, prediction = (str(config.get(key) or "") for key in ("_class_name", "prediction_type"))
     other = None
     for start, what in _OTHER_SCHEDULERS.items():

@@ -97,7 +97,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: missing, truncated, quantized, or a pickle of anything but tensors.
     """
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError("no such file", where=path, found=error.strerror, fix="check the path") from error
+    if not is_there:
         raise CheckpointError("no such file", where=path, fix="check the path")
     if not os.access(path, os.R_OK):
         raise CheckpointError("no permission to read it", where=path)

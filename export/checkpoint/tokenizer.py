@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from engine.bundle.files import read_bounded
 from engine.bundle.tokenizer import CLIP_WORDS, read_tokenizer
 from engine.errors import BundleError, CheckpointError
+from export.checkpoint.small_files import read_object, read_small_text
 
 FILE = "tokenizer.json"
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
@@ -43,9 +44,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = find_tokenizer(folder)
     try:
         if (folder / FILE).is_file():
-            tokenizer = read_tokenizer((folder / FILE).read_bytes(), folder / FILE)
+            tokenizer = read_tokenizer(read_bounded(folder / FILE), folder / FILE)
         else:
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            vocabulary = read_object(folder / "vocab.json", "the tokenizer is damaged", "tokens and their ids")
             tokenizer = clip_tokenizer(vocabulary, _read_merges(folder / "merges.txt"))
     except BundleError as error:  # the engine would refuse it in the bundle
         raise CheckpointError(
@@ -55,7 +56,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             found=error.found,
             fix="give CLIP's tokenizer with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
         ) from error
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, MemoryError, CheckpointError):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and a panic of its library is none at all
         raise CheckpointError("the tokenizer is damaged", where=folder, found=str(error)[:200]) from error
     for token in (START_TOKEN, END_TOKEN):
         if tokenizer.token_to_id(token) is None:
@@ -135,7 +138,7 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:
     """Return the pairs of a merges.txt, whose first line may name its version."""
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = read_small_text(file).split("\n")
     if lines and lines[0].startswith("#version"):
         del lines[0]
     pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip()]

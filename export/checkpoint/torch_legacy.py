@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
-from export.checkpoint.mapped import DOWNLOAD_AGAIN, StoredTensor
+from export.checkpoint.mapped import DOWNLOAD_AGAIN, MOST_REPEATED_BYTES, StoredTensor
 
 
 def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
@@ -32,7 +32,7 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
             found=_first_sentence(error),
             fix="convert it to .safetensors where you trust it",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of a damaged file, whatever the pickle's instructions stumble over
         raise CheckpointError(
             "not a whole checkpoint", where=path, found=_first_sentence(error), fix=DOWNLOAD_AGAIN
         ) from error
@@ -42,19 +42,40 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             "not a dictionary of tensors", where=path, expected="tensors by name", found=type(content).__name__
         )
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                "the pickle holds more than tensors",
-                where=f"{path}: {name}",
-                expected="a tensor",
-                found=type(value).__name__,
-            )
-    return {str(name): _stored(value) for name, value in content.items()}
+    return {_name(path, name): _stored(f"{path}: {name}", value) for name, value in content.items()}
 
 
-def _stored(tensor: torch.Tensor) -> StoredTensor:
-    array = _as_array(tensor.detach())
+def _name(path: Path, name: object) -> str:
+    if not isinstance(name, str):
+        raise CheckpointError("a tensor's name is no text", where=path, found=name)
+    return name
+
+
+def _stored(where: str, value: object) -> StoredTensor:
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            "the pickle holds more than tensors", where=where, expected="a tensor", found=type(value).__name__
+        )
+    tensor = value.detach()
+    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_complex())
+    if not plain or tensor.device.type != "cpu":
+        raise CheckpointError(
+            "the pickle holds a tensor of an unsupported kind",
+            where=where,
+            expected="plain tensors",
+            found=f"{tensor.dtype}, {tensor.layout}, on {tensor.device}",
+            fix="give a checkpoint whose tensors are dense and unquantized",
+        )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.itemsize > max(stored, MOST_REPEATED_BYTES):
+        raise CheckpointError(
+            "a tensor is larger than what is stored of it",
+            where=where,
+            expected=f"at most {stored} bytes",
+            found=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
+            fix="give a checkpoint whose weights are stored one by one",
+        )
+    array = _as_array(tensor)
     return StoredTensor(tuple(tensor.shape), array.dtype, 0, lambda: array)
 
 

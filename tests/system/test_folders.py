@@ -14,6 +14,7 @@ from PIL import Image
 
 from engine import Restorer
 from engine.cli.console import run_command
+from engine.errors import printable
 from engine.image.files import read_photo, read_provenance
 from engine.restore import main
 
@@ -169,10 +170,10 @@ def test_the_next_is_read_and_the_last_written_while_the_networks_run(restore, t
             seen.append(wrote_a.wait(60))
         return work(self, *arguments)
 
-    def writing(self, output, result):
+    def writing(self, job, output, result):
         if output.name == "a.png":
             seen.append(restoring_b.wait(60))
-        write(self, output, result)
+        write(self, job, output, result)
         if output.name == "a.png":
             wrote_a.set()
 
@@ -371,3 +372,13 @@ def test_the_guard_asks_for_memory_and_can_be_lifted(restore, tmp_path, monkeypa
     assert "is too large" in err
     assert "--any-size" in err
     assert restore(photos, "-o", tmp_path / "out", "--any-size")[0] == 0
+
+
+def test_names_that_steer_a_terminal_are_printed_as_text(restore, tmp_path):
+    photos = make_photos(tmp_path / "photos", ["\x1b[31mred.png", "\u202egnp.png"])
+    (photos / "\x1b[2Jnone.png").write_text("no image")
+    status, out, err = restore(photos, "-o", tmp_path / "out", "--report", tmp_path / "page.html")
+    assert status == 1
+    assert r"\x1b[31mred.png  (" in out
+    assert r"failed: " + printable(str(photos / "\x1b[2Jnone.png")) in out
+    assert not {"\x1b", "\u202e"} & set(out + err.replace("\x1b[A", ""))  # how the bar moves up

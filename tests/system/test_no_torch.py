@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 #: What the extra `export` brings and the extra `build` does not.
 OF_TRACING = ("torch", "diffusers", "transformers", "peft", "onnxscript", "onnx_ir")
-FORBIDDEN = (*OF_TRACING, "onnx", "safetensors", "ml_dtypes", "filelock", "export", "benchmarks")
+FORBIDDEN = (*OF_TRACING, "onnx", "safetensors", "ml_dtypes", "export", "benchmarks")
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -95,7 +95,7 @@ def test_an_old_pickle_needs_torch_and_says_so(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("package", ["onnx", "safetensors", "filelock", "ml_dtypes"])
+@pytest.mark.parametrize("package", ["onnx", "safetensors", "ml_dtypes"])
 def test_building_says_what_is_missing(tmp_path, package):
     done = bare(BUILD, "--output", tmp_path / "bundle", without=(package, *OF_TRACING))
     assert done.returncode == 1

@@ -162,6 +162,33 @@ def test_a_process_under_a_real_limit_knows_it(real_group):
     assert 256 * MIB < available < (512 - 64) * MIB
 
 
+#: Takes limits of its own, and tells what it may use then.
+LIMIT = """
+import resource, sys
+from engine.memory.host_memory import available_memory_bytes, check_addresses, total_memory_bytes
+kind, limit = getattr(resource, sys.argv[1]), int(sys.argv[2]) << 20
+resource.setrlimit(kind, (limit, limit))
+held = bytearray(64 << 20)
+print(total_memory_bytes(), available_memory_bytes())
+check_addresses()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux counts them")
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process_count(kind):
+    done = subprocess.run([sys.executable, "-c", LIMIT, kind, "1000"], capture_output=True, text=True, check=True)
+    total, available = map(int, done.stdout.split())
+    assert total == 1000 * MIB
+    assert 600 * MIB < available < (1000 - 64) * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux counts them")
+def test_too_few_addresses_for_libraries_are_told_before_they_are_loaded():
+    done = subprocess.run([sys.executable, "-c", LIMIT, "RLIMIT_AS", "300"], capture_output=True, text=True)
+    assert "OutOfMemoryError: out of memory\n  expected: 400 MiB of addresses" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_freed_blocks_go_back_to_the_system():
     done = subprocess.run([sys.executable, "-c", FREE_BLOCKS], capture_output=True, text=True, check=True)

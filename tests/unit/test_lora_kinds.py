@@ -435,7 +435,7 @@ def test_values_that_are_not_finite_are_told_of_every_kind(tmp_path):
         ({"lora_alpha": [1]}, "(?s)configuration is damaged.*list"),
         ({"r": 0}, "(?s)configuration is damaged.*rank 0"),
         ({"rank_pattern": [1]}, "(?s)configuration is damaged.*list"),
-        ({"alpha_pattern": {"(": 1}}, "(?s)configuration is damaged.*unterminated"),
+        ({"alpha_pattern": {"(": 1}}, "(?s)configuration is damaged.*no regular expression"),
         ({"layer_replication": [[0, 2]]}, "unsupported kind: layer_replication"),
         ({"init_lora_weights": "lora_ga"}, "unsupported kind: lora_ga changes the base"),
     ],

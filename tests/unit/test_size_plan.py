@@ -19,6 +19,7 @@ from engine.memory.size_plan import (
     choose_plan,
     default_tile,
     is_out_of_memory,
+    restoration_bytes,
     sampling_bytes,
     vae_bytes,
 )
@@ -108,6 +109,32 @@ def test_what_is_needed_grows_with_the_square_of_the_cells(sdxl):
     assert sampling_bytes(sdxl, (1024, 1024)) == 16 * sampling_bytes(sdxl, (512, 512))
     pixels, cells = 512 * 512, 64 * 64
     assert vae_bytes(sdxl, (512, 512)) == 4096 * pixels + 8 * cells**2
+
+
+def test_plans_step_down_until_one_fits_and_what_fits_nowhere_is_refused(sdxl):
+    """So that nothing begins that a system would end for its memory."""
+    size, weights, settings = (2048, 2048), 4 * GIB, sdxl.manifest.defaults
+    plans = []
+    for gibibytes in (64, 32, 12, 8, 7, 6):
+        budget = MemoryBudget(gibibytes * GIB)
+        plans.append(choose_plan(sdxl, size, settings, budget, weights))
+        assert weights + restoration_bytes(sdxl, size, plans[-1]) <= budget.bytes
+    needs = [restoration_bytes(sdxl, size, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True)
+    assert plans[0] == SizePlan(1024, vae_in_slices=True)
+    assert SizePlan(1024, 512) in plans
+    assert plans[-1] == SizePlan(512, 256)
+    with pytest.raises(
+        ImageError, match=r"(?s)too large for the memory.*in tiles of 128 pixels, decoded in tiles of 256"
+    ):
+        choose_plan(sdxl, size, settings, MemoryBudget(5 * GIB), weights)
+
+
+@pytest.mark.parametrize("changes", [{"tile": 1024}, {"vae_tiles": "off"}])
+def test_what_the_settings_ask_for_is_done_or_refused(sdxl, changes):
+    settings = sdxl.manifest.defaults.updated(changes)
+    with pytest.raises(ImageError, match=r"(?s)too large for the memory.*auto"):
+        choose_plan(sdxl, (2048, 2048), settings, MemoryBudget(6 * GIB), 4 * GIB)
 
 
 def test_smaller_plans_end(sdxl):
