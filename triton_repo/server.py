@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, UsageError, from_os_error
 from triton_repo.environment import Programs
 from triton_repo.runtime_dir import runtime_dir_of
+from triton_repo.shared_memory import SharedMemory, remove_left_behind
 
 #: Interfaces that read this computer's memory, write files or change models: closed to everybody.
 RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
@@ -64,6 +65,7 @@ class Server:
         ports: that it listens on.
         cache_mib: of the response cache; 0 is none.
         start_s: within which it must be ready.
+        process, shared_memory: of the server that runs; None where none does.
     """
 
     programs: Programs
@@ -74,6 +76,7 @@ class Server:
     cache_mib: int = 64
     start_s: float = 600.0
     process: subprocess.Popen[bytes] | None = None
+    shared_memory: SharedMemory | None = None
     _members: frozenset[int] = frozenset()
     _log_start: int = 0
 
@@ -94,6 +97,8 @@ class Server:
             "grpc-restricted-protocol": closed,
             "http-restricted-api": closed,
         }
+        if self.shared_memory is not None:
+            options["backend-config"] = f"python,shm-region-prefix-name={self.shared_memory.prefix}"
         if self.cache_mib:
             options["cache-config"] = f"local,size={self.cache_mib << 20}"
         return [str(self.programs.server), *(f"--{name}={value}" for name, value in options.items())]
@@ -110,26 +115,12 @@ class Server:
 
         Raises:
             UsageError: a port is taken. BackendError: it ends, or takes too long.
+            OutputError: log or shared memory cannot be written.
         """
         self._check_ports()
-        with self.log.open("ab") as log:
-            log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
-            log.flush()
-            self._log_start = log.tell()
-            self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, env=self.programs.environment, start_new_session=True
-            )
-        started = time.monotonic()
         try:
-            while not self.is_ready():
-                if self.process.poll() is not None:
-                    raise BackendError(
-                        "the server does not start", where=self.repository, found=self.why(), fix=f"see {self.log}"
-                    )
-                if time.monotonic() - started > self.start_s:
-                    raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
-                time.sleep(0.1)
-            self._members = self._children()
+            self._launch()
+            self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -155,8 +146,9 @@ class Server:
             return str(answer.read().decode())
 
     def stop(self) -> None:
-        """End the server and its stubs: first they are asked, then they are killed."""
+        """End the server and its stubs, and remove their shared memory: first they are asked, then they are killed."""
         if self.process is None:
+            self._clean_up()
             return
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
@@ -186,6 +178,39 @@ class Server:
         errors = [line for line in re.findall(r"^E\d{4} .*\] (.*)$", text, re.MULTILINE) if "Cuda" not in line]
         return errors[-1] if errors else text.strip()[-300:]
 
+    def _launch(self) -> None:
+        remove_left_behind()
+        try:
+            self.shared_memory = SharedMemory()
+            with self.log.open("ab") as log:
+                log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
+                log.flush()
+                self._log_start = log.tell()
+                self.process = subprocess.Popen(
+                    self.command(),
+                    stdout=log,
+                    stderr=log,
+                    env=self.programs.environment,
+                    start_new_session=True,
+                    umask=0o077,  # photos in its shared memory are nobody else's
+                    pass_fds=[self.shared_memory.descriptor],
+                )
+        except OSError as error:
+            raise from_os_error(error, error.filename or self.log, "start the server") from error
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
+        started = time.monotonic()
+        while not self.is_ready():
+            if self.process.poll() is not None:
+                raise BackendError(
+                    "the server does not start", where=self.repository, found=self.why(), fix=f"see {self.log}"
+                )
+            if time.monotonic() - started > self.start_s:
+                raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
+            time.sleep(0.1)
+        self._members = self._children()
+
     def _children(self) -> frozenset[int]:
         """Return the processes of models that live; a dead one that nobody has waited for does not."""
         assert self.process is not None
@@ -204,6 +229,12 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlive their server
         shutil.rmtree(runtime_dir_of(self.process.pid), ignore_errors=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self.shared_memory is not None:
+            self.shared_memory.remove()
+            self.shared_memory = None
 
     def _check_ports(self) -> None:
         if len(set(self.ports)) != 3:

@@ -9,18 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-import numpy as np
+import psutil
 import pytest
 from conftest import DATA, ROOT
 from pictures import PHOTO, small_png
 
-triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
-from tritonclient.utils import InferenceServerException
-
+pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+from benchmarks.leaving import LEFT, WAYS, Leavers, Photo, Stayers, leave_all, table
 from engine.bundle.files import describe_file
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
@@ -111,32 +111,48 @@ def test_who_is_refused_and_asks_again_is_served(server):
         assert len(set(pool.map(restore, range(8)))) == 8
 
 
-def leave(server, count, patience_s, **options):
-    """Let plain clients give up one after the other, each after a while of its own; returns how many did."""
-    random = Random(1)
-    left = 0
-    with triton.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as plain:
-        for seed in range(count):
-            given = [triton.InferInput(name, [1], "BYTES") for name in ("image", "options")]
-            asked = json.dumps({**options, "seed": seed}).encode()
-            for tensor, value in zip(given, (small_png(seed), asked), strict=True):
-                tensor.set_data_from_numpy(np.array([value], dtype=np.object_))
-            try:
-                plain.infer("restore", given, client_timeout=random.uniform(*patience_s))
-            except InferenceServerException as error:
-                if error.status() not in ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE"):  # a full queue
-                    raise
-                left += "DEADLINE" in error.status()
-            assert server.process.poll() is None, f"the server is gone after {seed + 1} clients"
-    return left
+def leave(server, count, *, stay, at_once, longest_s, seed=1):
+    """Let clients leave in every way while others stay, whose every answer is checked.
+
+    Returns:
+        How many left, had their answer or were refused, and (seconds, bytes of the server, of its shared memory) by
+        the number of clients that have left.
+    """
+    photos = []
+    with client_of(server, retries=100) as client:
+        for seed_of_photo in range(5):
+            photo = Photo(small_png(seed_of_photo), {"steps": 3, "seed": seed_of_photo})
+            photos.append((photo, client.restore(photo.image, **photo.options).image))
+    assert len({image for _, image in photos}) == 5
+    pids = set(processes(server))
+    ways = [*WAYS] * -(-count // len(WAYS))
+    Random(seed).shuffle(ways)
+    found, memory, started = Counter(), [], time.monotonic()
+
+    def wanted(number):
+        return Photo(small_png(number), {"steps": 3, "seed": number})
+
+    with Stayers(server.ports, stay, photos) as staying, Leavers(server.ports) as leavers:
+        for result in leave_all(leavers, ways[:count], wanted, longest_s, at_once, seed):
+            found[result] += 1
+            assert server.process.poll() is None, f"the server is gone after {found.total()} clients"
+            if found.total() % 20 == 0:
+                held = sum(memory_of(server).values())
+                memory.append((time.monotonic() - started, held, server.shared_memory.bytes()))
+        until(lambda: staying.answers > 5)
+    print(table(found), *(f"{s:.0f} s: {held >> 20} MiB, shared {shm >> 20} MiB" for s, held, shm in memory), sep="\n")
+    print(f"{staying.answers} answers for those who stayed, {staying.wrong} wrong; {staying.errors}")
+    assert (staying.wrong, staying.errors) == (0, [])
+    assert set(processes(server)) == pids
+    return found, memory
 
 
 def test_clients_that_leave_cost_nobody_else_anything(server):
-    pids = set(processes(server))
-    assert leave(server, 40, (0.01, 0.25), steps=3) >= 10  # others find the queue full of what was left
+    """Every way twice, at a server whose queue holds two: some are refused."""
+    found, _ = leave(server, 2 * len(WAYS), stay=1, at_once=1, longest_s=0.3)
+    assert sum(count for (_, what), count in found.items() if what == LEFT) >= len(WAYS) // 2
     with client_of(server, retries=100) as client:
         assert client.restore(small_png(), steps=1).image
-    assert set(processes(server)) == pids
 
 
 def test_streams_that_fail_at_once_do_not_end_the_server(server):
@@ -155,12 +171,34 @@ def test_streams_that_fail_at_once_do_not_end_the_server(server):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_clients_leave_in_every_way(serve_bundle, bundle_fp32):
+    """Memory is flat: what the second half of them adds is a few per cent of what the server holds."""
+    with serve_bundle(bundle_fp32, layout=DeploymentConfig(cache=False)) as running:
+        found, memory = leave(running, 1000, stay=5, at_once=4, longest_s=2.0)
+    for way in WAYS:
+        assert found[way, LEFT] >= 20, way  # others had their answer, or met a full queue
+    _, held, shared = zip(*memory, strict=True)
+    assert max(shared[25:]) <= max(shared[:25]) + (1 << 20)
+    assert max(held[25:]) < 1.05 * max(held[:25])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_clients_of_the_demo_may_leave(serve_bundle, demo_bundle):
-    """At 512 pixels and 3 steps, after 0.3 to 2.5 s: with two models of the ensemble at once the server ended here."""
+def test_clients_of_the_demo_may_leave(serve_bundle, demo_bundle):
+    """At 512 pixels and 3 steps, after up to 2.5 s: with two models of the ensemble at once the server ended here."""
     with serve_bundle(demo_bundle) as running, client_of(running, retries=100) as client:
-        pids = set(processes(running))
-        assert leave(running, 100, (0.3, 2.5), min_size=512, steps=3) >= 50
+        pids, found = set(processes(running)), Counter()
+        with Leavers(running.ports) as leavers:
+            unary = [way for way in WAYS if "unary" in way] * 13
+
+            def wanted(number):
+                return Photo(small_png(number), {"min_size": 512, "steps": 3, "seed": number})
+
+            for _, what in leave_all(leavers, unary, wanted, longest_s=2.5, at_once=1, seed=1):
+                found[what] += 1
+                assert running.process.poll() is None, f"the server is gone after {found.total()} clients"
+        assert found[LEFT] >= 50
         assert client.restore(small_png(), steps=1).image
         assert set(processes(running)) == pids
 
@@ -292,8 +330,6 @@ def test_mistakes_at_the_client(server, tmp_path, monkeypatch, capsys, arguments
 
 def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
     """A server from the command line, a photo through it with a bar and previews, a model that is killed, Ctrl-C."""
-    import psutil
-
     ports = free_ports()
     names = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
     serve = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), "--bundle", str(bundle_fp32), *names]
@@ -335,10 +371,8 @@ def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
 
 
 def memory_of(server):
-    """Return the bytes that the server and its stubs hold, shared ones counted once for each who maps them."""
-    import psutil
-
-    return {command.split()[-1]: psutil.Process(pid).memory_info().rss for pid, command in processes(server).items()}
+    """Return the bytes that the server and its stubs hold, by process; shared ones are counted for each who maps them."""
+    return {pid: psutil.Process(pid).memory_info().rss for pid in processes(server)}
 
 
 @pytest.mark.slow
@@ -364,5 +398,5 @@ def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundl
             ask(client, 1000 + number)
         after = memory_of(running)
         assert set(before) == set(after)  # no model was started again
-    print({name: f"{before[name] / 2**20:.1f} -> {after[name] / 2**20:.1f} MiB" for name in before})
+    print({pid: f"{before[pid] / 2**20:.1f} -> {after[pid] / 2**20:.1f} MiB" for pid in before})
     assert sum(after.values()) < 1.02 * sum(before.values())

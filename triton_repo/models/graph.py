@@ -28,7 +28,9 @@ class TritonPythonModel:
         self._spec = self._runner.spec
         self._lock = cpu_lock_of(args, serving)
         self._serving = serving
-        self._vocabulary = bundle.read_tokenizer().get_vocab_size()
+        ids = bundle.manifest.tokenizer
+        framing = (ids.start_id, ids.end_id, ids.pad_id, ids.pad_id_2)
+        self._last_token = max(*framing, *bundle.read_tokenizer().get_vocab().values())
         self._max_pixels = serving.pixels_allowed(bundle)
         self._cell_pixels = bundle.pixels_per_cell**2
         self._metrics = Metrics(args["model_name"])
@@ -79,8 +81,8 @@ class TritonPythonModel:
             if len(value) > self._serving.max_rows_of_text:
                 expected = f"up to {self._serving.max_rows_of_text} rows on this server"
                 raise UsageError("too long", where=f"{self._spec.name}.{name}", expected=expected, found=len(value))
-            if value.min() < 0 or value.max() >= self._vocabulary:
-                expected = f"tokens from 0 to {self._vocabulary - 1}"
+            if value.min() < 0 or value.max() > self._last_token:
+                expected = f"tokens from 0 to {self._last_token}"
                 found = f"{value.min()} to {value.max()}"
                 raise UsageError("unknown tokens", where=f"{self._spec.name}.{name}", expected=expected, found=found)
 
