@@ -23,8 +23,8 @@ from triton_repo.environment import Programs
 from triton_repo.runtime_dir import runtime_dir_of
 from triton_repo.shared_memory import SharedMemory, remove_left_behind
 
-#: Interfaces that read this computer's memory, write files or change models: closed to everybody.
-RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
+#: Interfaces that read this computer's memory, write files, change models, or tell paths: closed to everybody.
+RESTRICTED = ("shared-memory", "model-repository", "model-config", "trace", "logging")
 #: tritonserver cannot turn an interface off, but asks for a header of any name. Command lines are public
 #: (/proc/PID/cmdline), so a secret value would not close anything. A line break within the name does: HTTP ends the
 #: header there, and gRPC refuses the request.
@@ -93,6 +93,9 @@ class Server:
             "http-port": self.ports.http,
             "metrics-port": self.ports.metrics,
             "rate-limit": "execution_count",
+            # Further ports, which an environment variable of a cloud's would open.
+            "allow-sagemaker": "false",
+            "allow-vertex-ai": "false",
             "exit-timeout-secs": _STOP_S // 2,
             "grpc-restricted-protocol": closed,
             "http-restricted-api": closed,
@@ -192,7 +195,6 @@ class Server:
                     stderr=log,
                     env=self.programs.environment,
                     start_new_session=True,
-                    umask=0o077,  # photos in its shared memory are nobody else's
                     pass_fds=[self.shared_memory.descriptor],
                 )
         except OSError as error:
@@ -210,6 +212,8 @@ class Server:
                 raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
             time.sleep(0.1)
         self._members = self._children()
+        assert self.shared_memory is not None
+        self.shared_memory.close_to_others()
 
     def _children(self) -> frozenset[int]:
         """Return the processes of models that live; a dead one that nobody has waited for does not."""

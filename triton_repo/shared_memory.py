@@ -38,6 +38,14 @@ class SharedMemory:
         """Return how much memory the regions take."""
         return sum(_bytes_of(file) for file in _regions(self.prefix))
 
+    def close_to_others(self) -> None:
+        """Keep other users of the computer from reading photos; Triton lets them, whatever the process's umask is.
+
+        To be called when all regions are there, and before the first request is.
+        """
+        for file in _regions(self.prefix):
+            file.chmod(0o600)
+
     def remove(self) -> None:
         """Remove the regions and give the names back; the server must have ended."""
         _remove(self.prefix)

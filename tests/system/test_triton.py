@@ -537,6 +537,7 @@ FORBIDDEN = {
     "unloading a model": lambda raw: raw.unload_model("sample"),
     "writing traces to a file": lambda raw: raw.update_trace_settings(settings={"trace_file": "/tmp/trace"}),
     "writing logs to a file": lambda raw: raw.update_log_settings({"log_file": "/tmp/log"}),
+    "the bundle's path": lambda raw: raw.get_model_config("sample"),
 }
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -144,6 +145,9 @@ def leave(server, count, *, stay, at_once, longest_s, seed=1):
     print(f"{staying.answers} answers for those who stayed, {staying.wrong} wrong; {staying.errors}")
     assert (staying.wrong, staying.errors) == (0, [])
     assert set(processes(server)) == pids
+    regions = list(Path("/dev/shm").glob(f"{server.shared_memory.prefix}*"))
+    assert len(regions) > len(pids) // 2
+    assert {stat.S_IMODE(region.stat().st_mode) for region in regions} == {0o600}
     return found, memory
 
 
@@ -371,7 +375,7 @@ def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
 
 
 def memory_of(server):
-    """Return the bytes that the server and its stubs hold, by process; shared ones are counted for each who maps them."""
+    """Return the bytes that the server and its stubs hold, by process; each counts what it shares."""
     return {pid: psutil.Process(pid).memory_info().rss for pid in processes(server)}
 
 

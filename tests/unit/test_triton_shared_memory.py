@@ -1,6 +1,7 @@
 """Shared memory of servers that live, and of those that have died without removing it."""
 
 import os
+import stat
 import subprocess
 import sys
 
@@ -36,6 +37,9 @@ def test_a_server_removes_its_own_and_nothing_else(folder):
     first, second = SharedMemory(), SharedMemory()
     mine, others = region(first, folder), region(second, folder)
     assert first.bytes() == 8192
+    mine.chmod(0o644)
+    first.close_to_others()
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o600
     first.remove()
     assert not mine.exists()
     assert others.exists()
