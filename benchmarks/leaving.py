@@ -37,13 +37,13 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from triton_repo.client import Client
-from triton_repo.protocol import IMAGE, OPTIONS, RESTORE, RESTORE_STREAM
+from triton_repo.protocol import IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, BusyError
 from triton_repo.server import Ports
 
 CALLS = ("gRPC unary", "gRPC stream", "HTTP unary", "HTTP stream")
 ENDS = ("deadline", "cancel", "closed socket", "killed process")
 WAYS = tuple(f"{call}, {end}" for call, end in product(CALLS, ENDS))
-#: What becomes of a client: it left, it had its answer before, or the server had refused it, as where a queue is full.
+#: What becomes of a client: it left, it had its answer before, or the server had refused it, or was not there.
 LEFT, ANSWERED, REFUSED = "left", "answered", "refused"
 _HOST = "127.0.0.1"
 #: That nobody waits so long for.
@@ -90,11 +90,14 @@ class Leavers:
             LEFT, ANSWERED or REFUSED.
         """
         call, _, end = way.partition(", ")
-        if end == "killed process":
-            return self._kill(call, photo, after_s)
-        if call.startswith("HTTP"):
-            return _leave_http(self._ports.http, call, end, photo, after_s)
-        return _leave_grpc(self._ports.grpc, call, end, photo, after_s)
+        try:
+            if end == "killed process":
+                return self._kill(call, photo, after_s)
+            if call.startswith("HTTP"):
+                return _leave_http(self._ports.http, call, end, photo, after_s)
+            return _leave_grpc(self._ports.grpc, call, end, photo, after_s)
+        except OSError:  # there is no server at the moment
+            return REFUSED
 
     def _kill(self, call: str, photo: Photo, after_s: float) -> str:
         order = {
@@ -256,7 +259,9 @@ class Relay:
 
 @dataclass
 class Stayers:
-    """Clients that ask again and again, and check every answer; a context manager, in which they run.
+    """Clients that ask again and again, for every third photo as a stream, and check every answer.
+
+    A context manager, in which they run.
 
     Attributes:
         ports: of the server.
@@ -291,12 +296,20 @@ class Stayers:
         with Client(f"{_HOST}:{self.ports.grpc}", timeout_s=_FOREVER_S, retries=1000) as client:
             while not self._over.is_set():
                 photo, expected = self.photos[number % len(self.photos)]
-                number += self.count
+                number += 1
                 try:
-                    image = client.restore(photo.image, **photo.options).image
+                    if number % 3:
+                        image = client.restore(photo.image, **photo.options).image
+                    else:
+                        *_, result = client.stream(photo.image, **photo.options)
+                        image = result.image
+                except BusyError:  # of a stream, which is not sent again by itself
+                    self._over.wait(0.2)
+                    continue
                 except Exception as error:
                     with self._lock:
                         self.errors.append(str(error))
+                    self._over.wait(1.0)
                     continue
                 with self._lock:
                     self.answers += 1

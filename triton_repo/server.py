@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.errors import BackendError, UsageError, from_os_error
 from triton_repo.environment import Programs
-from triton_repo.runtime_dir import runtime_dir_of
+from triton_repo.runtime_dir import VARIABLE, make_runtime_dir
 from triton_repo.shared_memory import SharedMemory, remove_left_behind
 
 #: Interfaces that read this computer's memory, write files, change models, or tell paths: closed to everybody.
@@ -65,7 +65,7 @@ class Server:
         ports: that it listens on.
         cache_mib: of the response cache; 0 is none.
         start_s: within which it must be ready.
-        process, shared_memory: of the server that runs; None where none does.
+        process, shared_memory, runtime_dir: of the server that runs; None where none does.
     """
 
     programs: Programs
@@ -77,6 +77,7 @@ class Server:
     start_s: float = 600.0
     process: subprocess.Popen[bytes] | None = None
     shared_memory: SharedMemory | None = None
+    runtime_dir: Path | None = None
     _members: frozenset[int] = frozenset()
     _log_start: int = 0
 
@@ -185,6 +186,7 @@ class Server:
         remove_left_behind()
         try:
             self.shared_memory = SharedMemory()
+            self.runtime_dir = make_runtime_dir()
             with self.log.open("ab") as log:
                 log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
                 log.flush()
@@ -193,7 +195,7 @@ class Server:
                     self.command(),
                     stdout=log,
                     stderr=log,
-                    env=self.programs.environment,
+                    env={**self.programs.environment, VARIABLE: str(self.runtime_dir)},
                     start_new_session=True,
                     pass_fds=[self.shared_memory.descriptor],
                 )
@@ -204,9 +206,10 @@ class Server:
         assert self.process is not None
         started = time.monotonic()
         while not self.is_ready():
-            if self.process.poll() is not None:
+            if (status := self.process.poll()) is not None:
+                found = self.why() if status >= 0 else f"it died of signal {-status} ({signal.strsignal(-status)})"
                 raise BackendError(
-                    "the server does not start", where=self.repository, found=self.why(), fix=f"see {self.log}"
+                    "the server does not start", where=self.repository, found=found, fix=f"see {self.log}"
                 )
             if time.monotonic() - started > self.start_s:
                 raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
@@ -232,10 +235,12 @@ class Server:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlive their server
-        shutil.rmtree(runtime_dir_of(self.process.pid), ignore_errors=True)
         self._clean_up()
 
     def _clean_up(self) -> None:
+        if self.runtime_dir is not None:
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+            self.runtime_dir = None
         if self.shared_memory is not None:
             self.shared_memory.remove()
             self.shared_memory = None

@@ -28,7 +28,6 @@ from engine.image.decoding import decode_photo
 from engine.image.files import read_provenance
 from triton_repo.client import AsyncClient, Client
 from triton_repo.protocol import StoppedError
-from triton_repo.runtime_dir import runtime_dir_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -607,7 +606,7 @@ def test_memory_is_flat_in_threads(server):
             with pytest.raises(Exception, match="is not an image"):
                 list(opened.stream(b"hello"))
     assert threading.active_count() < 60
-    assert {file.name for file in runtime_dir_of(server.process.pid).iterdir()} == {
+    assert {file.name for file in server.runtime_dir.iterdir()} == {
         "next",
         "turn",
     }  # locks: see `cpu_lock`

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 
-from engine.errors import BackendError
+from engine.errors import BackendError, OutputError
 from triton_repo import serve
 from triton_repo.environment import Programs
 from triton_repo.serve import Restarts, keep_running
@@ -133,6 +133,22 @@ def test_a_server_that_somebody_stopped_is_not_started_again(server, monkeypatch
     with pytest.raises(BackendError, match="ended by itself"):
         keep_running(server, Restarts(server.log), lambda seconds: pytest.fail("started again"))
     monkeypatch.undo()
+
+
+def test_what_a_server_leaves_outside_its_log_goes_with_it(server, monkeypatch):
+    server.start()
+    runtime, memory = server.runtime_dir, server.shared_memory
+    assert str(runtime).encode() in Path(f"/proc/{server.process.pid}/environ").read_bytes()
+    region = Path("/dev/shm") / f"{memory.prefix}region"
+    region.touch()
+    (runtime / "socket").touch()
+    server.kill()
+    assert not runtime.exists()
+    assert not region.exists()
+    monkeypatch.setattr(server, "log", Path("/dev/full"))
+    with pytest.raises(OutputError, match="the disk is full"):
+        server.start()
+    assert server.runtime_dir is server.shared_memory is None
 
 
 def test_a_start_that_fails_is_explained_by_its_own_lines(server):
