@@ -77,6 +77,7 @@ class ServeCommand:
         serve = Path(__file__).parent.parent / "triton_repo" / "serve.py"
         self._command = [sys.executable, str(serve), "--bundle", str(bundle), "--no-cache", *names]
         self.lines: list[str] = []
+        self._prefixes: set[str] = set()
 
     def __enter__(self) -> ServeCommand:
         environment = {**os.environ, "TMPDIR": str(self._temporary)}
@@ -136,8 +137,13 @@ class ServeCommand:
         return held, sum(file.stat().st_blocks * 512 for file in self.regions())
 
     def regions(self) -> list[Path]:
-        """Return this user's regions of shared memory; nobody else may serve meanwhile."""
-        return list(Path("/dev/shm").glob(f"restoration-{os.getuid()}-*"))
+        """Return the regions of shared memory of every server that has been seen."""
+        server = self.server()
+        with contextlib.suppress(psutil.Error):
+            for part in [] if server is None else server.cmdline():
+                if "shm-region-prefix-name=" in part:
+                    self._prefixes.add(part.rpartition("=")[2])
+        return [file for prefix in self._prefixes for file in Path("/dev/shm").glob(f"{prefix}*")]
 
 
 class Faults:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from engine.bundle.graphspec import Axis, DType, TensorSpec, parse_axis, resolve
@@ -79,6 +81,15 @@ def configurations(bundle: Bundle, serving: ServingConfig, layout: DeploymentCon
         RESTORE: made.ensemble(),
         RESTORE_STREAM: made.stream(),
     }
+
+
+def serving_of(repository: Path) -> ServingConfig | None:
+    """Return what the models of a rendered repository will be given; None where there are none."""
+    file = repository / "preprocess" / "config.pbtxt"
+    if not file.is_file():
+        return None
+    config = text_format.Parse(file.read_text(), pb.ModelConfig())
+    return ServingConfig.model_validate_json(config.parameters[PARAMETER].string_value)
 
 
 class _Maker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from engine.errors import BackendError, UsageError, from_os_error
 from triton_repo.environment import Programs
+from triton_repo.repository import serving_of
 from triton_repo.runtime_dir import VARIABLE, make_runtime_dir
 from triton_repo.shared_memory import SharedMemory, remove_left_behind
 
@@ -93,6 +95,7 @@ class Server:
             "grpc-port": self.ports.grpc,
             "http-port": self.ports.http,
             "metrics-port": self.ports.metrics,
+            "grpc-infer-allocation-pool-size": 0,  # of requests, which would be kept with all that they held
             "rate-limit": "execution_count",
             # Further ports, which an environment variable of a cloud's would open.
             "allow-sagemaker": "false",
@@ -197,10 +200,25 @@ class Server:
                     stderr=log,
                     env={**self.programs.environment, VARIABLE: str(self.runtime_dir)},
                     start_new_session=True,
+                    restore_signals=False,  # SIGXFSZ stays ignored: see `_bound_regions`
                     pass_fds=[self.shared_memory.descriptor],
                 )
+            self._bound_regions(self.process.pid)
         except OSError as error:
             raise from_os_error(error, error.filename or self.log, "start the server") from error
+
+    def _bound_regions(self, process: int) -> None:
+        """Bound each model's region of shared memory, which Triton enlarges for a message of any size, and keeps.
+
+        A region is a file. What it cannot hold is refused as long as SIGXFSZ, which Python ignores and the server
+        inherits, does not end the server. Models lift the limit for themselves, as they write caches.
+        """
+        serving = serving_of(self.repository)
+        if serving is not None:
+            _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+            wanted = serving.region_bytes
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
 
     def _wait_until_ready(self) -> None:
         assert self.process is not None

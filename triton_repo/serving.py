@@ -21,6 +21,8 @@ from engine.pipeline.text import TOKENS_INSIDE, Prompts
 from engine.settings import MAX_TEXT, Settings
 from triton_repo.protocol import IMAGE, Delivery
 
+#: Bytes for what is small: texts, their context, latents.
+_OF_REGION = 64 << 20
 #: Of a request: a positive and a negative one.
 MAX_TEXTS = 2
 #: The name of the configuration's parameter that holds all of it, as JSON.
@@ -90,6 +92,15 @@ class ServingConfig(BaseModel):
     def max_rows_of_text(self) -> int:
         """How many chunks the text towers are given at once: all of a request."""
         return MAX_TEXTS * self.max_chunks
+
+    @property
+    def region_bytes(self) -> int:
+        """How much shared memory a model is given: what it takes and gives at these limits."""
+        # As base64; a result of 16 bits with transparency, not compressed.
+        photos = (self.max_image_bytes + 8 * self.max_photo_pixels) * 4 // 3
+        # A batch's restored photos and their stage 1, or those that go in and those that come out.
+        tensors = 2 * self.max_batch * 3 * 4 * self.max_pixels
+        return photos + tensors + _OF_REGION
 
     def pixels_allowed(self, bundle: Bundle) -> int:
         """Return how many pixels the networks may see of a photo, on this computer."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -27,7 +28,7 @@ from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
 from triton_repo.client import Client
 from triton_repo.protocol import BusyError, ServerError
-from triton_repo.repository import DeploymentConfig
+from triton_repo.repository import DeploymentConfig, serving_of
 from triton_repo.server import Ports, free_ports
 
 pytestmark = pytest.mark.timeout(600)
@@ -41,8 +42,9 @@ def bundle(bundle_fp32, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(serve_bundle, bundle):
-    """A server of its own; no batches, room for two."""
-    with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1) as running:
+    """A server of its own; no batches, room for two, and for small photos."""
+    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18}
+    with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1, **small) as running:
         yield running
 
 
@@ -159,6 +161,18 @@ def test_clients_that_leave_cost_nobody_else_anything(server):
         assert client.restore(small_png(), steps=1).image
 
 
+def test_a_message_larger_than_what_a_model_may_hold_leaves_no_memory_behind(server):
+    """Triton reads what comes, of any size, and shared memory keeps what it was once given."""
+    limit = serving_of(server.repository).region_bytes
+    before = server.shared_memory.bytes()
+    with client_of(server) as client:
+        with pytest.raises(ServerError, match="Failed to increase the shared memory"):
+            client.restore(bytes(limit))
+        assert server.shared_memory.bytes() == before
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[0] == limit
+        assert client.restore(small_png(), steps=1).image
+
+
 def test_streams_that_fail_at_once_do_not_end_the_server(server):
     """Each counts its failure in a thread of its own; two at one metric ended the server after 6 to 49 of these."""
     pids = set(processes(server))
@@ -179,9 +193,9 @@ def test_streams_that_fail_at_once_do_not_end_the_server(server):
 def test_a_thousand_clients_leave_in_every_way(serve_bundle, bundle_fp32):
     """Memory is flat: what the second half of them adds is a few per cent of what the server holds."""
     with serve_bundle(bundle_fp32, layout=DeploymentConfig(cache=False)) as running:
-        found, memory = leave(running, 1000, stay=5, at_once=8, longest_s=8.0)
+        found, memory = leave(running, 1200, stay=5, at_once=8, longest_s=5.0)
     for way in WAYS:
-        assert found[way, LEFT] >= 20, way  # others had their answer, or met a full queue
+        assert found[way, LEFT] >= 20, way  # others had their answer
     _, held, shared = zip(*memory, strict=True)
     assert max(shared[25:]) <= max(shared[:25]) + (1 << 20)
     assert max(held[25:]) < 1.05 * max(held[:25])
