@@ -37,7 +37,7 @@ _AFTER_TEXT = "z_after_text"
 _TENSORS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "preprocess": (
         {IMAGE: IMAGE, OPTIONS: OPTIONS},
-        {"pixels": "lq", "texts": "texts", "settings": "checked", "run": "run", "format": "format"},
+        {"pixels": "lq", "texts": "texts", "settings": "checked", "run": "run", "delivery": "delivery"},
     ),
     "text": (
         {"texts": "texts", "z_lq": "z_lq"},
@@ -55,7 +55,7 @@ _TENSORS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"z": "z"},
     ),
     "postprocess": (
-        {"pixels": "pixels", "stage1": "stage1", IMAGE: IMAGE, "settings": "checked", "format": "format"},
+        {"pixels": "pixels", "stage1": "stage1", IMAGE: IMAGE, "settings": "checked", "delivery": "delivery"},
         {RESTORED: RESTORED, SETTINGS: SETTINGS},
     ),
 }

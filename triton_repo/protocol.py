@@ -6,12 +6,14 @@ file or an address.
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.errors import RestoreError, UsageError
+from engine.errors import ImageError, RestoreError, UsageError
 from engine.settings import Settings
 
 #: The ensemble, and its decoupled sister.
@@ -22,8 +24,11 @@ IMAGE, OPTIONS = "image", "options"
 RESTORED, SETTINGS, EVENT = "restored", "settings", "event"
 
 Format = Literal["png", "jpeg", "webp", "tiff", "avif"]
+Encoding = Literal["binary", "base64"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
+#: No format of photos begins with so many letters and digits.
+_BASE64_START = re.compile(rb"[A-Za-z0-9+/]{32}")
 #: Bytes of options. Three texts of the longest kind, every character escaped, fit.
 MAX_OPTIONS_BYTES = 1 << 20
 
@@ -45,6 +50,7 @@ class Delivery(BaseModel):
 
     Attributes:
         format: of the encoded result.
+        encoding: of photos in a request and in its answer: as they are, or as text for JSON.
         timeout_s: after which nobody waits any more: sampling stops at the next step.
         preview_every: steps between two previews of a stream; 0 is none.
     """
@@ -52,8 +58,31 @@ class Delivery(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format: Format = "png"
+    encoding: Encoding = "binary"
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
     preview_every: int = Field(0, ge=0, le=1000)
+
+    def encode(self, image: bytes) -> bytes:
+        """Return an encoded photo as the request wants it sent."""
+        return base64.b64encode(image) if self.encoding == "base64" else image
+
+    def decode(self, image: bytes) -> bytes:
+        """Return the encoded photo of a request.
+
+        Args:
+            image: as it was sent.
+        Raises:
+            ImageError: it is base64 and ought not to be, or the other way round.
+        """
+        if self.encoding == "base64":
+            try:
+                return base64.b64decode(image, validate=True)
+            except ValueError as error:  # its message may quote what was sent
+                expected = "letters, digits, + and /, filled up with ="
+                raise ImageError("is no base64", where=IMAGE, expected=expected) from error
+        if _BASE64_START.match(image):
+            raise ImageError("is base64", where=IMAGE, fix='add the option "encoding": "base64"')
+        return image
 
 
 class Run(BaseModel):

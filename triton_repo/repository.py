@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from engine.bundle.graphspec import Axis, DType, TensorSpec, parse_axis, resolve
@@ -81,6 +83,15 @@ def configurations(bundle: Bundle, serving: ServingConfig, layout: DeploymentCon
     }
 
 
+def serving_of(repository: Path) -> ServingConfig | None:
+    """Return what the models of a rendered repository will be given; None where there are none."""
+    file = repository / "preprocess" / "config.pbtxt"
+    if not file.is_file():
+        return None
+    config = text_format.Parse(file.read_text(), pb.ModelConfig())
+    return ServingConfig.model_validate_json(config.parameters[PARAMETER].string_value)
+
+
 class _Maker:
     def __init__(self, bundle: Bundle, serving: ServingConfig, layout: DeploymentConfig) -> None:
         self._bundle, self._serving, self._layout = bundle, serving, layout
@@ -95,12 +106,12 @@ class _Maker:
         spec = self._bundle.spec(name)
         backend, _ = BACKEND_FILES[self._layout.served_by]
         photos = spec.role == "vae"
-        config = pb.ModelConfig(name=name, backend=backend, max_batch_size=self._serving.max_batch if photos else 0)
-        # Rows of the towers are chunks of text, not requests: they have no batch of the server's.
-        skip = 1 if photos else 0
+        # Rows of the towers are chunks of text, not requests: the server bounds them, and waits for no others.
+        rows = self._serving.max_batch if photos else self._serving.max_rows_of_text
+        config = pb.ModelConfig(name=name, backend=backend, max_batch_size=rows)
         for tensors, add in ((spec.inputs, config.input.add), (spec.outputs, config.output.add)):
             for tensor in tensors:
-                add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor, skip))
+                add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor))
         group = self._group(config, 1)
         if photos:
             config.dynamic_batching.SetInParent()  # of what waits anyway: a delay here would be paid three times
@@ -119,7 +130,7 @@ class _Maker:
             "texts": (pb.TYPE_STRING, [_ANY]),
             "settings": (pb.TYPE_STRING, [_ANY, 1]),
             "run": (pb.TYPE_STRING, [_ANY, 1]),
-            "format": (pb.TYPE_STRING, [1]),
+            "delivery": (pb.TYPE_STRING, [1]),
         }
         return self._python("preprocess", inputs, outputs, instances=2)
 
@@ -155,7 +166,7 @@ class _Maker:
             "stage1": (pb.TYPE_FP32, [_ANY, *self._pixels]),
             IMAGE: (pb.TYPE_STRING, [1]),
             "settings": (pb.TYPE_STRING, [_ANY, 1]),
-            "format": (pb.TYPE_STRING, [1]),
+            "delivery": (pb.TYPE_STRING, [1]),
         }
         outputs = {RESTORED: (pb.TYPE_STRING, [1]), SETTINGS: (pb.TYPE_STRING, [1])}
         return self._python("postprocess", inputs, outputs, instances=2)
@@ -211,17 +222,17 @@ class _Maker:
         bundle = self._bundle
         side = -(-bundle.manifest.defaults.min_size // bundle.size_multiple) * bundle.size_multiple
         sizes = bundle.spec("denoise_encoder").sizes_of({"pixels": (1, 3, side, side)})
-        warm_up = config.model_warmup.add(name="default size", batch_size=1 if config.max_batch_size else 0)
+        warm_up = config.model_warmup.add(name="default size", batch_size=1)
         for tensor in inputs:
             shape = resolve(tensor.shape, sizes)
             given = warm_up.inputs[tensor.name]
             given.data_type, given.zero_data = _TYPES[tensor.dtype], True
-            given.dims.extend(shape[1:] if config.max_batch_size else shape)
+            given.dims.extend(shape[1:])
 
 
-def _dims(tensor: TensorSpec, skip: int = 1) -> list[int]:
-    """Return a tensor's axes behind the first `skip`, which are the batch, as the server writes them."""
-    return [_dim(axis) for axis in tensor.shape[skip:]]
+def _dims(tensor: TensorSpec) -> list[int]:
+    """Return a tensor's axes behind the first, which is the batch, as the server writes them."""
+    return [_dim(axis) for axis in tensor.shape[1:]]
 
 
 def _dim(axis: Axis) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
 from engine.cli.options import path_option, whole_number
-from engine.errors import BackendError
+from engine.errors import BackendError, RestoreError
 from triton_repo.environment import find_programs
 from triton_repo.render import add_layout, render, request_of
 from triton_repo.server import Ports, Server
@@ -42,14 +42,15 @@ def main(arguments: Sequence[str]) -> int:
         # Nobody else can enter this folder, or put a link where the log will be.
         log = options.log or Path(tempfile.mkdtemp(prefix="restoration-triton-log-")) / "server.log"
         ports = Ports(options.grpc_port, options.http_port, options.metrics_port)
-        _say("starting: every network is opened and run once")
+        _say(f"starting: every network is opened and run once; log: {log}")
+        restarts = Restarts(log)
         cache_mib = 0 if options.no_cache else 64
         with Server(programs, repository, log, options.address, ports, cache_mib) as server:
             try:
-                keep_running(server, Restarts(log))
+                keep_running(server, restarts)
             except KeyboardInterrupt:
                 _say("stopping")
-        if options.log is None:
+        if options.log is None and not restarts.deaths:
             shutil.rmtree(log.parent)  # it went well: nobody will read it
     return 0
 
@@ -63,6 +64,7 @@ class Restarts:
         limit: of restarts within `within_s`.
         longest_s: of the pauses, each of which is twice the last.
         clock: tells the time in seconds.
+        deaths: so far.
     """
 
     log: Path
@@ -70,6 +72,7 @@ class Restarts:
     within_s: float = 600.0
     longest_s: float = 60.0
     clock: Callable[[], float] = time.monotonic
+    deaths: int = 0
     _times: list[float] = field(default_factory=list)
 
     def pause_s(self, reason: str) -> float:
@@ -81,6 +84,7 @@ class Restarts:
             BackendError: it has died too often.
         """
         now = self.clock()
+        self.deaths += 1
         self._times = [before for before in self._times if now - before < self.within_s]
         if len(self._times) >= self.limit:
             raise BackendError(
@@ -118,7 +122,7 @@ def keep_running(server: Server, restarts: Restarts, sleep: Callable[[float], No
             try:
                 server.start()
                 break
-            except BackendError as error:  # counts as another death
+            except RestoreError as error:  # a full disk, too; it counts as another death
                 reason = error.problem + (f" ({error.found})" if error.found else "")
 
 

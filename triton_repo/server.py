@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.errors import BackendError, UsageError
+from engine.errors import BackendError, UsageError, from_os_error
 from triton_repo.environment import Programs
-from triton_repo.runtime_dir import runtime_dir_of
+from triton_repo.repository import serving_of
+from triton_repo.runtime_dir import VARIABLE, make_runtime_dir
+from triton_repo.shared_memory import SharedMemory, remove_left_behind
 
-#: Interfaces that read this computer's memory, write files or change models: closed to everybody.
-RESTRICTED = ("shared-memory", "model-repository", "trace", "logging")
+#: Interfaces that read this computer's memory, write files, change models, or tell paths: closed to everybody.
+RESTRICTED = ("shared-memory", "model-repository", "model-config", "trace", "logging")
 #: tritonserver cannot turn an interface off, but asks for a header of any name. Command lines are public
 #: (/proc/PID/cmdline), so a secret value would not close anything. A line break within the name does: HTTP ends the
 #: header there, and gRPC refuses the request.
@@ -64,6 +67,7 @@ class Server:
         ports: that it listens on.
         cache_mib: of the response cache; 0 is none.
         start_s: within which it must be ready.
+        process, shared_memory, runtime_dir: of the server that runs; None where none does.
     """
 
     programs: Programs
@@ -74,6 +78,8 @@ class Server:
     cache_mib: int = 64
     start_s: float = 600.0
     process: subprocess.Popen[bytes] | None = None
+    shared_memory: SharedMemory | None = None
+    runtime_dir: Path | None = None
     _members: frozenset[int] = frozenset()
     _log_start: int = 0
 
@@ -89,11 +95,17 @@ class Server:
             "grpc-port": self.ports.grpc,
             "http-port": self.ports.http,
             "metrics-port": self.ports.metrics,
+            "grpc-infer-allocation-pool-size": 0,  # of requests, which would be kept with all that they held
             "rate-limit": "execution_count",
+            # Further ports, which an environment variable of a cloud's would open.
+            "allow-sagemaker": "false",
+            "allow-vertex-ai": "false",
             "exit-timeout-secs": _STOP_S // 2,
             "grpc-restricted-protocol": closed,
             "http-restricted-api": closed,
         }
+        if self.shared_memory is not None:
+            options["backend-config"] = f"python,shm-region-prefix-name={self.shared_memory.prefix}"
         if self.cache_mib:
             options["cache-config"] = f"local,size={self.cache_mib << 20}"
         return [str(self.programs.server), *(f"--{name}={value}" for name, value in options.items())]
@@ -110,26 +122,12 @@ class Server:
 
         Raises:
             UsageError: a port is taken. BackendError: it ends, or takes too long.
+            OutputError: log or shared memory cannot be written.
         """
         self._check_ports()
-        with self.log.open("ab") as log:
-            log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
-            log.flush()
-            self._log_start = log.tell()
-            self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, env=self.programs.environment, start_new_session=True
-            )
-        started = time.monotonic()
         try:
-            while not self.is_ready():
-                if self.process.poll() is not None:
-                    raise BackendError(
-                        "the server does not start", where=self.repository, found=self.why(), fix=f"see {self.log}"
-                    )
-                if time.monotonic() - started > self.start_s:
-                    raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
-                time.sleep(0.1)
-            self._members = self._children()
+            self._launch()
+            self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -155,8 +153,9 @@ class Server:
             return str(answer.read().decode())
 
     def stop(self) -> None:
-        """End the server and its stubs: first they are asked, then they are killed."""
+        """End the server and its stubs, and remove their shared memory: first they are asked, then they are killed."""
         if self.process is None:
+            self._clean_up()
             return
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
@@ -186,6 +185,57 @@ class Server:
         errors = [line for line in re.findall(r"^E\d{4} .*\] (.*)$", text, re.MULTILINE) if "Cuda" not in line]
         return errors[-1] if errors else text.strip()[-300:]
 
+    def _launch(self) -> None:
+        remove_left_behind()
+        try:
+            self.shared_memory = SharedMemory()
+            self.runtime_dir = make_runtime_dir()
+            with self.log.open("ab") as log:
+                log.write(f"--- started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ---\n".encode())
+                log.flush()
+                self._log_start = log.tell()
+                self.process = subprocess.Popen(
+                    self.command(),
+                    stdout=log,
+                    stderr=log,
+                    env={**self.programs.environment, VARIABLE: str(self.runtime_dir)},
+                    start_new_session=True,
+                    restore_signals=False,  # SIGXFSZ stays ignored: see `_bound_regions`
+                    pass_fds=[self.shared_memory.descriptor],
+                )
+            self._bound_regions(self.process.pid)
+        except OSError as error:
+            raise from_os_error(error, error.filename or self.log, "start the server") from error
+
+    def _bound_regions(self, process: int) -> None:
+        """Bound each model's region of shared memory, which Triton enlarges for a message of any size, and keeps.
+
+        A region is a file. What it cannot hold is refused as long as SIGXFSZ, which Python ignores and the server
+        inherits, does not end the server. Models lift the limit for themselves, as they write caches.
+        """
+        serving = serving_of(self.repository)
+        if serving is not None:
+            _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+            wanted = serving.region_bytes
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
+        started = time.monotonic()
+        while not self.is_ready():
+            if (status := self.process.poll()) is not None:
+                found = self.why() if status >= 0 else f"it died of signal {-status} ({signal.strsignal(-status)})"
+                raise BackendError(
+                    "the server does not start", where=self.repository, found=found, fix=f"see {self.log}"
+                )
+            if time.monotonic() - started > self.start_s:
+                raise BackendError("the server takes too long", where=self.log, expected=f"{self.start_s:.0f} s")
+            time.sleep(0.1)
+        self._members = self._children()
+        assert self.shared_memory is not None
+        self.shared_memory.close_to_others()
+
     def _children(self) -> frozenset[int]:
         """Return the processes of models that live; a dead one that nobody has waited for does not."""
         assert self.process is not None
@@ -203,7 +253,15 @@ class Server:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlive their server
-        shutil.rmtree(runtime_dir_of(self.process.pid), ignore_errors=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self.runtime_dir is not None:
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+            self.runtime_dir = None
+        if self.shared_memory is not None:
+            self.shared_memory.remove()
+            self.shared_memory = None
 
     def _check_ports(self) -> None:
         if len(set(self.ports)) != 3:

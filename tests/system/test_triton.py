@@ -1,16 +1,20 @@
 """A real server of the demo: results, batches, streams, and what a client may not do."""
 
 import asyncio
+import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, ROOT
 from pictures import PHOTO, encoded, pixels, small_png
 from PIL import Image
 
@@ -19,11 +23,11 @@ import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from engine import Restorer
+from engine.errors import ImageError
 from engine.image.decoding import decode_photo
 from engine.image.files import read_provenance
 from triton_repo.client import AsyncClient, Client
 from triton_repo.protocol import StoppedError
-from triton_repo.runtime_dir import runtime_dir_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -75,7 +79,6 @@ def inputs(library, image, options):
 @pytest.fixture(scope="module")
 def by_command(demo_bundle, tmp_path_factory):
     """What `python -m engine.restore` makes of the photo: file, pixels and provenance."""
-    import subprocess
     import sys
 
     output = tmp_path_factory.mktemp("command") / "out.png"
@@ -105,6 +108,64 @@ def test_http_gives_the_pixels_of_the_command(server, by_command):
         answer = http.infer("restore", inputs(triton_http, PHOTO, options))
         assert_same_picture(answer.as_numpy("restored")[0], np.asarray(Image.open(by_command)))
         assert json.loads(answer.as_numpy("settings")[0]) == read_provenance(by_command)
+
+
+def posted(server, path, body):
+    """Return what the server answers to JSON."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.ports.http}/v2/models/{path}", json.dumps(body).encode()
+    )
+    with urllib.request.urlopen(request, timeout=240) as answer:
+        return answer.read().decode()
+
+
+def test_json_clients_send_and_get_base64(server, client):
+    expected = client.restore(small_png(), steps=1, seed=11, **SMALL)
+    photo = base64.b64encode(small_png()).decode()
+    options = json.dumps({"encoding": "base64", "steps": 1, "seed": 11, **SMALL})
+    answer = json.loads(posted(server, "restore/generate", {"image": photo, "options": options}))
+    assert base64.b64decode(answer["restored"], validate=True) == expected.image
+    assert json.loads(answer["settings"]) == expected.provenance
+    tensors = [
+        {"name": name, "shape": [1], "datatype": "BYTES", "data": [value]}
+        for name, value in (("image", photo), ("options", options))
+    ]
+    answer = json.loads(posted(server, "restore/infer", {"inputs": tensors}))
+    outputs = {output["name"]: output["data"][0] for output in answer["outputs"]}
+    assert base64.b64decode(outputs["restored"], validate=True) == expected.image
+    options = json.dumps({"encoding": "base64", "steps": 2, "seed": 11, "preview_every": 1, **SMALL})
+    lines = posted(server, "restore_stream/generate_stream", {"image": photo, "options": options}).splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    kinds = [json.loads(event["event"])["kind"] for event in events]
+    assert kinds[0] == "accepted"
+    assert kinds[-1] == "result"
+    for event, kind in zip(events, kinds, strict=True):
+        if kind in ("preview", "result"):
+            assert pixels(base64.b64decode(event["restored"], validate=True)).shape[2] == 3
+
+
+def test_the_curl_command_of_the_documentation(server, client, tmp_path):
+    if not all(map(shutil.which, ("bash", "curl", "jq", "base64"))):
+        pytest.skip("needs bash, curl, jq and base64")
+    (commands,) = re.findall(r"^```bash\n(printf .*?)```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    assert len(commands.splitlines()) == 2
+    assert "localhost:8000" in commands
+    assert commands.count("steps") == 1
+    commands = commands.replace("localhost:8000", f"127.0.0.1:{server.ports.http}")
+    commands = commands.replace("steps", 'min_size\\\\": 64, \\\\"steps')  # quicker
+    (tmp_path / "photo.jpg").write_bytes(small_png())
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, timeout=240)
+    expected = client.restore(small_png(), steps=3, **SMALL).image
+    assert (tmp_path / "restored.png").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("encoding", "photo", "sentence"),
+    [("binary", base64.b64encode(PHOTO), '"encoding": "base64"'), ("base64", PHOTO, "image: is no base64")],
+)
+def test_who_mixes_the_encodings_is_told_what_to_do(client, encoding, photo, sentence):
+    with pytest.raises(ImageError, match=sentence):
+        client.restore(photo, encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +373,7 @@ BAD = {
     "tiles that do not exist": (PHOTO, {"tile": 100}, "tiles of this size do not exist"),
     "tiles of the VAE": (PHOTO, {"vae_tiles": "fast"}, "options.vae_tiles: a server's VAE sees the whole photo"),
     "the VAE in slices": (PHOTO, {"vae_tiles": "exact"}, "options.vae_tiles: a server's VAE sees the whole photo"),
+    "many tokens": (PHOTO, {"prompt": "= " * 2000, "quality_words": "= " * 1000}, "1 to 32 chunks of 75 tokens"),
     "a negative seed": (PHOTO, {"seed": -1}, "seed: input should be greater"),
 }
 
@@ -359,43 +421,111 @@ def test_wrong_tensors_are_refused_by_the_server(url, model):
         assert raw.is_server_ready()
 
 
-def test_members_refuse_what_the_ensemble_would_never_send(url, direct):
-    """Anybody can call a model; what it is given is checked there too."""
-    spec = direct.bundle.spec("vae_decoder")
-    channels = spec.tensor("z").shape[1]
-    large = np.zeros((1, channels, 8, 4000), np.float32)
-    with triton.InferenceServerClient(url) as raw:
-        tensor = triton.InferInput("z", list(large.shape), "FP32")
-        tensor.set_data_from_numpy(large)
-        with pytest.raises(InferenceServerException, match="too large for the memory"):
-            raw.infer("vae_decoder", [tensor], client_timeout=60)
-        with pytest.raises(InferenceServerException, match="options.steps: too many steps"):
-            raw.infer("sample", sample_inputs(direct, {"steps": 1000}, {}), client_timeout=60)
-        with pytest.raises(InferenceServerException, match=r"run.progress_channel: impossible"):
-            raw.infer("sample", sample_inputs(direct, {}, {"progress_channel": "../../etc/passwd"}), client_timeout=60)
-        with pytest.raises(InferenceServerException, match="the stream that wanted this result is gone"):
-            raw.infer("sample", sample_inputs(direct, {}, {"progress_channel": "0" * 32}), client_timeout=60)
-        with pytest.raises(InferenceServerException, match="not finite"):
-            raw.infer("sample", sample_inputs(direct, {}, {}, value=np.nan), client_timeout=60)
+def settings_of(direct, **changes):
+    return json.dumps({**direct.defaults.model_dump(mode="json"), **changes}).encode()
 
 
-def sample_inputs(direct, settings, run, value=0.0):
-    defaults = direct.defaults.model_dump(mode="json")
+def sample_inputs(direct, *, settings=None, run=None, texts=2, chunks=1, side=64, stage1=64, value=0.0, **others):
     unet = direct.bundle.spec("unet")
-    arrays = {
-        "z_lq": np.full((1, direct.bundle.latent_channels, 8, 8), value, np.float32),
-        "stage1": np.zeros((1, 3, 64, 64), np.float32),
-        "context": np.zeros((1, 2, 77, unet.tensor("context").shape[2]), np.float32),
-        "vector": np.zeros((1, 2, unet.tensor("vector").shape[1]), np.float32),
-        "settings": np.array([[json.dumps({**defaults, **settings}).encode()]], dtype=np.object_),
-        "run": np.array([[json.dumps(run).encode()]], dtype=np.object_),
+    width, height = side, 64
+    cell = direct.bundle.pixels_per_cell
+    return {
+        "z_lq": np.full((1, direct.bundle.latent_channels, height // cell, width // cell), value, np.float32),
+        "stage1": np.zeros((1, 3, 64, stage1), np.float32),
+        "context": np.zeros((1, texts, 77 * chunks, unet.tensor("context").shape[2]), np.float32),
+        "vector": np.zeros((1, texts, unet.tensor("vector").shape[1]), np.float32),
+        "settings": [[settings_of(direct, **(settings or {}))]],
+        "run": [[json.dumps(run or {}).encode()]],
+        **others,
     }
+
+
+def postprocess_inputs(direct, *, settings=None, side=64, stage1=64, value=0.0, image=None, **delivery):
+    return {
+        "pixels": np.full((1, 3, 64, side), value, np.float32),
+        "stage1": np.zeros((1, 3, 64, stage1), np.float32),
+        "image": [image or small_png()],
+        "settings": [[settings_of(direct, **{**SMALL, **(settings or {})})]],
+        "delivery": [json.dumps(delivery).encode()],
+    }
+
+
+def latent(direct, rows=8, columns=8, photos=1):
+    return np.zeros((photos, direct.bundle.latent_channels, rows, columns), np.float32)
+
+
+def plain_jpeg(side):
+    """A photo of a few kB."""
+    return encoded(Image.new("RGB", (side, side), (90, 120, 30)), "JPEG")
+
+
+#: What the ensemble would never send: a model, its inputs, and what it says.
+FOREIGN = {
+    "a large latent": ("vae_decoder", lambda d: {"z": latent(d, 8, 4000)}, "too large for the memory"),
+    "a large photo": ("vae_encoder", lambda d: {"pixels": np.zeros((1, 3, 64, 32768), np.float32)}, "too large for"),
+    "an empty photo": ("vae_encoder", lambda d: {"pixels": np.zeros((1, 3, 0, 64), np.float32)}, "wrong shape"),
+    "an odd photo": ("denoise_encoder", lambda d: {"pixels": np.zeros((1, 3, 7, 7), np.float32)}, "wrong shape"),
+    "many photos": ("denoise_encoder", lambda d: {"pixels": np.zeros((64, 3, 64, 64), np.float32)}, "batch"),
+    "many rows of tokens": ("text_encoder", lambda d: {"input_ids": np.zeros((20000, 77), np.int64)}, "batch"),
+    "unknown tokens": ("text_encoder", lambda d: {"input_ids": np.full((1, 77), 10**9, np.int64)}, "unknown tokens"),
+    "negative tokens": ("text_encoder_2", lambda d: {"input_ids": np.full((1, 77), -1, np.int64)}, "unknown tokens"),
+    "three texts": ("text", lambda d: {"texts": [b"a", b"b", b"c"], "z_lq": latent(d)}, "one or two texts"),
+    "a long text": ("text", lambda d: {"texts": [b"x" * 9000], "z_lq": latent(d)}, "texts: too long"),
+    "many tokens": ("text", lambda d: {"texts": [b"= " * 3000], "z_lq": latent(d)}, "1 to 32 chunks of 75 tokens"),
+    "a latent to echo": ("text", lambda d: {"texts": [b"a"], "z_lq": latent(d, 8, 4000)}, "too large for the memory"),
+    "steps": ("sample", lambda d: sample_inputs(d, settings={"steps": 1000}), "options.steps: too many steps"),
+    "texts of a photo": ("sample", lambda d: sample_inputs(d, texts=40), "texts that do not fit"),
+    "chunks": ("sample", lambda d: sample_inputs(d, chunks=200), "context: too long"),
+    "half a chunk": ("sample", lambda d: sample_inputs(d, context=sample_inputs(d)["context"][:, :, :50]), "no whole"),
+    "another stage 1": ("sample", lambda d: sample_inputs(d, stage1=128), "stage1: does not fit z_lq"),
+    "a latent of no size": ("sample", lambda d: sample_inputs(d, side=72, stage1=72), "z_lq: no working size"),
+    "a wide latent": ("sample", lambda d: sample_inputs(d, side=1 << 15, stage1=64), "too large for the memory"),
+    "no number": ("sample", lambda d: sample_inputs(d, value=np.nan), "z_lq: holds values that are not finite"),
+    "a path": ("sample", lambda d: sample_inputs(d, run={"progress_channel": "../../etc/passwd"}), "impossible"),
+    "a stream": ("sample", lambda d: sample_inputs(d, run={"progress_channel": "0" * 32}), "stream that wanted"),
+    "long settings": ("sample", lambda d: sample_inputs(d, settings={"prompt": "x" * (1 << 20)}), "settings: too long"),
+    "a result of 125 megapixels": (
+        "postprocess",
+        lambda d: postprocess_inputs(d, image=plain_jpeg(700), settings={"upscale": 16}),
+        "would be too large",
+    ),
+    "pixels of another photo": ("postprocess", lambda d: postprocess_inputs(d, side=128, stage1=128), "does not fit"),
+    "stage 1 of another photo": ("postprocess", lambda d: postprocess_inputs(d, stage1=128), "stage1: does not fit"),
+    "pixels that are none": ("postprocess", lambda d: postprocess_inputs(d, value=np.inf), "not finite"),
+    "a format": ("postprocess", lambda d: postprocess_inputs(d, format="png/../../x"), "delivery.format: impossible"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_members_refuse_what_the_ensemble_would_never_send(url, direct, what):
+    """Anybody can call a model; what it is given is checked there too."""
+    model, make, sentence = FOREIGN[what]
     given = []
-    for name, array in arrays.items():
-        tensor = triton.InferInput(name, list(array.shape), "BYTES" if array.dtype == np.object_ else "FP32")
-        tensor.set_data_from_numpy(array)
+    for name, value in make(direct).items():
+        value = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.object_)
+        kind = {"float32": "FP32", "int64": "INT64", "object": "BYTES"}[value.dtype.name]
+        tensor = triton.InferInput(name, list(value.shape), kind)
+        tensor.set_data_from_numpy(value)
         given.append(tensor)
-    return given
+    with (
+        triton.InferenceServerClient(url) as raw,
+        pytest.raises(InferenceServerException, match=re.escape(sentence)) as caught,
+    ):
+        raw.infer(model, given, client_timeout=60)
+    assert caught.value.status() in ("StatusCode.INVALID_ARGUMENT", "StatusCode.CANCELLED")
+
+
+def test_members_take_what_the_ensemble_sends(url, direct):
+    """What the refused requests were made of is right as it is."""
+    with triton.InferenceServerClient(url) as raw:
+        for model, inputs_of in (("sample", sample_inputs), ("postprocess", postprocess_inputs)):
+            given = []
+            for name, value in inputs_of(direct, settings={"steps": 1}).items():
+                value = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.object_)
+                tensor = triton.InferInput(name, list(value.shape), "BYTES" if value.dtype == object else "FP32")
+                tensor.set_data_from_numpy(value)
+                given.append(tensor)
+            raw.infer(model, given, client_timeout=60)
 
 
 FORBIDDEN = {
@@ -406,6 +536,7 @@ FORBIDDEN = {
     "unloading a model": lambda raw: raw.unload_model("sample"),
     "writing traces to a file": lambda raw: raw.update_trace_settings(settings={"trace_file": "/tmp/trace"}),
     "writing logs to a file": lambda raw: raw.update_log_settings({"log_file": "/tmp/log"}),
+    "the bundle's path": lambda raw: raw.get_model_config("sample"),
 }
 
 
@@ -419,7 +550,6 @@ def test_no_client_gets_at_files_memory_or_models(server, url, what):
 
 def test_http_restricts_the_same(server):
     import urllib.error
-    import urllib.request
 
     for path in (
         "v2/systemsharedmemory/region/a/register",
@@ -476,7 +606,7 @@ def test_memory_is_flat_in_threads(server):
             with pytest.raises(Exception, match="is not an image"):
                 list(opened.stream(b"hello"))
     assert threading.active_count() < 60
-    assert {file.name for file in runtime_dir_of(server.process.pid).iterdir()} == {
+    assert {file.name for file in server.runtime_dir.iterdir()} == {
         "next",
         "turn",
     }  # locks: see `cpu_lock`

@@ -3,30 +3,32 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-import numpy as np
+import psutil
 import pytest
 from conftest import DATA, ROOT
 from pictures import PHOTO, small_png
 
-triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
-from tritonclient.utils import InferenceServerException
-
+pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+from benchmarks.leaving import LEFT, WAYS, Leavers, Photo, Stayers, leave_all, table
 from engine.bundle.files import describe_file
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, RestoreError, UsageError
 from triton_repo.client import Client
 from triton_repo.protocol import BusyError, ServerError
-from triton_repo.repository import DeploymentConfig
+from triton_repo.repository import DeploymentConfig, serving_of
 from triton_repo.server import Ports, free_ports
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,8 +42,9 @@ def bundle(bundle_fp32, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(serve_bundle, bundle):
-    """A server of its own; no batches, room for two."""
-    with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1) as running:
+    """A server of its own; no batches, room for two, and for small photos."""
+    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18}
+    with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1, **small) as running:
         yield running
 
 
@@ -111,32 +114,63 @@ def test_who_is_refused_and_asks_again_is_served(server):
         assert len(set(pool.map(restore, range(8)))) == 8
 
 
-def leave(server, count, patience_s, **options):
-    """Let plain clients give up one after the other, each after a while of its own; returns how many did."""
-    random = Random(1)
-    left = 0
-    with triton.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as plain:
-        for seed in range(count):
-            given = [triton.InferInput(name, [1], "BYTES") for name in ("image", "options")]
-            asked = json.dumps({**options, "seed": seed}).encode()
-            for tensor, value in zip(given, (small_png(seed), asked), strict=True):
-                tensor.set_data_from_numpy(np.array([value], dtype=np.object_))
-            try:
-                plain.infer("restore", given, client_timeout=random.uniform(*patience_s))
-            except InferenceServerException as error:
-                if error.status() not in ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE"):  # a full queue
-                    raise
-                left += "DEADLINE" in error.status()
-            assert server.process.poll() is None, f"the server is gone after {seed + 1} clients"
-    return left
+def leave(server, count, *, stay, at_once, longest_s, seed=1):
+    """Let clients leave in every way while others stay, whose every answer is checked.
+
+    Returns:
+        How many left, had their answer or were refused, and (seconds, bytes of the server, of its shared memory) by
+        the number of clients that have left.
+    """
+    photos = []
+    with client_of(server, retries=100) as client:
+        for seed_of_photo in range(5):
+            photo = Photo(small_png(seed_of_photo), {"steps": 3, "seed": seed_of_photo})
+            photos.append((photo, client.restore(photo.image, **photo.options).image))
+    assert len({image for _, image in photos}) == 5
+    pids = set(processes(server))
+    ways = [*WAYS] * -(-count // len(WAYS))
+    Random(seed).shuffle(ways)
+    found, memory, started = Counter(), [], time.monotonic()
+
+    def wanted(number):
+        return Photo(small_png(number), {"steps": 3, "seed": number})
+
+    with Stayers(server.ports, stay, photos) as staying, Leavers(server.ports) as leavers:
+        for result in leave_all(leavers, ways[:count], wanted, longest_s, at_once, seed):
+            found[result] += 1
+            assert server.process.poll() is None, f"the server is gone after {found.total()} clients"
+            if found.total() % 20 == 0:
+                held = sum(memory_of(server).values())
+                memory.append((time.monotonic() - started, held, server.shared_memory.bytes()))
+        until(lambda: staying.answers > 5)
+    print(table(found), *(f"{s:.0f} s: {held >> 20} MiB, shared {shm >> 20} MiB" for s, held, shm in memory), sep="\n")
+    print(f"{staying.answers} answers for those who stayed, {staying.wrong} wrong; {staying.errors}")
+    assert (staying.wrong, staying.errors) == (0, [])
+    assert set(processes(server)) == pids
+    regions = list(Path("/dev/shm").glob(f"{server.shared_memory.prefix}*"))
+    assert len(regions) > len(pids) // 2
+    assert {stat.S_IMODE(region.stat().st_mode) for region in regions} == {0o600}
+    return found, memory
 
 
 def test_clients_that_leave_cost_nobody_else_anything(server):
-    pids = set(processes(server))
-    assert leave(server, 40, (0.01, 0.25), steps=3) >= 10  # others find the queue full of what was left
+    """Every way twice, at a server whose queue holds two: some are refused."""
+    found, _ = leave(server, 2 * len(WAYS), stay=1, at_once=1, longest_s=0.3)
+    assert sum(count for (_, what), count in found.items() if what == LEFT) >= len(WAYS) // 2
     with client_of(server, retries=100) as client:
         assert client.restore(small_png(), steps=1).image
-    assert set(processes(server)) == pids
+
+
+def test_a_message_larger_than_what_a_model_may_hold_leaves_no_memory_behind(server):
+    """Triton reads what comes, of any size, and shared memory keeps what it was once given."""
+    limit = serving_of(server.repository).region_bytes
+    before = server.shared_memory.bytes()
+    with client_of(server) as client:
+        with pytest.raises(ServerError, match="Failed to increase the shared memory"):
+            client.restore(bytes(limit))
+        assert server.shared_memory.bytes() == before
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[0] == limit
+        assert client.restore(small_png(), steps=1).image
 
 
 def test_streams_that_fail_at_once_do_not_end_the_server(server):
@@ -155,12 +189,34 @@ def test_streams_that_fail_at_once_do_not_end_the_server(server):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_clients_leave_in_every_way(serve_bundle, bundle_fp32):
+    """Memory is flat: what the second half of them adds is a few per cent of what the server holds."""
+    with serve_bundle(bundle_fp32, layout=DeploymentConfig(cache=False)) as running:
+        found, memory = leave(running, 1200, stay=5, at_once=8, longest_s=5.0)
+    for way in WAYS:
+        assert found[way, LEFT] >= 20, way  # others had their answer
+    _, held, shared = zip(*memory, strict=True)
+    assert max(shared[25:]) <= max(shared[:25]) + (1 << 20)
+    assert max(held[25:]) < 1.05 * max(held[:25])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_clients_of_the_demo_may_leave(serve_bundle, demo_bundle):
-    """At 512 pixels and 3 steps, after 0.3 to 2.5 s: with two models of the ensemble at once the server ended here."""
+def test_clients_of_the_demo_may_leave(serve_bundle, demo_bundle):
+    """At 512 pixels and 3 steps, after up to 2.5 s: with two models of the ensemble at once the server ended here."""
     with serve_bundle(demo_bundle) as running, client_of(running, retries=100) as client:
-        pids = set(processes(running))
-        assert leave(running, 100, (0.3, 2.5), min_size=512, steps=3) >= 50
+        pids, found = set(processes(running)), Counter()
+        with Leavers(running.ports) as leavers:
+            unary = [way for way in WAYS if "unary" in way] * 13
+
+            def wanted(number):
+                return Photo(small_png(number), {"min_size": 512, "steps": 3, "seed": number})
+
+            for _, what in leave_all(leavers, unary, wanted, longest_s=2.5, at_once=1, seed=1):
+                found[what] += 1
+                assert running.process.poll() is None, f"the server is gone after {found.total()} clients"
+        assert found[LEFT] >= 50
         assert client.restore(small_png(), steps=1).image
         assert set(processes(running)) == pids
 
@@ -292,8 +348,6 @@ def test_mistakes_at_the_client(server, tmp_path, monkeypatch, capsys, arguments
 
 def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
     """A server from the command line, a photo through it with a bar and previews, a model that is killed, Ctrl-C."""
-    import psutil
-
     ports = free_ports()
     names = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
     serve = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), "--bundle", str(bundle_fp32), *names]
@@ -335,10 +389,8 @@ def test_the_two_commands(bundle_fp32, triton_programs, tmp_path):
 
 
 def memory_of(server):
-    """Return the bytes that the server and its stubs hold, shared ones counted once for each who maps them."""
-    import psutil
-
-    return {command.split()[-1]: psutil.Process(pid).memory_info().rss for pid, command in processes(server).items()}
+    """Return the bytes that the server and its stubs hold, by process; each counts what it shares."""
+    return {pid: psutil.Process(pid).memory_info().rss for pid in processes(server)}
 
 
 @pytest.mark.slow
@@ -364,5 +416,5 @@ def test_memory_is_flat_after_two_hundred_requests_fifty_of_them_bad(serve_bundl
             ask(client, 1000 + number)
         after = memory_of(running)
         assert set(before) == set(after)  # no model was started again
-    print({name: f"{before[name] / 2**20:.1f} -> {after[name] / 2**20:.1f} MiB" for name in before})
+    print({pid: f"{before[pid] / 2**20:.1f} -> {after[pid] / 2**20:.1f} MiB" for pid in before})
     assert sum(after.values()) < 1.02 * sum(before.values())

@@ -3,6 +3,8 @@
 import fcntl
 import multiprocessing
 import os
+import shutil
+import tempfile
 import time
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from engine.errors import UsageError
 from triton_repo.cpu_lock import FairLock
 from triton_repo.models.device import cpu_lock_of
-from triton_repo.runtime_dir import runtime_dir, runtime_dir_of
+from triton_repo.runtime_dir import VARIABLE, make_runtime_dir, runtime_dir
 from triton_repo.serving import ServingConfig
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -125,7 +127,8 @@ def test_a_process_that_dies_gives_its_turn_up(tmp_path):
 )
 def test_turns_are_for_those_that_use_every_core(kind, threads, is_locked, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     serving = ServingConfig(bundle=tmp_path, digest="", backend="onnxruntime", threads=threads)
     lock = cpu_lock_of({"model_instance_kind": kind, "model_instance_device_id": "0"}, serving)
     assert isinstance(lock, FairLock) == is_locked
@@ -134,9 +137,26 @@ def test_turns_are_for_those_that_use_every_core(kind, threads, is_locked, monke
 
 
 def test_processes_meet_where_nobody_else_can_go(monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert runtime_dir() == runtime_dir_of(os.getppid())
+    monkeypatch.setattr("tempfile.tempdir", tempfile.mkdtemp(dir="/tmp"))
+    folders = [make_runtime_dir(), make_runtime_dir()]
+    assert folders[0] != folders[1]
+    monkeypatch.setenv(VARIABLE, str(folders[0]))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where another process would look
+    assert runtime_dir() == folders[0]
     assert runtime_dir().stat().st_mode & 0o777 == 0o700
     runtime_dir().chmod(0o755)
-    with pytest.raises(UsageError, match="belongs to somebody else"):
+    with pytest.raises(UsageError, match="others can enter it"):
         runtime_dir()
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(UsageError, match=f"{VARIABLE}: not set"):
+        runtime_dir()
+    shutil.rmtree(folders[0].parent)
+
+
+def test_a_folder_that_no_socket_could_lie_in_is_refused(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(UsageError, match="TMPDIR"):
+        make_runtime_dir()
+    assert list(long.iterdir()) == []

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 
-from engine.errors import UsageError
+from engine.errors import ImageError, UsageError
 from triton_repo import progress_channel
-from triton_repo.protocol import Run, StoppedError, parse_options
+from triton_repo.protocol import Delivery, Run, StoppedError, parse_options
 
 GOOD = [
     (b"", {}, "png", None),
@@ -29,6 +29,7 @@ BAD = [
     (b'{"bundle": "/etc/passwd"}', "unknown option"),
     (b'{"file": "http://169.254.169.254/"}', "unknown option"),
     (b'{"format": "exe"}', "options.format"),
+    (b'{"encoding": "hex"}', "options.encoding"),
     (b'{"timeout_s": 0}', "options.timeout_s"),
     (b'{"timeout_s": 1e999}', "options.timeout_s"),
     (b'{"preview_every": -1}', "options.preview_every"),
@@ -47,6 +48,17 @@ def test_bad_options_are_refused_in_few_words(data, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse_options(data)
     assert len(str(caught.value)) < 1000
+
+
+def test_photos_go_through_json_and_come_back():
+    delivery, photo = Delivery(encoding="base64"), bytes(range(256))
+    sent = delivery.encode(photo)
+    assert json.loads(json.dumps(sent.decode())) == sent.decode()
+    assert delivery.decode(sent) == photo
+    assert Delivery().decode(Delivery().encode(photo)) == photo
+    for damaged in (b"\xff" + sent, sent[:-1], sent + b"\n", b"data:image/png;base64," + sent):
+        with pytest.raises(ImageError, match="is no base64"):
+            delivery.decode(damaged)
 
 
 def test_a_name_of_a_stream_is_no_path():

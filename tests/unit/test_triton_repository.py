@@ -80,8 +80,7 @@ def test_every_graph_has_its_specs_names_types_and_shapes(served):
             assert [tensor.name for tensor in found] == [tensor.name for tensor in tensors]
             assert [tensor.data_type for tensor in found] == [TYPES[tensor.dtype] for tensor in tensors]
             for tensor, expected in zip(found, tensors, strict=True):
-                axes = expected.shape[1:] if config.max_batch_size else expected.shape
-                assert list(tensor.dims) == [axis if isinstance(axis, int) else -1 for axis in axes]
+                assert list(tensor.dims) == [axis if isinstance(axis, int) else -1 for axis in expected.shape[1:]]
 
 
 def test_every_member_has_the_file_that_its_backend_looks_for(served):

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 
-from engine.errors import BackendError
+from engine.errors import BackendError, OutputError
 from triton_repo import serve
 from triton_repo.environment import Programs
 from triton_repo.serve import Restarts, keep_running
@@ -95,6 +95,24 @@ def test_a_server_that_dies_again_and_again_is_an_error_that_names_the_log(serve
     assert server.log.read_text().count("the model is broken") == 5
 
 
+def test_a_start_that_fails_for_want_of_a_disk_counts_like_any_other(server, monkeypatch):
+    """`serve.py` goes on while its limit allows, as somebody may make room."""
+    server.start()
+    log, pauses = server.log, []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        server.log = log if len(pauses) == 3 else Path("/dev/full")
+        if len(pauses) == 4:
+            raise EnoughError
+
+    server.has_lost_a_member = lambda: die(server)
+    with pytest.raises(EnoughError):
+        keep_running(server, Restarts(log), sleep)
+    assert pauses == [1, 2, 4, 8]
+    assert log.read_text().count("a line of this run") == 2
+
+
 def test_restarts_that_are_long_past_do_not_count(tmp_path):
     now = [0.0]
     restarts = Restarts(tmp_path / "log", clock=lambda: now[0])
@@ -115,6 +133,22 @@ def test_a_server_that_somebody_stopped_is_not_started_again(server, monkeypatch
     with pytest.raises(BackendError, match="ended by itself"):
         keep_running(server, Restarts(server.log), lambda seconds: pytest.fail("started again"))
     monkeypatch.undo()
+
+
+def test_what_a_server_leaves_outside_its_log_goes_with_it(server, monkeypatch):
+    server.start()
+    runtime, memory = server.runtime_dir, server.shared_memory
+    assert str(runtime).encode() in Path(f"/proc/{server.process.pid}/environ").read_bytes()
+    region = Path("/dev/shm") / f"{memory.prefix}region"
+    region.touch()
+    (runtime / "socket").touch()
+    server.kill()
+    assert not runtime.exists()
+    assert not region.exists()
+    monkeypatch.setattr(server, "log", Path("/dev/full"))
+    with pytest.raises(OutputError, match="the disk is full"):
+        server.start()
+    assert server.runtime_dir is server.shared_memory is None
 
 
 def test_a_start_that_fails_is_explained_by_its_own_lines(server):
@@ -154,14 +188,23 @@ def test_the_log_lies_where_nobody_else_can_put_anything(monkeypatch, tmp_path, 
         seen.append(stat.S_IMODE(restarts.log.parent.stat().st_mode))
         raise KeyboardInterrupt
 
+    def die_and_interrupt(server, restarts):
+        restarts.pause_s("it died")
+        interrupt(server, restarts)
+
     monkeypatch.setattr(serve, "keep_running", interrupt)
     usual = signal.getsignal(signal.SIGTERM)
     try:
         for _ in range(2):
             assert serve.main([]) == 0
+        monkeypatch.setattr(serve, "keep_running", die_and_interrupt)
+        assert serve.main([]) == 0
     finally:
         signal.signal(signal.SIGTERM, usual)
-    first, mode, second, _ = seen
+    first, mode, second, _, died, _ = seen
+    assert f"log: {first}\n" in capsys.readouterr().err
     assert mode == 0o700
     assert first.parent != second.parent
     assert not first.parent.exists()
+    assert not second.parent.exists()
+    assert died.exists()  # it tells why

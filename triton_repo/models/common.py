@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from engine.errors import ImageError, OutputError, RestoreError, ScheduleError, UsageError
 from engine.timings import Timings
-from triton_repo.protocol import BusyError, StoppedError
+from triton_repo.protocol import MAX_OPTIONS_BYTES, BusyError, StoppedError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -114,12 +114,27 @@ def parsed(request: Any, name: str, model: type[Model]) -> Model:
     Raises:
         UsageError: it is none.
     """
+    sent = blob(request, name)
+    if len(sent) > MAX_OPTIONS_BYTES:
+        raise UsageError(
+            "too long", where=name, expected=f"up to {MAX_OPTIONS_BYTES} bytes", found=f"{len(sent)} bytes"
+        )
     try:
-        return model.model_validate_json(blob(request, name))
+        return model.model_validate_json(sent)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in (name, *first["loc"]))
         raise UsageError("impossible", where=place, found=first["msg"]) from error
+
+
+def check_finite(value: NDArray[Any], name: str) -> None:
+    """Refuse what no network gives, and what would spread.
+
+    Raises:
+        UsageError: some numbers of an input are none, or infinite.
+    """
+    if not np.isfinite(value).all():
+        raise UsageError("holds values that are not finite", where=name)
 
 
 def strings(values: Sequence[bytes | str], shape: Sequence[int]) -> NDArray[Any]:

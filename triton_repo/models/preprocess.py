@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from engine.errors import ImageError
-from engine.image.decoding import decode_photo
 from engine.image.encoding import check_format
-from engine.image.preprocess import checked_working_size, preprocess, result_size
+from engine.image.preprocess import checked_working_size, preprocess
 from engine.pipeline.plan import texts_of
+from engine.pipeline.text import Prompts
 from engine.sampling.sampler import table_for
 from triton_repo.models.common import Metrics, answer_each, blob, response, strings
 from triton_repo.protocol import IMAGE, OPTIONS, Run, parse_options
@@ -23,6 +22,7 @@ class TritonPythonModel:
         self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
         self._max_pixels = self._serving.pixels_allowed(self._bundle)
+        self._prompts = Prompts(self._bundle)
         self._metrics = Metrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -33,29 +33,13 @@ class TritonPythonModel:
         changes, delivery = parse_options(blob(request, OPTIONS))
         settings = self._bundle.manifest.defaults.updated(changes)
         self._serving.check(settings)
-        encoded = blob(request, IMAGE)
-        if len(encoded) > self._serving.max_image_bytes:
-            raise ImageError(
-                "is too large",
-                where=IMAGE,
-                expected=f"up to {self._serving.max_image_bytes} bytes on this server",
-                found=f"{len(encoded)} bytes",
-            )
-        photo = decode_photo(encoded, IMAGE, max_pixels=self._serving.max_photo_pixels)
-        check_format(photo, f".{delivery.format}", IMAGE, size=result_size(photo.size, settings.upscale))
+        photo = self._serving.read_photo(blob(request, IMAGE), delivery)
+        check_format(photo, f".{delivery.format}", IMAGE, size=self._serving.result_size(photo.size, settings))
         size = checked_working_size(self._bundle, photo.size, settings, self._max_pixels)
-        width, height = photo.size
-        if round(width * settings.upscale) * round(height * settings.upscale) > self._serving.max_photo_pixels:
-            raise ImageError(
-                "would be too large",
-                where=IMAGE,
-                expected=f"up to {self._serving.max_photo_pixels / 1e6:.0f} million pixels on this server",
-                found=f"{width} × {height} with --upscale {settings.upscale:g}",
-                fix="lower --upscale",
-            )
         self._serving.size_plan(self._bundle, size, settings)  # or tiles that do not exist are refused by `sample`
         pixels = preprocess(photo, size)[None]
         texts = texts_of(settings, table_for(settings))
+        self._serving.check_chunks(self._prompts.count_chunks(texts), "options.prompt or options.negative_prompt")
         deadline = None if delivery.timeout_s is None else started + delivery.timeout_s
         run = Run(deadline=deadline, preview_every=delivery.preview_every)
         self._metrics.took("preprocess", time.monotonic() - started)
@@ -64,5 +48,5 @@ class TritonPythonModel:
             texts=strings(texts, (len(texts),)),
             settings=strings([settings.model_dump_json()], (1, 1)),
             run=strings([run.model_dump_json()], (1, 1)),
-            format=strings([delivery.format], (1,)),
+            delivery=strings([delivery.model_dump_json()], (1,)),
         )

@@ -24,7 +24,7 @@ from engine.image.preprocess import postprocess
 from triton_repo.chain import chain
 from triton_repo.models.common import Metrics, array, call, failure, response, strings
 from triton_repo.progress_channel import ProgressReceiver
-from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Run, StoppedError
+from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORED, SETTINGS, BusyError, Delivery, Run, StoppedError
 from triton_repo.serving import ServingConfig
 
 #: Previews of a stream that wait for their decoding; more are left out.
@@ -95,6 +95,7 @@ class Stream:
     def __init__(self, image: NDArray[Any], options: NDArray[Any], sender: Any, samplers: ThreadPoolExecutor) -> None:
         self._image, self._options = image, options
         self._sender, self._samplers = sender, samplers
+        self._delivery = Delivery()
 
     def run(self) -> None:
         """Restore the photo and tell of it.
@@ -110,6 +111,7 @@ class Stream:
             made = run(inputs, list(link.outputs))
             values |= {value: made[tensor] for tensor, value in link.outputs.items()}
             if link.model == "preprocess":
+                self._delivery = Delivery.model_validate_json(values["delivery"].reshape(-1)[0])
                 _, _, height, width = values["lq"].shape
                 self._send({"kind": "accepted", "size": [width, height]})
         provenance = json.loads(values[SETTINGS].reshape(-1)[0])
@@ -167,7 +169,7 @@ class Stream:
         pixels = call("vae_decoder", {"z": estimate[None]}, ["pixels"])["pixels"][0]
         blank = Photo(np.zeros((*pixels.shape[1:], 3), np.float32))
         shown = encode_photo(postprocess(pixels, blank, blank.size), ".jpg", {"preview": True})
-        self._send({"kind": "preview", "step": step, "steps": steps}, shown)
+        self._send({"kind": "preview", "step": step, "steps": steps}, self._delivery.encode(shown))
 
     def _poll_cancel(self, receiver: ProgressReceiver, over: threading.Event) -> None:
         """Stop the sampling when the client is gone."""

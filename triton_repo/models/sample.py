@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from engine.backends import make_backend
 from engine.bundle.graphspec import resolve
 from engine.bundle.sdxl import TOKENS
-from engine.errors import ImageError, UsageError
+from engine.errors import UsageError
 from engine.pipeline.restorer import Restorer
 from engine.pipeline.text import Conditioning
 from engine.sampling.sampler import Latent, StepOutput, StepTable, table_for
 from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
-from triton_repo.models.common import Metrics, array, call, failure, parsed, response
+from triton_repo.models.common import Metrics, array, call, check_finite, failure, parsed, response
 from triton_repo.models.device import cpu_lock_of, device_of
 from triton_repo.progress_channel import ProgressSender
 from triton_repo.protocol import Run, StoppedError
-from triton_repo.serving import ServingConfig
+from triton_repo.serving import MAX_TEXTS, ServingConfig
 
 
 @dataclass
@@ -131,20 +131,37 @@ class TritonPythonModel:
         self._serving.check(settings)
         context, vector = array(request, "context"), array(request, "vector")
         z_lq = array(request, "z_lq")
-        pixels = z_lq.shape[2] * z_lq.shape[3] * self._restorer.bundle.pixels_per_cell**2
-        if pixels > self._max_pixels:
-            raise ImageError(
-                "too large", where="z_lq", expected=f"up to {self._max_pixels} pixels", found=f"{pixels} pixels"
-            )
-        if not np.isfinite(z_lq).all():
-            raise UsageError("holds values that are not finite", where="z_lq")
-        table = table_for(settings)
-        needed = 2 if any(step.guided for step in table.steps) else 1
-        if len(context) != 1 or context.shape[1] != vector.shape[1] or context.shape[1] < needed:
-            raise UsageError("texts that do not fit", where="context", found=f"{context.shape}, {vector.shape}")
-        texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
+        stage1 = array(request, "stage1")
         bundle, (rows, columns) = self._restorer.bundle, z_lq.shape[2:]
         size = (columns * bundle.pixels_per_cell, rows * bundle.pixels_per_cell)
+        self._serving.check_working_pixels(size[0] * size[1], self._max_pixels, "z_lq")
+        if any(side < 1 or side % bundle.size_multiple for side in size):
+            expected = f"multiples of {bundle.size_multiple // bundle.pixels_per_cell} cells"
+            raise UsageError("no working size", where="z_lq", expected=expected, found=f"{columns} × {rows}")
+        if stage1.shape[2:] != size[::-1]:
+            found = f"{stage1.shape[3]} × {stage1.shape[2]}"
+            raise UsageError("does not fit z_lq", where="stage1", expected=f"{size[0]} × {size[1]}", found=found)
+        for name, value in (("z_lq", z_lq), ("stage1", stage1), ("context", context), ("vector", vector)):
+            if len(value) != 1:
+                raise UsageError("one photo for each request", where=name, found=len(value))
+            check_finite(value, name)
+        table = table_for(settings)
+        needed = 2 if any(step.guided for step in table.steps) else 1
+        if context.shape[1] != vector.shape[1] or not needed <= context.shape[1] <= MAX_TEXTS:
+            expected = f"{needed} to {MAX_TEXTS} texts"
+            raise UsageError(
+                "texts that do not fit",
+                where="context, vector",
+                expected=expected,
+                found=f"{context.shape}, {vector.shape}",
+            )
+        chunks, rest = divmod(context.shape[2], TOKENS)
+        if rest:
+            raise UsageError(
+                "no whole chunks", where="context", expected=f"a multiple of {TOKENS}", found=context.shape
+            )
+        self._serving.check_chunks(chunks, "context")
+        texts = tuple(Conditioning(context[:, text], vector[:, text]) for text in range(context.shape[1]))
         tiles = self._serving.size_plan(bundle, size, settings).latent_tiles(bundle, rows, columns)
         job = PendingRequest(index, request, settings, run, table, tiles, texts, z_lq)
         job.check_wanted(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import UsageError
 from engine.pipeline.text import Prompts
 from triton_repo.models.common import Metrics, answer_each, array, call, response
-from triton_repo.serving import ServingConfig
+from triton_repo.serving import MAX_TEXTS, ServingConfig
 
-#: A positive and a negative one.
-_MAX_TEXTS = 2
-#: Pairs whose result is kept: most requests have the bundle's.
-_KEPT = 32
+#: Bytes of results that are kept: most requests have the bundle's texts.
+_KEPT = 64 << 20
 
 
 class TritonPythonModel:
@@ -26,6 +24,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._serving = ServingConfig.of(args)
         self._bundle = self._serving.open_bundle()
+        self._max_pixels = self._serving.pixels_allowed(self._bundle)
         self._prompts = Prompts(self._bundle)
         self._known: dict[tuple[str, ...], dict[str, NDArray[np.float32]]] = {}
         self._metrics = Metrics(args["model_name"])
@@ -35,18 +34,21 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         started = time.monotonic()
-        texts = tuple(text.decode(errors="replace") for text in array(request, "texts").reshape(-1))
-        # The positive text is the prompt and the quality words.
-        longest = max((len(text) for text in texts), default=0)
-        if not 1 <= len(texts) <= _MAX_TEXTS or longest > 2 * self._serving.max_text + 2:
-            raise UsageError("one or two texts within the limits", where="texts", found=f"{len(texts)}, {longest} long")
+        z_lq = array(request, "z_lq")
+        pixels = math.prod((len(z_lq), *z_lq.shape[2:])) * self._bundle.pixels_per_cell**2
+        self._serving.check_working_pixels(pixels, self._max_pixels, "z_lq")
+        sent = array(request, "texts").reshape(-1)
+        texts = tuple(text.decode(errors="replace") for text in sent[: MAX_TEXTS + 1])
+        self._serving.check_texts([len(text) for text in texts], "texts")
+        self._serving.check_chunks(self._prompts.count_chunks(texts), "texts")
         if texts not in self._known:
-            while len(self._known) >= _KEPT:
-                del self._known[next(iter(self._known))]
             self._known[texts] = self._encode(texts)
+        found = self._known[texts]
+        while len(self._known) > 1 and sum(map(_bytes_of, self._known.values())) > _KEPT:
+            del self._known[next(iter(self._known))]
         self._metrics.took("text", time.monotonic() - started)
         # The latent goes through unchanged: who needs it afterwards follows in the ensemble, not beside this model.
-        return response(**self._known[texts], z_after_text=array(request, "z_lq"))
+        return response(**found, z_after_text=z_lq)
 
     def _encode(self, texts: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
         found = self._prompts.encode(texts, self._run)
@@ -58,3 +60,7 @@ class TritonPythonModel:
 
     def _run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         return call(graph, inputs, [tensor.name for tensor in self._bundle.spec(graph).outputs])
+
+
+def _bytes_of(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays.values())
