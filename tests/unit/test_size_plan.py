@@ -127,7 +127,7 @@ def test_plans_step_down_until_one_fits_and_what_fits_nowhere_is_refused(sdxl):
     with pytest.raises(
         ImageError, match=r"(?s)too large for the memory.*in tiles of 128 pixels, decoded in tiles of 256"
     ):
-        choose_plan(sdxl, size, settings, MemoryBudget(5 * GIB), weights)
+        choose_plan(sdxl, size, settings, MemoryBudget(weights + GIB // 4), weights)
 
 
 @pytest.mark.parametrize("changes", [{"tile": 1024}, {"vae_tiles": "off"}])
