@@ -148,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--weights",
         choices=("int8",),
-        help="store the matrices of all networks but the VAE in 8 bits, a scale per output channel, which halves "
-        "engines and bundles of 16 bits (default: in the precision of the networks)",
+        help="store the matrices of all networks but the VAE in 8 bits, a scale per output channel: "
+        "engines and bundles of 16 bits become up to half as large (default: in the precision of the networks)",
     )
     how.add_argument(
         "--min-size",
