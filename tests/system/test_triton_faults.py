@@ -43,7 +43,7 @@ def bundle(bundle_fp32, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(serve_bundle, bundle):
     """A server of its own; no batches, room for two, and for small photos."""
-    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18}
+    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18, "max_streams": 2}
     with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1, **small) as running:
         yield running
 
@@ -103,6 +103,23 @@ def test_a_full_queue_is_said_and_the_rest_is_served(server):
     with client_of(server) as client:
         assert client.is_ready()
         assert client.restore(small_png(), steps=1).image
+
+
+def test_a_stream_that_is_refused_for_want_of_room_is_told_so(server):
+    """And not as a fault of the server's, for which nobody would ask again."""
+
+    def stream(seed):
+        with client_of(server) as client:
+            try:
+                return list(client.stream(small_png(seed), steps=3, seed=seed))[-1].kind
+            except BusyError as error:
+                return error.args[0].partition("\n")[0]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = Counter(pool.map(stream, range(6)))
+    assert found["too many streams"] >= 1
+    assert found["result"] >= 2
+    assert found.total() == found["too many streams"] + found["result"]
 
 
 def test_who_is_refused_and_asks_again_is_served(server):
