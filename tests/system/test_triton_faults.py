@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import psutil
 import pytest
 from conftest import DATA, ROOT
 from pictures import PHOTO, small_png
 
-pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 from benchmarks.leaving import LEFT, WAYS, Leavers, Photo, Stayers, leave_all, table
 from engine.bundle.files import describe_file
 from engine.bundle.manifest import open_bundle
@@ -188,6 +189,22 @@ def test_a_message_larger_than_what_a_model_may_hold_leaves_no_memory_behind(ser
         assert server.shared_memory.bytes() == before
         assert resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[0] == limit
         assert client.restore(small_png(), steps=1).image
+
+
+def test_a_model_gives_back_what_a_large_photo_took(server):
+    """And a small one's memory stays for the next, which is quicker."""
+    (process,) = [pid for pid, command in processes(server).items() if "/vae_encoder/1/model.py" in command]
+
+    def held_after(side):
+        with triton.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as raw:
+            pixels = triton.InferInput("pixels", [1, 3, side, side], "FP32")
+            pixels.set_data_from_numpy(np.zeros((1, 3, side, side), np.float32))
+            raw.infer("vae_encoder", [pixels], client_timeout=100)
+        memory = psutil.Process(process).memory_info()
+        return memory.rss - memory.shared
+
+    before = held_after(64)
+    assert held_after(512) < before + (64 << 20)
 
 
 def test_streams_that_fail_at_once_do_not_end_the_server(server):
