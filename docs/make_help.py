@@ -27,6 +27,7 @@ COMMANDS = {
         ("restoration-engine benchmark quality", ["benchmarks/quality.py"]),
         ("restoration-engine benchmark seams", ["benchmarks/seams.py"]),
         ("restoration-engine benchmark scaling", ["benchmarks/scaling.py"]),
+        ("restoration-engine benchmark soak", ["benchmarks/soak.py"]),
         ("restoration-engine benchmark gpu", ["benchmarks/gpu_session.py"]),
     ],
     "index": [("restoration-engine", ["-m", "engine.cli.main"])],

@@ -50,6 +50,9 @@ _ENSEMBLE = f"in ensemble '{RESTORE}', "
 #: A restored photo may be larger than gRPC's default of 4 MB.
 _MAX_MESSAGE = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
+#: Has a stream end with gRPC's status. Without it an error is a text, and a full server looks like a fault.
+_WITH_STATUS = {"triton_grpc_error": "true"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -165,7 +168,11 @@ class Client:
         client = triton.InferenceServerClient(self._url, channel_args=_MAX_MESSAGE)
         over = False
         try:
-            client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=self._timeout_s)
+            client.start_stream(
+                lambda result, error: answers.put((result, error)),
+                stream_timeout=self._timeout_s,
+                headers=_WITH_STATUS,
+            )
             options = {"timeout_s": self._timeout_s, **options}
             client.async_stream_infer(RESTORE_STREAM, _inputs(triton, image, options), enable_empty_final_response=True)
             while True:

@@ -19,7 +19,12 @@ class Runner(ABC):
 
     `infer` checks names, dtypes and shapes against the graph's spec, so that a mistake is named in
     the project's words rather than by a library; `infer_impl` does the work.
+
+    Attributes:
+        keeps_memory: whether what a pass took is kept for the next one, where the library can choose.
     """
+
+    keeps_memory = True
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec

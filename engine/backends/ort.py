@@ -121,7 +121,7 @@ class OrtRunner(Runner):
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         assert self._session is not None, f"{self.spec.name} was closed"
         try:
-            results = self._session.run(self._outputs, dict(inputs))
+            results = self._session.run(self._outputs, dict(inputs), None if self.keeps_memory else _give_back())
         except Exception as error:
             raise translated(error, self.spec.name) from error
         return dict(zip(self._outputs, results, strict=True))
@@ -188,6 +188,14 @@ def _share_arena() -> None:
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     as_requested = 1  # instead of doubling the arena each time
     ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": as_requested}))
+
+
+@lru_cache(maxsize=1)
+def _give_back() -> ort.RunOptions:
+    """Return what has a pass give the arena's memory back to the system at its end."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def translated(error: Exception, graph: str) -> Exception:

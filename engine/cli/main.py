@@ -47,6 +47,7 @@ BENCHMARKS = {
     "quality": Command("benchmarks.quality", "PSNR and SSIM on degraded photos", "quality"),
     "seams": Command("benchmarks.seams", "what tiles change against the whole photo", "benchmark"),
     "scaling": Command("benchmarks.scaling", "time and memory over a photo's size", "benchmark"),
+    "soak": Command("benchmarks.soak", "a server among faults: answers, restarts, memory", "triton"),
     "gpu": Command("benchmarks.gpu_session", "every check that needs a GPU", "test"),
 }
 

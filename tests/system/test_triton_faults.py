@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import psutil
 import pytest
 from conftest import DATA, ROOT
 from pictures import PHOTO, small_png
 
-pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
+triton = pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
 from benchmarks.leaving import LEFT, WAYS, Leavers, Photo, Stayers, leave_all, table
 from engine.bundle.files import describe_file
 from engine.bundle.manifest import open_bundle
@@ -43,7 +44,7 @@ def bundle(bundle_fp32, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(serve_bundle, bundle):
     """A server of its own; no batches, room for two, and for small photos."""
-    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18}
+    small = {"max_image_bytes": 1 << 20, "max_photo_pixels": 1 << 20, "max_pixels": 1 << 18, "max_streams": 2}
     with serve_bundle(bundle, layout=DeploymentConfig(max_queue=2, cache=False), max_batch=1, **small) as running:
         yield running
 
@@ -103,6 +104,23 @@ def test_a_full_queue_is_said_and_the_rest_is_served(server):
     with client_of(server) as client:
         assert client.is_ready()
         assert client.restore(small_png(), steps=1).image
+
+
+def test_a_stream_that_is_refused_for_want_of_room_is_told_so(server):
+    """And not as a fault of the server's, for which nobody would ask again."""
+
+    def stream(seed):
+        with client_of(server) as client:
+            try:
+                return list(client.stream(small_png(seed), steps=3, seed=seed))[-1].kind
+            except BusyError as error:
+                return error.args[0].partition("\n")[0]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = Counter(pool.map(stream, range(6)))
+    assert found["too many streams"] >= 1
+    assert found["result"] >= 2
+    assert found.total() == found["too many streams"] + found["result"]
 
 
 def test_who_is_refused_and_asks_again_is_served(server):
@@ -171,6 +189,22 @@ def test_a_message_larger_than_what_a_model_may_hold_leaves_no_memory_behind(ser
         assert server.shared_memory.bytes() == before
         assert resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[0] == limit
         assert client.restore(small_png(), steps=1).image
+
+
+def test_a_model_gives_back_what_a_large_photo_took(server):
+    """And a small one's memory stays for the next, which is quicker."""
+    (process,) = [pid for pid, command in processes(server).items() if "/vae_encoder/1/model.py" in command]
+
+    def held_after(side):
+        with triton.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as raw:
+            pixels = triton.InferInput("pixels", [1, 3, side, side], "FP32")
+            pixels.set_data_from_numpy(np.zeros((1, 3, side, side), np.float32))
+            raw.infer("vae_encoder", [pixels], client_timeout=100)
+        memory = psutil.Process(process).memory_info()
+        return memory.rss - memory.shared
+
+    before = held_after(64)
+    assert held_after(512) < before + (64 << 20)
 
 
 def test_streams_that_fail_at_once_do_not_end_the_server(server):
