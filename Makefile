@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo traces plans serve gpu test slow full-size lint format docs benchmark serving quality train clean
+.PHONY: help demo traces plans serve gpu test slow full-size attack lint format docs benchmark serving quality train clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,10 @@ test: ## Run the tests (about 9 minutes on 2 cores)
 
 slow: ## Run all tests, those that take minutes included
 	python -m pytest --slow
+
+attack: ## Fuzz every reader of foreign bytes: 200,000 inputs, about half an hour
+	python export/build_engines.py --output build/attacked
+	python tests/attacks/harness.py build/attacked --inputs 200000
 
 full-size: ## Check everything at SDXL's size: an hour, 24 GB of memory, 40 GB of disk
 	python -m pytest tests/full_size --full-size -s

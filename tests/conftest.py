@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # for `golden`, `layouts`, `skips` and `synthetic`
+sys.path.insert(1, str(Path(__file__).parent / "attacks"))  # for `harness` and `readers`
 os.environ["RESTORE_TRACES"] = str(DATA / "traces")  # of the networks that `reference` is of
 
 from skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401, with CI set, few skips are allowed

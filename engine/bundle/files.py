@@ -6,12 +6,16 @@ A bundle may come from a stranger, so sizes are bounded, and pipes and devices, 
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import stat
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
+import numpy.lib.format as npy
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from engine.bundle.hashing import FileState, file_state, hash_file
@@ -21,6 +25,8 @@ MANIFEST = "manifest.json"
 REBUILD = "build it again: python export/build_engines.py --output {path}"
 #: What a manifest, or a graph without its weights, may take; SDXL's largest is 3 MB.
 MAX_TEXT_BYTES = 64 << 20
+#: How the header of each version of `.npy` is read.
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 #: Bytes of a file or of weights: what a disk can hold.
 Bytes = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -133,12 +139,29 @@ def read_archived(archive: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(archive) as opened, opened.open(name) as file:
             content = file.read(MAX_TEXT_BYTES + 1)
-    # What else zipfile raises for entries that are encrypted, or compressed in a way it lacks.
-    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+    # Of a damaged archive zipfile raises a dozen kinds, from zlib.error to UnicodeDecodeError.
+    except Exception as error:
         raise BundleError("cannot be read", where=f"{archive}: {name}", found=first_line(error)) from error
     if len(content) > MAX_TEXT_BYTES:
         raise _too_large(f"{archive}: {name}")
     return content
+
+
+def read_archived_array(archive: Path, name: str) -> NDArray[Any]:
+    """Return an array of numbers of an `.npz` archive; NumPy's own reading believes what the array says of its size.
+
+    Raises:
+        BundleError: it is not there, damaged, too large, or of objects.
+    """
+    content = read_archived(archive, f"{name}.npy")
+    file = io.BytesIO(content)
+    try:
+        read_header = _HEADERS[npy.read_magic(file)]
+        shape, by_columns, dtype = read_header(file)
+        array = np.frombuffer(content, dtype, math.prod(shape), file.tell())  # which refuses objects
+        return array.reshape(shape, order="F" if by_columns else "C")
+    except Exception as error:  # of a header that is no Python, tokenize's own
+        raise BundleError("is no array of numbers", where=f"{archive}: {name}", found=first_line(error)) from error
 
 
 def plain_size(path: Path) -> int:
