@@ -8,16 +8,17 @@ from engine.image.encoding import to_image
 from engine.image.photo import Photo, resize
 
 #: Longer side in pixels, as wide as a column of text on a large screen; about 100 kB.
-_SIDE_PX = 960
+REPORT_PX = 960
 
 
-def preview(photo: Photo) -> bytes:
+def preview(photo: Photo, side: int) -> bytes:
     """Return a photo as a small WebP in its own colours, with its transparency; nothing else of it is kept.
 
     Args:
         photo: of any size.
+        side: in pixels, that the longer one has at most.
     """
-    scale = min(1.0, _SIDE_PX / max(photo.size))
+    scale = min(1.0, side / max(photo.size))
     size = (max(1, round(photo.size[0] * scale)), max(1, round(photo.size[1] * scale)))
     alpha = None if photo.alpha is None else resize(photo.alpha, size)
     small = Photo(resize(photo.rgb, size), alpha)

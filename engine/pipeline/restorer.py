@@ -35,7 +35,17 @@ from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
-from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
+from engine.pipeline.host import (
+    Executor,
+    HostExecutor,
+    Listener,
+    NoiseInput,
+    OnEstimate,
+    OnNote,
+    OnStep,
+    OnTile,
+    ignore,
+)
 from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
 from engine.pipeline.provenance import backend_facts, provenance_of
 from engine.recipe import Operation
@@ -226,6 +236,7 @@ class Restorer:
         on_step: OnStep = ignore,
         on_tile: OnTile = ignore,
         on_note: OnNote = ignore,
+        on_estimate: OnEstimate | None = None,
         **changes: Any,
     ) -> Restored:
         """Restore one photo.
@@ -238,13 +249,15 @@ class Restorer:
             on_step: called after every sampling step; an exception from it ends the restoration.
             on_tile: called after every tile of a step or of the VAE; likewise.
             on_note: called with what did not go as planned, a sentence each.
+            on_estimate: called after every step with a small picture of what the result will be, f32[1,h,w,3] in
+                [0, 1]; not on a GPU, where latents stay.
             **changes: settings (see `Settings`) that differ from the bundle's, or from the plan's.
         Raises:
             ImageError: the photo cannot be read.
             UsageError: a setting is unknown or out of bounds, or the plan is for another size or other settings.
             BackendError: a graph fails, for one because memory runs out.
         """
-        listener = Listener(on_step, on_tile, on_note)
+        listener = Listener(on_step, on_tile, on_note, on_estimate)
         source = load_photo(photo, max_pixels=self.max_photo_pixels)
         settings = (self.defaults if plan is None else plan.settings).updated(changes)
         if plan is None:
