@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -32,7 +33,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
     users = None if options.auth is None else read_users(options.auth)
-    _import_gradio()
+    _check_gradio()
     with contextlib.ExitStack() as opened:
         listening = opened.enter_context(listen(options.address, options.port))
         restorer = opened.enter_context(Restorer.open(**engine_arguments(options)))
@@ -173,17 +174,16 @@ def _run(app: Any, listening: socket.socket) -> None:
         Server(config).run(sockets=[listening])
 
 
-def _import_gradio() -> None:
-    """Find out whether Gradio is installed.
+def _check_gradio() -> None:
+    """Find out whether Gradio is installed, without loading it.
 
     Raises:
         BackendError: it is not.
     """
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
+    missing = next((name for name in ("gradio", "jinja2") if importlib.util.find_spec(name) is None), None)
+    if missing is not None:
         fix = "pip install 'restoration-engine[web]'"
-        raise BackendError("the page needs Gradio", found=f"no module {error.name}", fix=fix) from error
+        raise BackendError("the page needs Gradio", found=f"no module {missing}", fix=fix)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Return the page as Gradio's blocks."""
         manifest = self.bundle.manifest
-        with gr.Blocks(title="Restore photos", analytics_enabled=False) as blocks:
+        with gr.Blocks(title="Restore photos", analytics_enabled=False, fill_width=True) as blocks:
             gr.HTML(fragments.header(manifest.name, manifest.notice))
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=300):

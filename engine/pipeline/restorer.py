@@ -31,6 +31,7 @@ from engine.image.preprocess import (
     preprocess,
     result_size,
 )
+from engine.image.preview import shrunk
 from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
@@ -224,6 +225,26 @@ class Restorer:
                 error = refusal
         assert error is not None
         raise error
+
+    # -- stage 1 ----------------------------------------------------------------------------------
+
+    def stage1(self, photo: PhotoLike) -> Photo:
+        """Return a photo's stage 1: what the encoder and the decoder make of it, before any sampling.
+
+        It is small: the shorter side is the bundle's own `min_size`, at which the networks were trained.
+
+        Args:
+            photo: as for `restore`.
+        Raises:
+            As `restore`.
+        """
+        source = load_photo(photo, max_pixels=self.max_photo_pixels)
+        settings = self.defaults.updated({"upscale": 1.0})
+        small = shrunk(source, settings.min_size / min(source.size))
+        plan = self.plan(small.size, settings)
+        lq = preprocess(small, plan.size)[None]
+        pixels = self.stages.decode(self.stages.encode(lq, vae_mode=plan.vae_mode), vae_mode=plan.vae_mode)
+        return postprocess(pixels[0], small, small.size)
 
     # -- photo to photo -------------------------------------------------------------------------
 
