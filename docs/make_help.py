@@ -17,6 +17,7 @@ PAGES = ROOT / "docs" / "help"
 #: By page, the commands that it shows: the console command, and the module path or file that does the same.
 COMMANDS = {
     "restore": [("restoration-engine restore", ["-m", "engine.restore"])],
+    "web": [("restoration-engine web", ["-m", "engine.web"])],
     "build": [("restoration-engine build", ["export/build_engines.py"])],
     "serve": [("restoration-engine serve", ["triton_repo/serve.py"])],
     "render": [("restoration-engine render", ["triton_repo/render.py"])],

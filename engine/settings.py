@@ -31,10 +31,17 @@ MAX_TEXT = 16_000
 
 
 class Option(NamedTuple):
-    """Where a setting stands in a command's help, and what stands for its value there."""
+    """How a setting is shown: in a command's help, and as a control of the page.
+
+    Attributes:
+        group: that it stands in.
+        metavar: what stands for its value in a command's help.
+        tells_default: whether a command's help quotes its default, which is the engine's own.
+    """
 
     group: str
     metavar: str | None = None
+    tells_default: bool = False
 
 
 class ScaleRange(NamedTuple):
@@ -85,8 +92,8 @@ class Settings(BaseModel):
     prompt: Annotated[str, Option("text", "TEXT")] = Field(
         "", max_length=MAX_TEXT, description="what the photo shows; of any length"
     )
-    quality_words: Annotated[str, Option("text", "TEXT")] = Field(
-        QUALITY_WORDS, max_length=MAX_TEXT, description=f'appended to the prompt; default: "{QUALITY_WORDS}"'
+    quality_words: Annotated[str, Option("text", "TEXT", tells_default=True)] = Field(
+        QUALITY_WORDS, max_length=MAX_TEXT, description="appended to the prompt"
     )
     negative_prompt: Annotated[str, Option("text", "TEXT")] = Field(
         NEGATIVE_WORDS, max_length=MAX_TEXT, description="what guidance leads away from"

@@ -169,6 +169,12 @@ def run_restore():
 
 
 @pytest.fixture
+def run_web():
+    """Run `python -m engine.web` as a user does, where it ends by itself."""
+    return _Command("-m", "engine.web")
+
+
+@pytest.fixture
 def run_build():
     """Run `python export/build_engines.py` as a user does."""
     return _Command(str(ROOT / "export" / "build_engines.py"))

@@ -20,6 +20,9 @@ from engine.device.interface import Array
 from engine.errors import BackendError, OutOfMemoryError, first_line
 from engine.units import format_bytes
 
+# From 1.32 on, its wheels for Linux report what they run to their makers, unless they are told not to.
+ort.disable_telemetry_events()
+
 #: Errors come as exceptions; the log would say them a second time, in colours.
 _FATAL_ONLY = 4
 #: The exporter has folded what can be folded. What is left are weights, turned over or widened, which the

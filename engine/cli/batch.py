@@ -21,6 +21,7 @@ from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
+from engine.pipeline.host import OnEstimate
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
@@ -87,19 +88,21 @@ class BatchRunner:
         restorer: that does it.
         settings: of all of them, but for the seed.
         overwrite: whether results that are there are replaced.
-        previews: whether outcomes come with small pictures.
+        previews: longer side in pixels of the small pictures that outcomes come with; 0 for none.
         like: metadata of a result whose tiles are taken again for photos of its size.
         quality: of JPEGs, WebPs and AVIFs, None for each format's own.
         any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
+        on_estimate: as for `Restorer.restore`.
     """
 
     restorer: Restorer
     settings: Settings
     overwrite: bool = False
-    previews: bool = False
+    previews: int = 0
     like: dict[str, Any] | None = None
     quality: int | None = None
     any_size: bool = False
+    on_estimate: OnEstimate | None = None
 
     def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
         """Take a photo on: claim it, see what of it another run has made by now, and read it.
@@ -143,6 +146,7 @@ class BatchRunner:
             on_step=lambda _: watch.step(),
             on_tile=watch.part,
             on_note=lambda text: watch.note(f"note: {text}"),
+            on_estimate=self.on_estimate,
         )
 
     def write(self, job: PhotoJob, output: Path, result: Restored) -> None:
@@ -167,7 +171,7 @@ class BatchRunner:
 def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
     """Restore photos one after the other, and yield what became of each.
 
-    One photo is decoded ahead and one result encoded behind, each in a thread of its own, so memory holds three
+    One photo is decoded ahead and one result encoded behind, in threads of their own, so memory holds three
     photos at most. What goes wrong with one is part of its outcome and does not touch the others. Photos that
     another run has claimed come last: by then that run has made them, or is waited for, or was killed.
 
@@ -178,9 +182,10 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
     """
     stop = threading.Event()
     queue: deque[tuple[PhotoJob, threading.Event | None]] = deque((job, None) for job in jobs)
-    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(2, "writer") as writer:
         source: Future[Source | None] | None = None
         ahead: Future[Source | None] | None = None
+        current: _Open | None = None
         behind: _Open | None = None
         try:
             while queue:
@@ -196,7 +201,7 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
                 except Exception as error:
                     current.error = _restore_error(error, job, watch)
                 finally:
-                    _release(source, writer)
+                    _release(source, current.writes, writer)
                 if behind is not None:
                     yield behind.outcome(watch)
                 behind = current
@@ -206,13 +211,14 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
             stop.set()
             for taken in (source, ahead):
                 if taken is not None:
-                    _release(taken, writer)
+                    _release(taken, [] if current is None else current.writes, writer)
 
 
-def _release(source: Future[Source | None], writer: ThreadPoolExecutor) -> None:
-    """Release a photo's claim as soon as all that is submitted to the writer is written."""
+def _release(source: Future[Source | None], writes: list[Future[None]], writer: ThreadPoolExecutor) -> None:
+    """Release a photo's claim as soon as its results are written, which were submitted to the writer before."""
 
     def release() -> None:
+        wait(writes)
         if source.exception() is None and (taken := source.result()) is not None and taken.claim is not None:
             taken.claim.release()
 
@@ -271,7 +277,8 @@ def _restore_one(
         return
     if not job.outputs:
         if work.previews:
-            current.pictures = [writer.submit(preview, photo), writer.submit(_preview_of_file, job.done[0])]
+            done = writer.submit(_preview_of_file, job.done[0], work.previews)
+            current.pictures = [writer.submit(preview, photo, work.previews), done]
         return
     for warning in photo.warnings:
         watch.note(f"note: {job.photo}: {warning}")
@@ -285,6 +292,8 @@ def _restore_one(
     plan = work.restorer.plan(photo.size, work.settings, like=work.like)
     if plan.size_plan != SizePlan() or plan.memory is not None:
         watch.note(f"{job.photo}: {plan}", detail=True)
+    if work.previews:
+        current.pictures = [writer.submit(preview, photo, work.previews)]
     for seed, output in job.outputs:
         result = work.restore(photo, plan, seed, watch)
         result = replace(result, provenance={**result.provenance, "photo": taken.stamp})
@@ -293,8 +302,8 @@ def _restore_one(
         current.wait()
         current.reports.append(_report(job.photo, output, photo, result))
         current.writes.append(writer.submit(work.write, job, output, result))
-        if work.previews and not current.pictures:
-            current.pictures = [writer.submit(preview, photo), writer.submit(preview, result.photo)]
+        if len(current.pictures) == 1:
+            current.pictures.append(writer.submit(preview, result.photo, work.previews))
 
 
 def _report(source: Path, output: Path, photo: Photo, result: Restored) -> dict[str, Any]:
@@ -315,8 +324,8 @@ def _rounded(stages_ms: dict[str, float]) -> dict[str, float]:
     return {stage: round(value, 1) for stage, value in stages_ms.items()}
 
 
-def _preview_of_file(path: Path) -> bytes:
-    return preview(read_photo(path))
+def _preview_of_file(path: Path, side: int) -> bytes:
+    return preview(read_photo(path), side)
 
 
 def _make_folder(folder: Path) -> None:

@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from engine import Restorer
-from engine.backends import BACKENDS, MAX_THREADS, default_backend
-from engine.backends.ov_library import COMPUTES
-from engine.bundle.manifest import Bundle, default_bundle_dir, read_manifest
+from engine.backends import default_backend
+from engine.bundle.manifest import Bundle, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
 from engine.cli.claims import clean_stale_claims
+from engine.cli.engine_options import add_engine, engine_arguments
 from engine.cli.jobs import (
     PhotoJob,
     Placement,
@@ -31,13 +31,14 @@ from engine.cli.jobs import (
     plan_jobs,
     raws_left_out,
 )
-from engine.cli.options import add_settings, gibibytes, given_settings, path_option, whole_number
+from engine.cli.options import add_settings, given_settings, path_option, whole_number
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.errors import ImageError, RestoreError, printable
 from engine.image.files import read_provenance
 from engine.image.formats import WRITTEN
+from engine.image.preview import REPORT_PX
 from engine.pipeline.provenance import provenance_of
 from engine.settings import Settings
 
@@ -54,7 +55,7 @@ def restore(arguments: Sequence[str]) -> int:
     if options.report is not None:
         check_page(options.report, overwrite=options.overwrite)
     with ExitStack() as opened:
-        restorer = opened.enter_context(Restorer.open(**_engine(options))) if options.ray is None else None
+        restorer = opened.enter_context(Restorer.open(**engine_arguments(options))) if options.ray is None else None
         bundle = read_manifest(options.bundle) if restorer is None else restorer.bundle
         settings = bundle.manifest.defaults.updated(changes)
         if like is not None and like["bundle"].get("digest") != bundle.digest:
@@ -104,13 +105,13 @@ def _outcomes(
     options: argparse.Namespace,
     watch: ProgressListener,
 ) -> Iterator[Outcome]:
-    previews = options.report is not None
+    previews = REPORT_PX if options.report is not None else 0
     chosen = options.tile is not None or options.vae_tiles is not None
     tiles = None if chosen else like  # what the command line says of tiles holds
     if restorer is not None:
         work = BatchRunner(restorer, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
         return restore_all(jobs, work, watch)
-    engine = {**_engine(options), "bundle": bundle.path.absolute()}
+    engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     config = WorkerConfig(engine, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
@@ -139,18 +140,6 @@ def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: ar
             print(printable(f"report: {options.report}"))
     if tally.failed:
         raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
-
-
-def _engine(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what `Restorer.open` is called with."""
-    return {
-        "bundle": options.bundle,
-        "backend": options.backend,
-        "device": options.device,
-        "threads": options.threads,
-        "compute": options.compute,
-        "vram_budget_gib": options.vram_budget,
-    }
 
 
 def _facts(bundle: Bundle, settings: Settings) -> dict[str, Any]:
@@ -238,46 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=whole_number(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
     )
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--bundle",
-        type=path_option,
-        default=default_bundle_dir(),
-        metavar="DIR",
-        help=f"default: {default_bundle_dir()}",
-    )
-    engine.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="default: the one that the bundle was built for, or the fastest that is installed",
-    )
-    engine.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="cpu; cuda or cuda:N, an NVIDIA GPU; gpu or npu, Intel's, with openvino; "
-        "default: the CPU for onnxruntime and openvino, else the first NVIDIA GPU",
-    )
-    engine.add_argument(
-        "--compute",
-        choices=COMPUTES,
-        default="auto",
-        help="type that openvino computes in on a CPU; default: bf16 if the bundle is in fp16 or bf16 and the CPU has "
-        "matrix units for it (AMX), else fp32",
-    )
-    engine.add_argument(
-        "--vram-budget",
-        type=gibibytes,
-        metavar="GIB",
-        help="GPU memory that may be used; networks that do not fit are loaded and released by stage, which is slower",
-    )
-    engine.add_argument(
-        "--threads",
-        type=whole_number(0, MAX_THREADS, " (one per core)"),
-        default=0,
-        metavar="N",
-        help="CPU threads; default: one per core, and more than that only slows it down",
-    )
+    engine = add_engine(parser)
     engine.add_argument("--quiet", action="store_true", help="no progress bar, no list of results")
     engine.add_argument(
         "--json", action="store_true", help="print settings, seed, milliseconds per stage and memory as JSON"

@@ -36,6 +36,7 @@ class Command:
 
 COMMANDS = {
     "restore": Command("engine.restore", "restore photos with a bundle"),
+    "web": Command("engine.web", "open a page to restore photos on, in a browser", "web"),
     "build": Command("export.build_engines", "build a bundle from checkpoints and LoRAs", "build"),
     "serve": Command("triton_repo.serve", "serve a bundle with Triton Inference Server", "triton"),
     "render": Command("triton_repo.render", "write a model repository for Triton", "triton"),

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from engine.settings import Option, ScaleRange, Settings, parse_scale
 
 
@@ -25,7 +27,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add an option for each of `Settings`, and another that switches it off where it may be None."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in Settings.model_fields.items():
-        option = next(entry for entry in field.metadata if isinstance(entry, Option))
+        option = option_of(field)
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         group: argparse._ActionsContainer = groups[option.group]
@@ -33,13 +35,28 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if NoneType in kinds:
             group = groups[option.group].add_mutually_exclusive_group()
         flag = name.replace("_", "-")
+        told = f'{field.description}; default: "{field.default}"' if option.tells_default else field.description
         if get_origin(field.annotation) is Literal:
-            group.add_argument(f"--{flag}", choices=kinds, help=field.description)
+            group.add_argument(f"--{flag}", choices=kinds, help=told)
         else:
-            parse = _PARSERS.get(name) or next(kind for kind in (*kinds, field.annotation) if callable(kind))
-            group.add_argument(f"--{flag}", type=parse, metavar=option.metavar, help=field.description)
+            group.add_argument(f"--{flag}", type=parser_of(name), metavar=option.metavar, help=told)
         if NoneType in kinds:
             group.add_argument(f"--no-{flag}", action="store_true", help="off, where the bundle has it on")
+
+
+def option_of(field: FieldInfo) -> Option:
+    """Return how a setting is shown."""
+    return next(entry for entry in field.metadata if isinstance(entry, Option))
+
+
+def parser_of(name: str) -> Callable[[str], Any]:
+    """Return the function from a setting's text on a command line to its value.
+
+    What it raises is ValueError, or argparse.ArgumentTypeError with a sentence.
+    """
+    annotation = Settings.model_fields[name].annotation
+    kinds: tuple[Any, ...] = (*get_args(annotation), annotation)
+    return _PARSERS.get(name) or next(kind for kind in kinds if callable(kind))
 
 
 def path_option(text: str) -> Path:

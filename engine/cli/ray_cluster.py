@@ -40,7 +40,7 @@ class WorkerConfig:
     engine: dict[str, Any]
     settings: Settings
     overwrite: bool = False
-    previews: bool = False
+    previews: int = 0
     like: dict[str, Any] | None = None
     quality: int | None = None
     any_size: bool = False
@@ -131,7 +131,7 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
 
 
 def _is_work(job: PhotoJob, plan: WorkerConfig) -> bool:
-    return job.error is None and (bool(job.outputs) or plan.previews)
+    return job.error is None and (bool(job.outputs) or plan.previews > 0)
 
 
 class _Actor:

@@ -38,8 +38,9 @@ $pair
 <p class="meta">$meta</p>
 </article>
 """)
-# Shown no larger than it is, and no higher than a screen.
-_PAIR = Template("""<div class="pair" style="aspect-ratio: $width / $height; width: min(${width}px, 80vh * $ratio)">
+# Shown no larger than it is, but wide enough for its labels, and no higher than a screen.
+_PAIR = Template("""<div class="pair"
+style="aspect-ratio: $width / $height; width: min(max(${width}px, 12rem), 80vh * $ratio)">
 <figure class="before"><img alt="$name before" src="$before"><figcaption>before</figcaption></figure>
 <figure class="after"><img alt="$name after" src="$after"><figcaption>after</figcaption></figure>
 <input type="range" min="0" max="100" value="50" aria-label="$name: where before ends and after begins, in percent">
@@ -129,10 +130,14 @@ def _card(outcome: Outcome, before: bytes, after: bytes) -> str:
 def _meta(outcome: Outcome) -> list[str]:
     lines = [f"{path}: was there already" for path in outcome.job.done]
     for report in outcome.reports:
-        (width, height), (new_width, new_height) = report["input_size"], report["output_size"]
-        time, seed = format_duration(report["total_ms"] / 1e3), report["settings"]["seed"]
-        lines.append(f"{report['output']}: {width} × {height} to {new_width} × {new_height}, {time}, seed {seed}")
+        lines.append(f"{report['output']}: {sizes_and_time(report)}, seed {report['settings']['seed']}")
     return lines
+
+
+def sizes_and_time(report: Mapping[str, Any]) -> str:
+    """Return a result's sizes and time as a person reads them, from its entry in `Outcome.reports`."""
+    (width, height), (new_width, new_height) = report["input_size"], report["output_size"]
+    return f"{width} × {height} to {new_width} × {new_height}, {format_duration(report['total_ms'] / 1e3)}"
 
 
 def _failures(tally: RunSummary) -> str:

@@ -20,6 +20,7 @@ from engine.image.photo import Pixels
 from engine.memory.size_plan import VaeMode
 from engine.memory.vae_slices import SlicedVae, run_slices
 from engine.pipeline.denoiser import CFGDenoiser, TextsAt, TiledDenoiser
+from engine.pipeline.latent_colors import LatentColors, cell_colors
 from engine.pipeline.plan import RestorationPlan, texts_of
 from engine.pipeline.text import Conditioning, Prompts
 from engine.sampling.noise import noise_source
@@ -33,6 +34,8 @@ OnStep = Callable[[StepOutput], None]
 OnTile = Callable[[str, int, int], None]
 #: Told a line that a person should read while it happens.
 OnNote = Callable[[str], None]
+#: Told a small picture of each photo's estimate, f32[B,h,w,3] in [0, 1], a pixel for a cell of the latent.
+OnEstimate = Callable[[Pixels], None]
 #: Values of the recipe, by their names.
 Values = Mapping[str, Any]
 
@@ -46,17 +49,20 @@ def ignore(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how a restoration goes. An exception from any of the three ends it.
+    """Who is told how a restoration goes. An exception from any of them ends it.
 
     Attributes:
         on_step: called after every sampling step.
         on_tile: called after every tile or slice.
         on_note: called with what did not go as planned.
+        on_estimate: called after every step with a small picture; None spares making it. Not on a GPU, where
+            latents stay.
     """
 
     on_step: OnStep = ignore
     on_tile: OnTile = ignore
     on_note: OnNote = ignore
+    on_estimate: OnEstimate | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class HostExecutor:
     ) -> dict[str, Pixels]:
         """Run a plan; see `Executor.run`."""
         values: dict[str, Any] = {"lq": lq}
+        if listener.on_estimate is not None:
+            values["colors"] = cell_colors(lq, self.bundle.pixels_per_cell)
         del lq
         for operation in plan.operations:
             if operation.kind == "vae":
@@ -135,7 +143,16 @@ class HostExecutor:
         z_lq: Latent = values["z_lq"]
         network = self._network(z_lq, values["conditioning"], plan.latent_tiles, 1, listener.on_tile, times)
         draw = noise.source(z_lq.shape[1:])
-        return _last(sample(plan.table, network, draw, center=values.get("z_center")), listener.on_step)
+        if listener.on_estimate is None:
+            return _last(sample(plan.table, network, draw, center=values.get("z_center")), listener.on_step)
+        colors, show = LatentColors.fit(z_lq, values["colors"]), listener.on_estimate
+
+        def on_step(progress: StepOutput) -> None:
+            listener.on_step(progress)
+            assert progress.denoised is not None
+            show(colors.picture(progress.denoised))
+
+        return _last(sample(plan.table, network, draw, center=values.get("z_center"), estimates=True), on_step)
 
     # -- stages on their own ---------------------------------------------------------------------
 

@@ -31,11 +31,22 @@ from engine.image.preprocess import (
     preprocess,
     result_size,
 )
+from engine.image.preview import shrunk
 from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs, resident_bytes
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
-from engine.pipeline.host import Executor, HostExecutor, Listener, NoiseInput, OnNote, OnStep, OnTile, ignore
+from engine.pipeline.host import (
+    Executor,
+    HostExecutor,
+    Listener,
+    NoiseInput,
+    OnEstimate,
+    OnNote,
+    OnStep,
+    OnTile,
+    ignore,
+)
 from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
 from engine.pipeline.provenance import backend_facts, provenance_of
 from engine.recipe import Operation
@@ -216,6 +227,26 @@ class Restorer:
         assert error is not None
         raise error
 
+    # -- stage 1 ----------------------------------------------------------------------------------
+
+    def stage1(self, photo: PhotoLike) -> Photo:
+        """Return a photo's stage 1: what the encoder and the decoder make of it, before any sampling.
+
+        It is small: the shorter side is the bundle's own `min_size`, at which the networks were trained.
+
+        Args:
+            photo: as for `restore`.
+        Raises:
+            As `restore`.
+        """
+        source = load_photo(photo, max_pixels=self.max_photo_pixels)
+        settings = self.defaults.updated({"upscale": 1.0})
+        small = shrunk(source, settings.min_size / min(source.size))
+        plan = self.plan(small.size, settings)
+        lq = preprocess(small, plan.size)[None]
+        pixels = self.stages.decode(self.stages.encode(lq, vae_mode=plan.vae_mode), vae_mode=plan.vae_mode)
+        return postprocess(pixels[0], small, small.size)
+
     # -- photo to photo -------------------------------------------------------------------------
 
     def restore(
@@ -227,6 +258,7 @@ class Restorer:
         on_step: OnStep = ignore,
         on_tile: OnTile = ignore,
         on_note: OnNote = ignore,
+        on_estimate: OnEstimate | None = None,
         **changes: Any,
     ) -> Restored:
         """Restore one photo.
@@ -239,13 +271,15 @@ class Restorer:
             on_step: called after every sampling step; an exception from it ends the restoration.
             on_tile: called after every tile of a step or of the VAE; likewise.
             on_note: called with what did not go as planned, a sentence each.
+            on_estimate: called after every step with a small picture of what the result will be, f32[1,h,w,3] in
+                [0, 1]; not on a GPU, where latents stay.
             **changes: settings (see `Settings`) that differ from the bundle's, or from the plan's.
         Raises:
             ImageError: the photo cannot be read.
             UsageError: a setting is unknown or out of bounds, or the plan is for another size or other settings.
             BackendError: a graph fails, for one because memory runs out.
         """
-        listener = Listener(on_step, on_tile, on_note)
+        listener = Listener(on_step, on_tile, on_note, on_estimate)
         source = load_photo(photo, max_pixels=self.max_photo_pixels)
         settings = (self.defaults if plan is None else plan.settings).updated(changes)
         if plan is None:

@@ -1,7 +1,6 @@
 """The report page in a real browser: headless Chromium, driven by Selenium."""
 
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -52,46 +51,12 @@ def page(tmp_path):
     return path
 
 
-#: No sandbox, as root has none; and no traffic of the browser's own, which a closed network would let wait.
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs a browser and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(driver))
-    yield opened
-    opened.quit()
-
-
 @pytest.fixture
-def show(browser, page):
+def show(window, page):
     """Open the page in a window of a size; returns the browser."""
 
     def open_page(width=1200, height=900):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser = window(width, height)
         browser.get(page.as_uri())
         return browser
 
@@ -185,6 +150,23 @@ def test_side_by_side(show):
         assert before[1] <= after[0]
         assert before[2:] == after[2:]
     assert all(color.mean() > 0.4 for color in colors(browser, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 48), (40, 600), (960, 30)])
+def test_labels_do_not_lie_over_each_other(window, tmp_path, size):
+    path = tmp_path / "report.html"
+    tally = RunSummary()
+    outcome = Outcome(PhotoJob("small.jpg", ()), (report("small.png", size),), None, webp(RED, size), webp(BLUE, size))
+    tally.add(outcome)
+    with ReportPage(path) as made:
+        made.add(outcome)
+        made.write(tally, {})
+    browser = window(1200, 900)
+    browser.get(path.as_uri())
+    places = "return [...document.querySelectorAll('figcaption')].map(c => c.getBoundingClientRect().toJSON())"
+    before, after = browser.execute_script(places)
+    apart = before["right"] <= after["left"] or after["bottom"] <= before["top"]
+    assert apart, (before, after)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1200])

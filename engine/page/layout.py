@@ -1,0 +1,336 @@
+"""The page: what stands where, and what happens when something is pressed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+import gradio as gr
+from gradio.components.base import Component
+
+from engine.bundle.manifest import Bundle
+from engine.errors import RestoreError, UsageError
+from engine.image.formats import READ_SUFFIXES
+from engine.page import fragments, runs
+from engine.page.controls import FOLDED, IN_SIGHT, control_of, group_of, settings_from, values_of
+from engine.page.desk import CancellationError, Desk
+from engine.page.sessions import Result, Sessions
+from engine.settings import Settings
+
+#: No fonts from elsewhere.
+THEME = gr.themes.Default(
+    primary_hue=gr.themes.colors.blue,
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+#: Events of the page are no one else's; programs have `restore` alone.
+_PRIVATE: dict[str, Any] = {"api_visibility": "private", "preprocess": False, "concurrency_limit": None}
+_QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden"}
+#: Presses a button that downloads, once its file is there.
+_PRESS_DOWNLOAD = "() => document.querySelector('#zip-file').click()"
+
+
+def css() -> str:
+    """Return the page's style sheet."""
+    return (files("engine.page") / "page.css").read_text("utf-8")
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page of a bundle.
+
+    Attributes:
+        bundle: that restores.
+        desk: that it restores at.
+        sessions: of its visitors.
+        most_photos: that may be dropped at once.
+    """
+
+    bundle: Bundle
+    desk: Desk
+    sessions: Sessions
+    most_photos: int
+
+    @property
+    def defaults(self) -> Settings:
+        return self.bundle.manifest.defaults
+
+    def build(self) -> gr.Blocks:
+        """Return the page as Gradio's blocks."""
+        manifest = self.bundle.manifest
+        with gr.Blocks(title="Restore photos", analytics_enabled=False, fill_width=True) as blocks:
+            gr.HTML(fragments.header(manifest.name, manifest.notice))
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=2, min_width=300):
+                    parts = self._asked()
+                with gr.Column(scale=3, min_width=300):
+                    parts |= self._given()
+            self._for_programs()
+            _connect(self, blocks, parts)
+        return blocks
+
+    def _asked(self) -> dict[str, Component]:
+        """Lay out what a person gives."""
+        types = [*READ_SUFFIXES, "image"]
+        parts: dict[str, Component] = {
+            "photos": gr.File(label="Photos", file_count="multiple", file_types=types, height=150, elem_id="photos")
+        }
+        parts["prompt"] = control_of("prompt", self.defaults)
+        with gr.Row(elem_id="in-sight"):
+            parts |= {name: control_of(name, self.defaults) for name in IN_SIGHT[1:]}
+        with gr.Row():
+            preset = self.bundle.manifest.preset
+            parts["reset"] = gr.Button(f"Bundle's settings ({preset})", size="sm", elem_id="reset", min_width=120)
+            parts["dice"] = gr.Button("Another seed", size="sm", elem_id="dice", min_width=120)
+        with gr.Row():
+            parts["restore"] = gr.Button("Restore", variant="primary", elem_id="restore", min_width=120)
+            parts["cancel"] = gr.Button("Cancel", interactive=False, elem_id="cancel", min_width=120)
+        with gr.Accordion("More settings", open=False, elem_id="more"):
+            for group, names in groupby(FOLDED, key=group_of):
+                gr.HTML(f"<h2>{group.capitalize()}</h2>")
+                with gr.Row():
+                    parts |= {name: control_of(name, self.defaults) for name in names}
+        return parts
+
+    def _given(self) -> dict[str, Component]:
+        """Lay out what a person gets."""
+        parts: dict[str, Component] = {
+            "status": gr.HTML(fragments.summary("Drop a photo, and press Restore.", []), elem_id="status"),
+            "compare": gr.ImageSlider(
+                label="Before and after",
+                type="filepath",
+                interactive=False,
+                visible=False,
+                max_height=640,
+                buttons=["fullscreen"],
+                elem_id="compare",
+            ),
+            "result": gr.HTML(visible=False, elem_id="result"),
+        }
+        with gr.Row(visible=False, elem_id="with-result") as with_result:
+            parts["download"] = gr.DownloadButton(
+                "Download", variant="primary", size="md", elem_id="download", min_width=120
+            )
+            parts["again"] = gr.Button("Again with these", size="md", elem_id="again", min_width=120)
+            parts["zip"] = gr.Button("Download all", size="md", elem_id="zip", min_width=120)
+        parts["with_result"] = with_result
+        parts["gallery"] = gr.Gallery(
+            label="Results",
+            visible=False,
+            allow_preview=False,
+            columns=4,
+            height="auto",
+            object_fit="contain",
+            interactive=False,
+            buttons=[],
+            elem_id="gallery",
+        )
+        # Pressed by the page itself, once the file is there.
+        parts["zip_file"] = gr.DownloadButton("All results", elem_id="zip-file", elem_classes="unseen")
+        parts["shown"] = gr.State(-1)
+        return parts
+
+    def _for_programs(self) -> None:
+        """Add what programs call: a photo and settings in, the result and how it was made out."""
+        photo = gr.File(label="photo", visible=False)
+        settings = gr.JSON(label="settings", visible=False)
+        restored, report = gr.File(label="restored", visible=False), gr.JSON(label="report", visible=False)
+        gr.Button(visible=False).click(
+            self._restore_for_program,
+            [photo, settings],
+            [restored, report],
+            api_name="restore",
+            api_description="Restore a photo; settings by the names of the command line's options, with _ for -.",
+            concurrency_limit=None,
+            preprocess=False,
+        )
+
+    async def _restore_for_program(
+        self, photo: dict[str, Any] | None, settings: dict[str, Any] | None, request: gr.Request
+    ) -> tuple[str, dict[str, Any]]:
+        try:
+            session = self.sessions.of(_name_of(request))
+            chosen = settings_from(_mapping(settings), self.defaults)
+            found = self.sessions.adopt(session, _paths([photo] if photo else None))
+            if len(found) != 1:
+                raise UsageError("no photo", where="photo", fix="give one file")
+            async for event in runs.restore(self.desk, session, found, chosen):
+                if event.error is not None:
+                    raise event.error.at(found[0].name)
+                if event.result is not None:
+                    return str(event.result.output), event.result.report
+        except RestoreError as error:
+            raise gr.Error(fragments.sentence(error), print_exception=False) from error
+        raise AssertionError("a run ends with a result or an error")
+
+    # -- what happens -----------------------------------------------------------------------------
+
+    async def restore(
+        self, photos: Any, values: Mapping[str, Any], request: gr.Request
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Restore what was dropped; yields what changes on the page, by the parts' names."""
+        session = self.sessions.of(_name_of(request))
+        failures: list[tuple[str, str]] = []
+        made: list[Result] = []
+        try:
+            settings = settings_from(values, self.defaults)
+            found = self.sessions.adopt(session, _paths(photos))
+            if not found:
+                raise UsageError("no photo yet", where="Photos", fix="drop one or more, or press to choose them")
+            if len(found) > self.most_photos:
+                fix = "drop fewer, or use the command line for whole folders"
+                raise UsageError(
+                    "too many photos", where="Photos", expected=f"up to {self.most_photos}", found=len(found), fix=fix
+                )
+            yield {"restore": gr.update(interactive=False), "cancel": gr.update(interactive=True)}
+            cancelled = False
+            async for event in runs.restore(self.desk, session, found, settings):
+                name = event.ticket.photo.name
+                if event.result is not None:
+                    made.append(event.result)
+                    yield {**self._shown(session.results, len(session.results) - 1), "gallery": self._gallery(session)}
+                elif isinstance(event.error, CancellationError):
+                    cancelled = True
+                elif event.error is not None:
+                    failures.append((name, fragments.sentence(event.error)))
+                else:
+                    yield {"status": fragments.progress(name, event.place, event.ticket.progress)}
+            yield {"status": fragments.summary(_heading(len(made), len(failures), cancelled), failures)}
+        except RestoreError as error:
+            yield {"status": fragments.problem(error)}
+        yield {"restore": gr.update(interactive=True), "cancel": gr.update(interactive=False)}
+
+    def cancel(self, request: gr.Request) -> dict[str, Any]:
+        """Take back what a visitor has at the desk."""
+        for run in list(self.sessions.of(_name_of(request)).runs):
+            self.desk.cancel(run)
+        return {"cancel": gr.update(interactive=False)}
+
+    def show(self, selected: gr.SelectData, request: gr.Request) -> dict[str, Any]:
+        """Show the result that was chosen in the gallery."""
+        return self._shown(self.sessions.of(_name_of(request)).results, int(selected.index))
+
+    def again(self, index: int, request: gr.Request) -> dict[str, Any]:
+        """Put a result's photo and settings where they can be changed."""
+        results = self.sessions.of(_name_of(request)).results
+        if not 0 <= index < len(results):
+            return {}
+        result = results[index]
+        return {"photos": [str(result.photo)], **values_of(result.settings)}
+
+    def reset(self) -> dict[str, Any]:
+        """Put the bundle's settings back."""
+        return values_of(self.defaults)
+
+    async def zip(self, request: gr.Request) -> dict[str, Any]:
+        """Write a visitor's results into one file."""
+        session = self.sessions.of(_name_of(request))
+        try:
+            return {"zip_file": str(await asyncio.to_thread(session.zip))}
+        except (RestoreError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def arrive(self, request: gr.Request) -> None:
+        """Note that a page is open."""
+        self.sessions.of(_name_of(request)).has_page = True
+
+    def leave(self, request: gr.Request) -> None:
+        """Give up what a visitor has at the desk, and remove the files."""
+        self.end(_name_of(request))
+
+    def end(self, name: str) -> None:
+        """End a visit: its work and its files."""
+        session = self.sessions.end(name)
+        for run in list(session.runs) if session is not None else ():
+            self.desk.cancel(run)
+
+    def _shown(self, results: Sequence[Result], index: int) -> dict[str, Any]:
+        result = results[index]
+        return {
+            "compare": gr.update(value=(str(result.before), str(result.after)), visible=True),
+            "result": gr.update(value=fragments.result(result, self.defaults), visible=True),
+            "with_result": gr.update(visible=True),
+            "download": str(result.output),
+            "shown": index,
+        }
+
+    def _gallery(self, session: Any) -> Any:
+        pictures = [(str(each.after), each.output.name) for each in session.results]
+        return gr.update(value=pictures, visible=len(pictures) > 1, selected_index=len(pictures) - 1)
+
+
+def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None:
+    """Say what happens when something is pressed."""
+    settings = {name: parts[name] for name in (*IN_SIGHT, *FOLDED)}
+    told = [parts[name] for name in ("status", "compare", "result", "with_result", "download", "shown", "gallery")]
+    shown = [parts[name] for name in ("compare", "result", "with_result", "download", "shown")]
+
+    def updates(changes: dict[str, Any]) -> dict[Component, Any]:
+        return {parts[name]: value for name, value in changes.items()}
+
+    async def restore(given: dict[Component, Any], request: gr.Request) -> AsyncIterator[dict[Component, Any]]:
+        values = {name: given[part] for name, part in settings.items()}
+        async for changes in page.restore(given[parts["photos"]], values, request):
+            yield updates(changes)
+
+    def cancel(request: gr.Request) -> dict[Component, Any]:
+        return updates(page.cancel(request))
+
+    def show(selected: gr.SelectData, request: gr.Request) -> dict[Component, Any]:
+        return updates(page.show(selected, request))
+
+    def again(index: int, request: gr.Request) -> dict[Component, Any]:
+        return updates(page.again(index, request))
+
+    def reset() -> dict[Component, Any]:
+        return updates(page.reset())
+
+    async def zip_results(request: gr.Request) -> dict[Component, Any]:
+        return updates(await page.zip(request))
+
+    working = [parts["restore"], parts["cancel"]]
+    parts["restore"].click(restore, {parts["photos"], *settings.values()}, [*told, *working], **_QUIET)
+    parts["cancel"].click(cancel, None, [parts["cancel"]], **_QUIET)
+    parts["gallery"].select(show, None, shown, **_QUIET)
+    parts["again"].click(again, [parts["shown"]], [parts["photos"], *settings.values()], **_QUIET)
+    parts["reset"].click(reset, None, list(settings.values()), **_QUIET)
+    parts["dice"].click(lambda: str(random.randrange(2**31)), None, parts["seed"], **_QUIET)
+    zipped = parts["zip"].click(zip_results, None, [parts["zip_file"]], **_QUIET)
+    zipped.success(None, None, None, js=_PRESS_DOWNLOAD, api_visibility="private")
+    blocks.load(page.arrive, None, None, **_QUIET)
+    blocks.unload(page.leave)
+
+
+def _heading(restored: int, failed: int, cancelled: bool) -> str:
+    counts = [f"{restored} restored"] if restored or not cancelled else []
+    counts += [f"{failed} failed"] if failed else []
+    counts += ["cancelled"] if cancelled else []
+    text = ", ".join(counts)
+    return text[0].upper() + text[1:]
+
+
+def _name_of(request: gr.Request) -> str:
+    """Return Gradio's name for a visit."""
+    name = request.session_hash
+    if not name:
+        raise gr.Error("no session: call through the page or gradio_client", print_exception=False)
+    return str(name)
+
+
+def _paths(photos: Any) -> list[str]:
+    """Return where uploaded files lie, from what the browser says of them."""
+    items = photos if isinstance(photos, list) else [] if photos is None else [photos]
+    return [str(item["path"]) for item in items if isinstance(item, dict) and item.get("path")]
+
+
+def _mapping(settings: Any) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UsageError("no settings", where="settings", expected='an object such as {"steps": 8}')
+    return settings
