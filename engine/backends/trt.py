@@ -11,12 +11,13 @@ from typing import Any
 from engine.backends.buffers import BufferRunner
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
 from engine.backends.trt_memory import MemoryNotes, PlanMemory
-from engine.backends.trt_plan import check_parity_sample, check_plan, failed, rebuild, refit
+from engine.backends.trt_plan import check_parity_sample, check_plan, failed, parity_sample_size, rebuild, refit
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, TrtEngine
 from engine.bundle.profiles import choose_profile
 from engine.bundle.storage import bundle_cache_dir, plain_name, write_cache
 from engine.device.interface import STREAMS, Buffer, Device, Stream
+from engine.errors import close_all
 from engine.memory.residency import Activations
 from engine.recipe import stream_of
 from engine.units import format_memory
@@ -106,6 +107,11 @@ class TrtBackend:
         note = self._notes_of(bundle).get(plan)
         return None if note is None else note.at(plan, sizes, where=graph)
 
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Return the size of the run that checks a refitted plan; see `DeviceBackend`."""
+        entry = bundle.manifest.graphs[graph]
+        return () if entry.parity_sample is None else (parity_sample_size(bundle, entry),)
+
     def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
         """Tell whether a graph's plan was built with `--weight-streaming`."""
         plan = bundle.manifest.graphs[graph].plan
@@ -121,9 +127,7 @@ class TrtBackend:
 
     def close(self) -> None:
         """Give the arenas and the device back."""
-        for arena in self._arenas.values():
-            arena.close()
-        self.device.close()
+        close_all(*(arena.close for arena in self._arenas.values()), self.device.close)
 
     def _notes_of(self, bundle: Bundle) -> MemoryNotes:
         file = self._cached(bundle, "activations.json")
@@ -177,11 +181,10 @@ class Arena:
         self._nbytes = nbytes
 
     def close(self) -> None:
-        if self._buffer is not None:
-            self._stream.synchronize()
-            self._buffer.close()
-            self._buffer = None
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
             self.moves += 1
+            close_all(self._stream.synchronize, buffer.close)
 
 
 class TrtRunner(BufferRunner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,18 @@ def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None
         )
     if not done or not refitter.refit_cuda_engine():
         raise failed("fill the plan with the bundle's weights", graph.spec.name, log, fix=rebuild(bundle))
+
+
+def parity_sample_size(bundle: Bundle, graph: Graph) -> dict[str, int]:
+    """Return what a graph's symbols stand for in the bundle's parity sample; only its headers are read."""
+    assert graph.parity_sample is not None, "a weight-stripped plan comes with a parity sample"
+    shapes = {}
+    with zipfile.ZipFile(bundle.file(graph.parity_sample)) as arrays:
+        for tensor in graph.spec.inputs:
+            with arrays.open(f"{tensor.name}.npy") as array:
+                np.lib.format.read_magic(array)
+                shapes[tensor.name] = np.lib.format.read_array_header_1_0(array)[0]
+    return graph.spec.sizes_of(shapes)
 
 
 def check_parity_sample(runner: Runner, bundle: Bundle, graph: Graph) -> None:
