@@ -143,7 +143,8 @@ class DeviceSession:
             at_opening = self._backend.sizes_at_opening(self._bundle, graph)
             sizes = (*workload.sizes(self._bundle.spec(graph)), *at_opening)
             known = self._backend.known_activations(self._bundle, graph, sizes)
-            if known is None:
+            # Where all graphs stay they are opened anyway, and know what just these sizes need.
+            if known is None or (everything_fits and not known.is_exact):
                 known = self._runner(graph).activations(sizes)
                 if not everything_fits:
                     self._runners.close([graph])
