@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.device.cuda import driver_version
+from engine.device.cuda_library import driver_version
 from engine.device.interface import Device
 from engine.memory.host_memory import total_memory_bytes
 

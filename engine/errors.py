@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Literal
 
 
@@ -187,3 +188,29 @@ _REASONS_BY_ACCESS: dict[Access, dict[int, tuple[str, str]]] = {
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, which is enough to know it by."""
     return str(error).strip().split("\n")[0][:300]
+
+
+def close_all(*closes: Callable[[], object]) -> None:
+    """Call each, whatever those before it raise; the first error is raised in the end."""
+    first: Exception | None = None
+    for close in closes:
+        try:
+            close()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def close_after(error: BaseException | None, *closes: Callable[[], object]) -> None:
+    """Call each, as `close_all`; where an error is on its way, it is the one that is told: it came first.
+
+    Args:
+        error: that is on its way, None if there is none.
+        closes: functions that give something back.
+    """
+    try:
+        close_all(*closes)
+    except Exception:
+        if error is None:
+            raise

@@ -256,6 +256,9 @@ class HostBackend:
     def known_activations(self, bundle, graph, sizes) -> Activations | None:
         return self.activations.get(graph, Activations(0)) if self.known or graph in self.opened else None
 
+    def sizes_at_opening(self, bundle, graph) -> tuple[()]:
+        return ()
+
     def can_stream_weights(self, bundle, graph) -> bool:
         return graph in self.streamable
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +11,7 @@ from engine.backends.base import Runner
 from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
+from engine.errors import close_after, close_all
 from engine.memory.residency import Activations
 
 
@@ -71,21 +71,27 @@ class BufferRunner(Runner):
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._device.activate()
         symbols = self.spec.sizes_of({name: array.shape for name, array in inputs.items()})
-        with contextlib.ExitStack() as made:
-
-            def buffer(tensor: TensorSpec) -> Buffer:
-                new = self._device.buffer(resolve(tensor.shape, symbols), tensor.dtype)
-                made.callback(new.close)
-                return new
-
-            sources = {tensor.name: buffer(tensor) for tensor in self.spec.inputs}
-            results = {tensor.name: buffer(tensor) for tensor in self.spec.outputs}
-            made.callback(self._stream.synchronize)  # before the buffers go, whatever happens
+        made: list[Buffer] = []
+        try:
+            sources, results = (
+                {tensor.name: self._buffer(tensor, symbols, made) for tensor in tensors}
+                for tensors in (self.spec.inputs, self.spec.outputs)
+            )
             for name, array in inputs.items():
                 self._stream.upload(sources[name], np.ascontiguousarray(array))
             self.enqueue(self._stream, sources, results)
             downloads = {name: self._stream.download(result) for name, result in results.items()}
-            return {name: download.result() for name, download in downloads.items()}
+            found = {name: download.result() for name, download in downloads.items()}
+        except BaseException as error:
+            # What is under way may still use the buffers, whatever has gone wrong.
+            close_after(error, self._stream.synchronize, *(buffer.close for buffer in made))
+            raise
+        close_all(self._stream.synchronize, *(buffer.close for buffer in made))
+        return found
+
+    def _buffer(self, tensor: TensorSpec, symbols: Mapping[str, int], made: list[Buffer]) -> Buffer:
+        made.append(self._device.buffer(resolve(tensor.shape, symbols), tensor.dtype))
+        return made[-1]
 
 
 class SelfAllocatingBackend:
@@ -102,6 +108,10 @@ class SelfAllocatingBackend:
     def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations:
         """Tell that the library's allocator grows as it runs, and that nobody knows how far."""
         return Activations(None)
+
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Tell that opening a graph runs nothing."""
+        return ()
 
     def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
         """Tell that all weights are on the device."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from engine.backends.base import Backend, Runner, SegmentBackend
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, close_all
 from engine.memory.host_memory import release_free_memory
 from engine.memory.residency import needed_beside
 from engine.memory.vae_slices import OpenSegment
@@ -77,7 +77,6 @@ class Runners:
             for graph in list(self.opened if graphs is None else graphs)
             if (runner := self.opened.pop(graph, None))
         ]
-        for runner in closing:
-            runner.close()
+        close_all(*(runner.close for runner in closing))
         if closing:
             release_free_memory()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.backends.buffers import BufferRunner
 from engine.backends.trt_library import WEIGHT_STREAMING, TrtLibrary, make_log
-from engine.backends.trt_memory import MemoryNotes, PlanMemory
-from engine.backends.trt_plan import check_parity_sample, check_plan, failed, rebuild, refit
+from engine.backends.trt_memory import MemoryNotes, PlanMemory, size_key
+from engine.backends.trt_plan import check_parity_sample, check_plan, failed, parity_sample_size, rebuild, refit
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle, Graph, TrtEngine
 from engine.bundle.profiles import choose_profile
 from engine.bundle.storage import bundle_cache_dir, plain_name, write_cache
 from engine.device.interface import STREAMS, Buffer, Device, Stream
+from engine.errors import close_all
 from engine.memory.residency import Activations
 from engine.recipe import stream_of
 from engine.units import format_memory
@@ -65,13 +67,15 @@ class TrtBackend:
         plan = check_plan(bundle, entry, self.library, self.device)
         file = bundle.file(plan.file)
         self._log.last = ""  # of something else, which was no failure
-        engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = self._runtime.deserialize_cuda_engine(content)  # without a second copy in the host's memory
         if engine is None:
             raise failed("open the plan", file, self._log, fix=rebuild(bundle))
         # All that a plan says of its memory, before a part of its weights is kept on the host.
         memory = plan_memory(engine, plan)
         keys = {other.plan.key for other in bundle.manifest.graphs.values() if other.plan is not None}
-        self._notes_of(bundle).keep(plan, memory, keys)
+        notes = self._notes_of(bundle)
+        notes.keep(plan, memory, keys)
         if graph in self._on_device:
             stream_weights(engine, self._on_device[graph], entry, self._log)
         place = stream_of(graph)
@@ -86,6 +90,7 @@ class TrtBackend:
             self._cached(bundle, f"{graph}.kernels"),
             self._log,
             memory,
+            lambda asked: notes.keep(plan, asked, keys),
         )
         if plan.weight_stripped:
             refit(engine, bundle, entry, self.library.api, self._log)
@@ -98,6 +103,8 @@ class TrtBackend:
     def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
         """Return what a plan needs beside its weights, None if it has to be opened for that.
 
+        At a size that no opened plan was asked about, that is what its profile's largest needs.
+
         Raises:
             BundleError: as `open`.
             BackendError: the plan does not take one of the sizes.
@@ -105,6 +112,11 @@ class TrtBackend:
         plan = check_plan(bundle, bundle.manifest.graphs[graph], self.library, self.device)
         note = self._notes_of(bundle).get(plan)
         return None if note is None else note.at(plan, sizes, where=graph)
+
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Return the size of the run that checks a refitted plan; see `DeviceBackend`."""
+        entry = bundle.manifest.graphs[graph]
+        return () if entry.parity_sample is None else (parity_sample_size(bundle, entry),)
 
     def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
         """Tell whether a graph's plan was built with `--weight-streaming`."""
@@ -121,9 +133,7 @@ class TrtBackend:
 
     def close(self) -> None:
         """Give the arenas and the device back."""
-        for arena in self._arenas.values():
-            arena.close()
-        self.device.close()
+        close_all(*(arena.close for arena in self._arenas.values()), self.device.close)
 
     def _notes_of(self, bundle: Bundle) -> MemoryNotes:
         file = self._cached(bundle, "activations.json")
@@ -177,11 +187,10 @@ class Arena:
         self._nbytes = nbytes
 
     def close(self) -> None:
-        if self._buffer is not None:
-            self._stream.synchronize()
-            self._buffer.close()
-            self._buffer = None
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
             self.moves += 1
+            close_all(self._stream.synchronize, buffer.close)
 
 
 class TrtRunner(BufferRunner):
@@ -199,12 +208,15 @@ class TrtRunner(BufferRunner):
         cache: Path,
         log: Any,
         memory: PlanMemory,
+        keep_memory: Callable[[PlanMemory], None] = lambda memory: None,
     ) -> None:
         super().__init__(spec, device, stream)
         self._engine, self._plan, self._library = engine, plan, library
-        self._arena, self._cache, self._log, self._memory = arena, cache, log, memory
+        self._arena, self._cache, self._log = arena, cache, log
+        self._memory, self._keep_memory = memory, keep_memory
         self._contexts: dict[tuple[int, ...], _Context] = {}
         self._runtime_cache: Any = None
+        self._kernels = b""
         self._config = self._make_config()
 
     @property
@@ -221,6 +233,15 @@ class TrtRunner(BufferRunner):
         return self._arena.moves
 
     def activations(self, sizes: Sequence[Mapping[str, int]]) -> Activations:
+        """Return what the plan says of these sizes: of some, a profile's largest needs many times as much.
+
+        Where weights are streamed, that depends on how many are: then the profile's largest has to do.
+        """
+        self._memory.at(self._plan, sizes, where=self.spec.name)  # it takes all of them
+        if WEIGHT_STREAMING not in self._plan.flags and not self._memory.knows(sizes):
+            needs = {size_key(size): self._context(size, self._stream).needs for size in sizes}
+            self._memory = self._memory.with_sizes(needs)
+            self._keep_memory(self._memory)
         return self._memory.at(self._plan, sizes, where=self.spec.name)
 
     def forget_recordings(self) -> None:
@@ -233,9 +254,7 @@ class TrtRunner(BufferRunner):
         context = self._context(symbols, stream)
         context.is_recorded |= stream is not self._stream
         raw = context.raw
-        # What its profile needs, with what streaming adds, if it does.
-        needed = int(self._engine.get_device_memory_size_for_profile_v2(context.profile))
-        raw.set_device_memory(self._arena.at_least(needed).address, needed)
+        raw.set_device_memory(self._arena.at_least(context.needs).address, context.needs)
         bound = all(
             raw.set_tensor_address(name, buffer.address) for name, buffer in (*inputs.items(), *outputs.items())
         )
@@ -263,9 +282,18 @@ class TrtRunner(BufferRunner):
             )
             if not sized:
                 raise failed("take the size", self.spec.name, self._log)
-            context = _Context(raw, index)
+            context = _Context(raw, self._needs(raw, index))
         self._contexts[key] = context  # last in order, as the one that was used last
         return context
+
+    def _needs(self, raw: Any, profile: int) -> int:
+        """Return the bytes that a context needs at its size, with what streaming adds, if it does."""
+        if WEIGHT_STREAMING in self._plan.flags:
+            return int(self._engine.get_device_memory_size_for_profile_v2(profile))
+        needs = int(raw.update_device_memory_size_for_shapes())
+        if needs <= 0:
+            raise failed("tell the memory of a size", self.spec.name, self._log)
+        return needs
 
     def _drop_contexts(self) -> None:
         """Make room for one more context; those that were used longest ago go, but for recorded ones."""
@@ -288,25 +316,26 @@ class TrtRunner(BufferRunner):
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         self._runtime_cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):  # none yet
-            self._runtime_cache.deserialize(self._cache.read_bytes())
+            self._kernels = self._cache.read_bytes()
+            self._runtime_cache.deserialize(self._kernels)
         config.set_runtime_cache(self._runtime_cache)
         return config
 
     def _keep_cache(self) -> None:
-        """Write the kernels that were compiled, for the next start."""
+        """Write the kernels that were compiled, for the next start, if there are new ones."""
         if self._runtime_cache is None:
             return
         kernels, self._runtime_cache = self._runtime_cache.serialize(), None
-        if kernels is not None:
+        if kernels is not None and bytes(kernels) != self._kernels:
             write_cache(self._cache, bytes(kernels))
 
 
 @dataclass
 class _Context:
-    """An execution context of a size, under a profile, and whether a recorded step runs it."""
+    """An execution context of a size, the bytes that it needs, and whether a recorded step runs it."""
 
     raw: Any
-    profile: int
+    needs: int
     is_recorded: bool = False
 
 

@@ -107,6 +107,15 @@ def refit(engine: Any, bundle: Bundle, graph: Graph, api: Any, log: Any) -> None
         raise failed("fill the plan with the bundle's weights", graph.spec.name, log, fix=rebuild(bundle))
 
 
+def parity_sample_size(bundle: Bundle, graph: Graph) -> dict[str, int]:
+    """Return what a graph's symbols stand for in the bundle's parity sample."""
+    assert graph.parity_sample is not None, "a weight-stripped plan comes with a parity sample"
+    file = bundle.file(graph.parity_sample)
+    return graph.spec.sizes_of(
+        {tensor.name: read_archived_array(file, tensor.name).shape for tensor in graph.spec.inputs}
+    )
+
+
 def check_parity_sample(runner: Runner, bundle: Bundle, graph: Graph) -> None:
     """Run a refitted plan on the bundle's parity sample, before it may be used for anything else.
 

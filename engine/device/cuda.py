@@ -9,10 +9,8 @@ import contextlib
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -21,10 +19,11 @@ from numpy.typing import NDArray
 
 from engine.bundle.graphspec import DType
 from engine.device import interface as promises
+from engine.device.cuda_library import check, check_driver, cuda_core, cuda_driver, translated
 from engine.device.interface import Array
 from engine.device.kernels import KERNELS, cuda_source
 from engine.device.pinned import PinnedPool
-from engine.errors import BackendError, OutOfMemoryError
+from engine.errors import BackendError, OutOfMemoryError, close_after, close_all
 from engine.units import format_memory
 
 _THREADS_PER_BLOCK = 256
@@ -49,18 +48,6 @@ def device_info(index: int) -> DeviceInfo:
         return DeviceInfo(device.name, device.compute_capability, device.memory_bytes()[1])
 
 
-def driver_version() -> str:
-    """Return the newest CUDA that the driver knows, such as "13.0".
-
-    Raises:
-        BackendError: the driver does not tell.
-    """
-    driver = _cuda_driver()
-    status, version = driver.cuDriverGetVersion()
-    _check(driver, status, "tell its driver's version")
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
 class CudaDevice:
     """A GPU.
 
@@ -69,10 +56,11 @@ class CudaDevice:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self._core = _cuda_core()
+        self._core = cuda_core()
+        check_driver()  # what an old one says of its own accord helps nobody
         self._streams: weakref.WeakSet[CudaStream] = weakref.WeakSet()
         self._buffers: weakref.WeakSet[CudaBuffer] = weakref.WeakSet()
-        with _translated("open the GPU"):
+        with translated("open the GPU"):
             count = len(self._core.Device.get_all_devices())
             if index >= count:
                 raise BackendError("no such GPU", expected=f"0 to {count - 1}" if count else "one", found=index)
@@ -81,13 +69,13 @@ class CudaDevice:
         self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
-        with _translated("set up its memory"):
+        with translated("set up its memory"):
             self._memory = self._core.DeviceMemoryResource(self._device.device_id)
         _give_back_at_once(self._memory)
 
     def activate(self) -> None:
         """Make it the GPU of the calling thread, which libraries go by."""
-        with _translated("choose the GPU"):
+        with translated("choose the GPU"):
             self._device.set_current()
 
     def __enter__(self) -> CudaDevice:
@@ -96,19 +84,22 @@ class CudaDevice:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        close_after(error, self.close)
 
     def close(self) -> None:
-        """Give back every stream and buffer that was made with it and is still there."""
-        streams = list(self._streams)
-        for stream in streams:
-            if not stream.raw.is_closed:
-                stream.synchronize()
-        for buffer in list(self._buffers):
-            buffer.close()
-        for stream in streams:
-            stream.close()
-        self.pinned.close()
+        """Give back every stream and buffer that was made with it and is still there, whatever fails meanwhile.
+
+        Raises:
+            BackendError: the first failure.
+        """
+        streams = [stream for stream in self._streams if not stream.raw.is_closed]
+        buffers = list(self._buffers)
+        close_all(
+            *(stream.synchronize for stream in streams),
+            *(buffer.close for buffer in buffers),
+            *(stream.close for stream in streams),
+            self.pinned.close,
+        )
 
     @property
     def name(self) -> str:
@@ -120,7 +111,7 @@ class CudaDevice:
         return f"{major}.{minor}"
 
     def stream(self) -> CudaStream:
-        with _translated("make a stream"):
+        with translated("make a stream"):
             stream = CudaStream(self, self._device.create_stream())
         self._streams.add(stream)
         return stream
@@ -128,11 +119,14 @@ class CudaDevice:
     def buffer(self, shape: Sequence[int], dtype: DType) -> CudaBuffer:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            with _translated("allocate"):
+            with translated("allocate"):
                 raw = self._memory.allocate(max(nbytes, 1), stream=self._allocations.raw)
                 self._allocations.synchronize()  # from here on, any stream may use it
-        except OutOfMemoryError:
-            free, _ = self.memory_bytes()
+        except OutOfMemoryError as error:
+            try:
+                free, _ = self.memory_bytes()
+            except BackendError:  # what is wrong is known
+                raise error from None
             raise OutOfMemoryError(
                 f"out of GPU memory: needs {format_memory(nbytes)} more, {format_memory(free)} free",
                 where=self.name,
@@ -145,21 +139,21 @@ class CudaDevice:
         return buffer
 
     def memory_bytes(self) -> tuple[int, int]:
-        driver = _cuda_driver()
+        driver = cuda_driver()
         status, free, total = driver.cuMemGetInfo()
-        _check(driver, status, "ask for the GPU's memory")
+        check(driver, status, "ask for the GPU's memory")
         return int(free), int(total)
 
     def kernel(self, name: str) -> Any:
         """Return one of the step's kernels, compiled for this GPU."""
         if not self._kernels:
-            with _translated("compile the sampler's kernels"):
+            with translated("compile the sampler's kernels"):
                 code = compile_kernels(f"sm_{self.compute_capability.replace('.', '')}")
                 self._kernels = {kernel: code.get_kernel(kernel) for kernel in KERNELS}
         return self._kernels[name]
 
     def _allocate_pinned(self, nbytes: int) -> Any:
-        with _translated("allocate pinned memory"):
+        with translated("allocate pinned memory"):
             return self._core.LegacyPinnedMemoryResource().allocate(max(nbytes, 1))
 
     def launch_config(self, count: int) -> Any:
@@ -196,7 +190,7 @@ class CudaBuffer:
         assert 0 <= start <= stop <= self.shape[0], f"rows {start} to {stop} of {self.shape}"
         address = self.address + start * (self.nbytes // self.shape[0])
         view = CudaBuffer(None, address, (stop - start, *self.shape[1:]), self.dtype, self._owner or self)
-        view.raw = _cuda_core().Buffer.from_handle(address, view.nbytes, owner=self._owner or self)
+        view.raw = cuda_core().Buffer.from_handle(address, view.nbytes, owner=self._owner or self)
         return view
 
     def close(self) -> None:
@@ -215,17 +209,40 @@ class CudaEvent:
 
     @property
     def is_done(self) -> bool:
-        with _translated("ask the GPU how far it is"):
+        with translated("ask the GPU how far it is"):
             return bool(self.raw.is_done)
 
     def synchronize(self) -> None:
-        with _translated("wait for the GPU"):
+        with translated("wait for the GPU"):
             self.raw.sync()
 
     def ms_since(self, earlier: promises.Event) -> float:
         assert isinstance(earlier, CudaEvent)
-        with _translated("read the GPU's clock"):
+        with translated("read the GPU's clock"):
             return float(self.raw - earlier.raw)
+
+
+@dataclass(eq=False)
+class _Transfer:
+    """Host memory that a copy reads or writes, and what it needs until it is done.
+
+    Attributes:
+        nbytes: of the memory.
+        staging: the memory.
+        buffer: the other end.
+        event: behind the copy; None where it could not be recorded, and only waiting for the stream tells.
+        reader: who will read the memory, while somebody holds it.
+    """
+
+    nbytes: int
+    staging: Any
+    buffer: CudaBuffer
+    event: CudaEvent | None = None
+    reader: weakref.ref[CudaDownload] | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.reader is not None and self.reader() is not None
 
 
 class CudaStream:
@@ -233,7 +250,7 @@ class CudaStream:
 
     def __init__(self, device: CudaDevice, raw: Any) -> None:
         self._device, self.raw = device, raw
-        self._staged: list[tuple[CudaEvent, int, Any]] = []
+        self._transfers: list[_Transfer] = []
 
     @property
     def handle(self) -> int:
@@ -242,47 +259,58 @@ class CudaStream:
     def upload(self, target: promises.Buffer, source: Array) -> None:
         assert isinstance(target, CudaBuffer)
         assert (source.shape, str(source.dtype)) == (target.shape, target.dtype)
-        self._unstage(lambda event: event.is_done)
-        staging = self._device.pinned.take(target.nbytes)
-        _as_array(staging, target)[...] = source
-        with _translated("upload"):
-            target.raw.copy_from(staging, stream=self.raw)
-        self._staged.append((self.record(), target.nbytes, staging))
+        self._release(lambda transfer: transfer.event is not None and transfer.event.is_done)
+        transfer = self._begin(target)
+        _as_array(transfer.staging, target.shape, target.dtype)[...] = source
+        with translated("upload"):
+            target.raw.copy_from(transfer.staging, stream=self.raw)
+        transfer.event = self.record()
 
     def download(self, source: promises.Buffer) -> CudaDownload:
         assert isinstance(source, CudaBuffer)
-        staging = self._device.pinned.take(source.nbytes)
-        with _translated("download"):
-            source.raw.copy_to(staging, stream=self.raw)
-        return CudaDownload(self.record(), staging, source, self._device.pinned)
+        transfer = self._begin(source)
+        with translated("download"):
+            source.raw.copy_to(transfer.staging, stream=self.raw)
+        transfer.event = self.record()
+        download = CudaDownload(self, transfer)
+        transfer.reader = weakref.ref(download)
+        return download
+
+    def _begin(self, buffer: CudaBuffer) -> _Transfer:
+        """Return a transfer that the stream keeps until it is done, whatever becomes of the one who asked for it."""
+        transfer = _Transfer(buffer.nbytes, self._device.pinned.take(buffer.nbytes), buffer)
+        self._transfers.append(transfer)
+        return transfer
 
     def copy(self, target: promises.Buffer, source: promises.Buffer) -> None:
         assert isinstance(target, CudaBuffer)
         assert isinstance(source, CudaBuffer)
         assert (target.shape, target.dtype) == (source.shape, source.dtype)
-        with _translated("copy"):
+        with translated("copy"):
             target.raw.copy_from(source.raw, stream=self.raw)
 
     def launch(self, kernel: str, count: int, *arguments: promises.Buffer | int | None) -> None:
         passed = [_kernel_argument(argument) for argument in arguments]
-        with _translated(f"launch {kernel}"):
+        with translated(f"launch {kernel}"):
             config = self._device.launch_config(count)
             self._device.core.launch(self.raw, config, self._device.kernel(kernel), np.uint64(count), *passed)
 
     def record(self) -> CudaEvent:
-        with _translated("record an event"):
+        with translated("record an event"):
             return CudaEvent(self.raw.record(options=self._device.core.EventOptions(timing_enabled=True)))
 
     def wait(self, event: promises.Event) -> None:
         assert isinstance(event, CudaEvent)
-        with _translated("wait for an event"):
+        with translated("wait for an event"):
             self.raw.wait(event.raw)
 
     def capture(self, enqueue: Callable[[promises.Stream], None]) -> CudaReplay:
-        with _translated("record a step"):
+        with translated("record a step"):
             builder = self.raw.create_graph_builder()
             try:
-                builder.begin_building("thread_local")
+                # Not "thread_local": what Python's garbage collector gives back meanwhile, such as pinned memory, would
+                # end the recording.
+                builder.begin_building("relaxed")
                 enqueue(CudaStream(self._device, builder.stream))
                 return CudaReplay(builder.end_building().complete())
             finally:
@@ -290,23 +318,24 @@ class CudaStream:
                     builder.close()  # ends a capture that failed, or the stream would stay in it
 
     def synchronize(self) -> None:
-        with _translated("wait for the GPU"):
+        with translated("wait for the GPU"):
             self.raw.sync()
-        self._unstage(lambda _: True)
+        self._release(lambda _: True)
 
-    def _unstage(self, is_done: Callable[[CudaEvent], bool]) -> None:
+    def _release(self, is_done: Callable[[_Transfer], bool]) -> None:
         """Give host memory back for other copies, behind its own."""
-        staged, self._staged = self._staged, []
-        for event, nbytes, staging in staged:
-            if is_done(event):
-                self._device.pinned.give(nbytes, staging)
-            else:
-                self._staged.append((event, nbytes, staging))
+        for transfer in list(self._transfers):
+            if not transfer.is_wanted and is_done(transfer):
+                self.end(transfer)
+
+    def end(self, transfer: _Transfer) -> None:
+        """Give back the memory of a transfer that is done."""
+        self._transfers.remove(transfer)
+        self._device.pinned.give(transfer.nbytes, transfer.staging)
 
     def close(self) -> None:
         if not self.raw.is_closed:
-            self.synchronize()
-            self.raw.close()
+            close_all(self.synchronize, self.raw.close)
 
 
 class CudaReplay:
@@ -317,7 +346,7 @@ class CudaReplay:
 
     def launch(self, stream: promises.Stream) -> None:
         assert isinstance(stream, CudaStream)
-        with _translated("replay a step"):
+        with translated("replay a step"):
             self._graph.launch(stream.raw)
 
     def close(self) -> None:
@@ -327,15 +356,17 @@ class CudaReplay:
 class CudaDownload:
     """See `engine.device.interface.Download`."""
 
-    def __init__(self, event: CudaEvent, staging: Any, source: CudaBuffer, pool: PinnedPool) -> None:
-        self._event, self._staging, self._source, self._pool = event, staging, source, pool
+    def __init__(self, stream: CudaStream, transfer: _Transfer) -> None:
+        self._stream, self._transfer = stream, transfer
         self._found: Array | None = None
 
     def result(self) -> Array:
         if self._found is None:
-            self._event.synchronize()
-            self._found = _as_array(self._staging, self._source).copy()
-            self._pool.give(self._source.nbytes, self._staging)
+            transfer = self._transfer
+            assert transfer.event is not None, "a download is handed out once its event is recorded"
+            transfer.event.synchronize()
+            self._found = _as_array(transfer.staging, transfer.buffer.shape, transfer.buffer.dtype).copy()
+            self._stream.end(transfer)
         return self._found
 
 
@@ -345,9 +376,9 @@ def compile_kernels(architecture: str) -> Any:
     Raises:
         BackendError: NVRTC is missing or refuses them.
     """
-    core = _cuda_core()
+    core = cuda_core()
     options = core.ProgramOptions(arch=architecture, std="c++17", name="step_kernels.cu")
-    with _translated("compile the sampler's kernels"):
+    with translated("compile the sampler's kernels"):
         return core.Program(cuda_source(), "c++", options=options).compile("cubin")
 
 
@@ -357,46 +388,11 @@ def _kernel_argument(argument: promises.Buffer | int | None) -> Any:
     return np.uint32(argument) if isinstance(argument, int) else np.uintp(argument.address)
 
 
-def _as_array(staging: Any, like: CudaBuffer) -> NDArray[Any]:
-    """Return pinned memory as an array of a buffer's shape and dtype."""
-    memory = (ctypes.c_char * max(like.nbytes, 1)).from_address(int(staging.handle))
-    return np.frombuffer(memoryview(memory), dtype=np.dtype(like.dtype), count=math.prod(like.shape)).reshape(
-        like.shape
-    )
-
-
-# -- the library and its errors -------------------------------------------------------------------
-
-_INSTALL = "pip install 'restoration-engine[tensorrt-rtx]'"
-_WITHOUT = "without a GPU, --backend onnxruntime runs bundles of --precision fp32 or fp16"
-
-
-@lru_cache(maxsize=1)
-def _cuda_core() -> ModuleType:
-    try:
-        import cuda.core as core
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            "running on a GPU needs cuda-python, which is not installed",
-            found=f"no module {error.name}",
-            fix=f"{_INSTALL}; {_WITHOUT}",
-        ) from error
-    return core
-
-
-def _cuda_driver() -> Any:
-    from cuda.bindings import driver
-
-    return driver
-
-
-def _check(driver: Any, status: Any, action: str) -> None:
-    if status != driver.CUresult.CUDA_SUCCESS:
-        _, name = driver.cuGetErrorName(status)
-        found = name.decode() if name else str(status)
-        if "OUT_OF_MEMORY" in found:
-            raise OutOfMemoryError("out of GPU memory", found=f"the GPU could not {action}: {found}")
-        raise BackendError(f"the GPU could not {action}", found=found)
+def _as_array(staging: Any, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
+    """Return pinned memory as an array."""
+    count = math.prod(shape)
+    memory = (ctypes.c_char * max(count * np.dtype(dtype).itemsize, 1)).from_address(int(staging.handle))
+    return np.frombuffer(memoryview(memory), dtype=np.dtype(dtype), count=count).reshape(shape)
 
 
 def _give_back_at_once(memory: Any) -> None:
@@ -404,34 +400,7 @@ def _give_back_at_once(memory: Any) -> None:
 
     `cuda.core` makes the pool keep it; but libraries that load weights take theirs from elsewhere.
     """
-    driver = _cuda_driver()
+    driver = cuda_driver()
     attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
     (status,) = driver.cuMemPoolSetAttribute(memory.handle, attribute, driver.cuuint64_t(0))
-    _check(driver, status, "set up its memory")
-
-
-@contextmanager
-def _translated(action: str) -> Iterator[None]:
-    """Tell the errors of `cuda.core` in our words.
-
-    Args:
-        action: what was being done, as in "upload".
-    """
-    try:
-        yield
-    except Exception as error:
-        # cuda.core's own have several bases; all other exceptions are bugs, and stay what they are.
-        if not type(error).__module__.startswith("cuda.") and not isinstance(error, RuntimeError):
-            raise
-        text = " ".join(str(error).split())
-        if type(error).__name__ == "DynamicLibNotFoundError" or "INSUFFICIENT_DRIVER" in text or "NO_DEVICE" in text:
-            driver = "driver" in text.lower() or "NO_DEVICE" in text
-            missing = "an NVIDIA GPU with its driver" if driver else "a CUDA library"
-            raise BackendError(
-                f"running on a GPU needs {missing}, which is missing or too old",
-                found=text[:200],
-                fix=f"{'install the driver' if driver else _INSTALL}; {_WITHOUT}",
-            ) from error
-        if "OUT_OF_MEMORY" in text:
-            raise OutOfMemoryError("out of GPU memory", found=text[:200]) from error
-        raise BackendError(f"the GPU could not {action}", found=text[:300]) from error
+    check(driver, status, "set up its memory")

@@ -28,6 +28,7 @@ class PinnedPool:
     def __init__(self, allocate: Callable[[int], Block]) -> None:
         self._allocate = allocate
         self._idle: list[tuple[int, Block]] = []  # what was given back last stands last
+        self._is_closed = False
 
     def take(self, nbytes: int) -> Block:
         """Return memory of exactly this size, which is the caller's until it is given back."""
@@ -38,11 +39,15 @@ class PinnedPool:
 
     def give(self, nbytes: int, block: Block) -> None:
         """Take memory back that nothing reads or writes any more."""
+        if self._is_closed:
+            block.close()
+            return
         self._idle.append((nbytes, block))
         while sum(size for size, _ in self._idle) > BYTES_KEPT:
             self._idle.pop(0)[1].close()
 
     def close(self) -> None:
-        """Give back what is not in use."""
+        """Give back what is not in use, and from now on what comes back."""
+        self._is_closed = True
         while self._idle:
             self._idle.pop()[1].close()

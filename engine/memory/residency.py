@@ -71,10 +71,12 @@ class Activations:
     Attributes:
         bytes: at the largest of the sizes that were asked for; None where the library does not tell.
         streaming_bytes: more, if its weights are streamed from the host.
+        is_exact: whether that is all that can be known: an opened graph may tell less.
     """
 
     bytes: int | None
     streaming_bytes: int = 0
+    is_exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import GraphSpec, resolve
 from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
 from engine.device.kernels import COLUMNS, pack_table
-from engine.errors import ScheduleError
+from engine.errors import BackendError, OutOfMemoryError, ScheduleError, close_after, close_all
 from engine.pipeline.device_tiles import Arrays, TileTables
 from engine.sampling.sampler import Latent, Step, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
@@ -130,6 +130,11 @@ class DeviceLoop:
         return stop.ms_since(start) / repeats * work.tiles_per_step
 
     @property
+    def refusal(self) -> str | None:
+        """Why the steps of this size are not recorded, None if nothing is the matter."""
+        return None if self._work is None else self._work.refusal
+
+    @property
     def latent(self) -> Buffer:
         """The x of the last run, f32[B,C,h,w]; its result once the run has ended."""
         assert self._work is not None, "no run yet"
@@ -160,8 +165,8 @@ class DeviceLoop:
         """Let what is under way end before its buffers are used for something else."""
         try:
             yield
-        except BaseException:
-            self._stream.synchronize()
+        except BaseException as error:
+            close_after(error, self._stream.synchronize)
             raise
 
 
@@ -212,7 +217,10 @@ class LoopBuffers:
         latent, context, _, tiles = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[0]
-        self._runs: dict[bool, int] = {}
+        #: Kinds that have run, so that libraries have allocated what they need.
+        self._has_run: set[bool] = set()
+        #: Why steps are not recorded, where a library refused although it had said that it would not.
+        self.refusal: str | None = None
         self._recorded: dict[bool, Replay] = {}
         self._recorded_on = self._memory_version
         self._made: dict[str, Buffer] = {}
@@ -220,8 +228,8 @@ class LoopBuffers:
         try:
             for name, (shape, dtype) in (*own.items(), *tensors.items()):
                 self._made[name] = device.buffer(shape, dtype)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            close_after(error, self.close)
             raise
         named = ("latent", "previous", "center", "noise", "table", "step")
         self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
@@ -231,19 +239,17 @@ class LoopBuffers:
         self.context, self.vector = (self._made[name] for name in ("context", "vector"))
 
     def close(self) -> None:
-        self._forget_recordings()
-        for buffer in self._made.values():
-            buffer.close()
-        self._made = {}
+        made, self._made = self._made, {}
+        close_all(self._forget_recordings, *(buffer.close for buffer in made.values()))
 
     @property
     def _memory_version(self) -> tuple[int, int]:
         return (self._controlnet.memory_version, self._unet.memory_version)
 
     def _forget_recordings(self) -> None:
-        for recorded in self._recorded.values():
-            recorded.close()
-        self._recorded = {}
+        recorded, self._recorded = self._recorded, {}
+        self._has_run.clear()  # contexts that nothing holds may go, and the next ones allocate again
+        close_all(*(each.close for each in recorded.values()))
         for runner in (self._controlnet, self._unet):
             runner.forget_recordings()
 
@@ -282,13 +288,23 @@ class LoopBuffers:
         if kind in self._recorded:
             self._recorded[kind].launch(self._stream)
             return
-        self._runs[kind] = self._runs.get(kind, 0) + 1
-        if self._runs[kind] > 1 and self._is_recordable:  # the first run lets libraries allocate what they need
-            self._recorded_on = self._memory_version
+        if kind in self._has_run and self.refusal is None and self._is_recordable:
+            self._record(kind, enqueue)
+            if kind in self._recorded:
+                self._recorded[kind].launch(self._stream)
+                return
+        enqueue(self._stream, kind)
+        self._has_run.add(kind)
+
+    def _record(self, kind: bool, enqueue: Callable[[Stream, bool], None]) -> None:
+        """Record what all steps of a kind have in common, or keep why that is not possible."""
+        self._recorded_on = self._memory_version
+        try:
             self._recorded[kind] = self._stream.capture(lambda stream: enqueue(stream, kind))
-            self._recorded[kind].launch(self._stream)
-        else:
-            enqueue(self._stream, kind)
+        except OutOfMemoryError:
+            raise
+        except BackendError as error:  # if it was not the recording that is wrong, the step itself will fail
+            self.refusal = f"steps are not recorded, and so take longer to start: {error.found or error.problem}"
 
     @property
     def _is_recordable(self) -> bool:

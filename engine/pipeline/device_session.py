@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -19,9 +18,10 @@ import numpy as np
 from engine.backends.base import as_dtype
 from engine.backends.buffers import BufferRunner
 from engine.backends.runners import Runners
-from engine.bundle.graphspec import resolve
+from engine.bundle.graphspec import TensorSpec, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Buffer, Device, Download, Event, Stream
+from engine.errors import close_after, close_all
 from engine.image.photo import Pixels
 from engine.memory.residency import (
     Activations,
@@ -65,6 +65,10 @@ class DeviceBackend(Protocol):
 
     def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
         """Return what `BufferRunner.activations` would, or None if the graph has to be opened for it."""
+        ...
+
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Return the sizes, as what symbols stand for, at which a graph is run when it is opened, to check it."""
         ...
 
     def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
@@ -115,11 +119,9 @@ class DeviceSession:
 
     def close(self) -> None:
         """Give the buffers back; runners and streams are the caller's."""
-        self._close_loop()
-        for buffer in self._buffers.values():
-            buffer.close()
-        self._buffers.clear()
+        buffers, self._buffers = self._buffers, {}
         self._workload = self._tiles = None
+        close_all(self._close_loop, *(buffer.close for buffer in buffers.values()))
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """Return what a workload needs of the device's memory, and what will stay there.
@@ -138,9 +140,11 @@ class DeviceSession:
         everything_fits = sum(requirements.weights.values()) + requirements.buffers <= allowed
         activations = {}
         for graph in GRAPHS:
-            sizes = workload.sizes(self._bundle.spec(graph))
+            at_opening = self._backend.sizes_at_opening(self._bundle, graph)
+            sizes = (*workload.sizes(self._bundle.spec(graph)), *at_opening)
             known = self._backend.known_activations(self._bundle, graph, sizes)
-            if known is None:
+            # Where all graphs stay they are opened anyway, and know what just these sizes need.
+            if known is None or (everything_fits and not known.is_exact):
                 known = self._runner(graph).activations(sizes)
                 if not everything_fits:
                     self._runners.close([graph])
@@ -162,11 +166,9 @@ class DeviceSession:
         with times.graph("gpu"):
             try:
                 return _Run(self, plan, lq, noise, listener, times).result()
-            except BaseException:
-                # What is under way still uses the buffers. A device that has failed fails here again; the first
-                # error says why.
-                with suppress(Exception):
-                    self._synchronize()
+            except BaseException as error:
+                # What is under way still uses the buffers. A device that has failed fails here again.
+                close_after(error, self._synchronize)
                 raise
 
     def _enqueue_vae(self, stream: Stream, graph: str, source: Buffer, target: Buffer) -> None:
@@ -188,9 +190,19 @@ class DeviceSession:
         return MemoryRequirements(
             weights={graph: bundle.manifest.graphs[graph].weights_bytes for graph in GRAPHS},
             activations=activations,
-            buffers=buffer_bytes(bundle, workload),
+            buffers=buffer_bytes(bundle, workload) + self._opening_bytes,
             streamable=frozenset(graph for graph in GRAPHS if self._backend.can_stream_weights(bundle, graph)),
         )
+
+    @property
+    def _opening_bytes(self) -> int:
+        """Bytes of the arrays that the run which checks a graph has beside a restoration's, at most."""
+        needed = 0
+        for graph in GRAPHS:
+            spec = self._bundle.spec(graph)
+            for size in self._backend.sizes_at_opening(self._bundle, graph):
+                needed = max(needed, sum(tensor_bytes(tensor, size) for tensor in (*spec.inputs, *spec.outputs)))
+        return needed
 
     def _plan_residency(self, requirements: MemoryRequirements) -> Residency:
         return plan_residency(requirements, self.free_bytes, self._budget_bytes, where=self._bundle.path)
@@ -251,13 +263,12 @@ class DeviceSession:
         return self._loop
 
     def _close_loop(self) -> None:
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
 
     def _synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+        close_all(*(stream.synchronize for stream in self._streams.values()))
 
 
 class _Run:
@@ -347,6 +358,8 @@ class _Run:
         clock.start(operation.name, stream)
         for progress in loop.run(plan.table):
             self._listener.on_step(progress)
+        if loop.refusal is not None:
+            self._listener.on_note(loop.refusal)
         sampled = clock.stop(operation.name, stream)
         # The loop's latent is the result, unless its buffers go with its networks before it is read.
         if session._closed_in(following) & set(operation.graphs):
@@ -368,6 +381,11 @@ def buffer_bytes(bundle: Bundle, work: Workload) -> int:
     loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
     floats = len(_PIXELS) * math.prod(pixels) + len(_LATENTS) * math.prod(latent)
     return loop + floats * np.dtype(np.float32).itemsize
+
+
+def tensor_bytes(tensor: TensorSpec, symbols: Mapping[str, int]) -> int:
+    """Return what an array takes at a size."""
+    return math.prod(resolve(tensor.shape, symbols)) * np.dtype(tensor.dtype).itemsize
 
 
 class _Clock:

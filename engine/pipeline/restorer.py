@@ -5,9 +5,8 @@ The order of a restoration is the recipe's (`engine.recipe`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -20,7 +19,7 @@ from engine.backends.base import Backend, ComputingBackend
 from engine.backends.ov_library import Compute
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
-from engine.errors import BackendError, DoesNotFitError, UsageError
+from engine.errors import BackendError, DoesNotFitError, UsageError, close_after, close_all
 from engine.image.photo import Photo, Pixels, Size
 from engine.image.preprocess import (
     PhotoLike,
@@ -91,8 +90,8 @@ class Restorer:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, vram_budget_bytes: int | None = None) -> None:
-        with contextlib.ExitStack() as opened:
-            opened.callback(backend.close)
+        closes: list[Callable[[], object]] = [backend.close]  # the last one first
+        try:
             if vram_budget_bytes is not None and vram_budget_bytes <= 0:
                 raise UsageError("a budget of GPU memory must be above 0", found=f"{vram_budget_bytes} bytes")
             # Once: what is loaded later must not change the plan of the next photo.
@@ -103,17 +102,19 @@ class Restorer:
             self._weights_bytes = 0 if kept is None else resident_bytes(bundle, kept, compute)
             self.bundle = bundle
             self._runners = Runners(backend, bundle, kept)
-            opened.callback(self._runners.close)
+            closes.append(self._runners.close)
             self.stages = HostExecutor(bundle, self._runners)
             self._session: DeviceSession | None = None
             if isinstance(backend, DeviceBackend):
                 encode_texts = self.stages.encode_texts
                 self._session = DeviceSession(backend, self._runners, bundle, encode_texts, vram_budget_bytes)
-                opened.callback(self._session.close)
+                closes.append(self._session.close)
             self._executor: Executor = self._session or self.stages
             self._backend = backend
             self.backend_facts = backend_facts(backend, bundle)
-            opened.pop_all()
+        except BaseException as error:
+            close_after(error, *reversed(closes))
+            raise
 
     @classmethod
     def open(
@@ -153,16 +154,13 @@ class Restorer:
     def __enter__(self) -> Restorer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        close_after(error, self.close)
 
     def close(self) -> None:
         """Give all graphs' memory back, and the device, if there is one; on a CPU they can be opened again."""
-        with contextlib.ExitStack() as steps:  # each is done, whatever the ones before it raise
-            steps.callback(self._backend.close)
-            steps.callback(self._runners.close)
-            if self._session is not None:
-                steps.callback(self._session.close)
+        close_session = () if self._session is None else (self._session.close,)
+        close_all(*close_session, self._runners.close, self._backend.close)
 
     @property
     def defaults(self) -> Settings:
@@ -339,17 +337,21 @@ class Restorer:
         self, sources: list[Photo], plan: RestorationPlan, noise: NoiseInput, listener: Listener
     ) -> list[Restored]:
         notes: list[str] = []
+
+        def on_note(note: str) -> None:
+            notes.append(note)
+            listener.on_note(note)
+
         while True:
             try:
-                photos, times = self._attempt(sources, plan, noise, listener)
+                photos, times = self._attempt(sources, plan, noise, replace(listener, on_note=on_note))
                 break
             except (BackendError, MemoryError) as error:
                 smaller = self._smaller(plan) if is_out_of_memory(error) else None
                 if smaller is None:
                     raise
             # Outside the handler: what the failed attempt held in its frames is free now.
-            notes.append(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
-            listener.on_note(notes[-1])
+            on_note(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
             if self._session is not None:
                 self._session.close()
             self._runners.close()
