@@ -30,7 +30,7 @@ PAGES = sorted(
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGES = ("engine", "export", "triton_repo", "benchmarks")
 #: Programs whose options are not ours.
-FOREIGN = ("mkdocs", "pre-commit", "ray")
+FOREIGN = ("mkdocs", "pre-commit", "ray", "printf", "curl")
 
 page_parameter = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
