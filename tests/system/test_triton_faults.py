@@ -231,7 +231,8 @@ def test_a_thousand_clients_leave_in_every_way(serve_bundle, bundle_fp32):
     for way in WAYS:
         assert found[way, LEFT] >= 20, way  # others had their answer
     _, held, shared = zip(*memory, strict=True)
-    assert max(shared[25:]) <= max(shared[:25]) + (1 << 20)
+    # Regions grow in steps of 1 MiB to hold what is under way at once; 600 forgotten requests would take 30 MiB.
+    assert max(shared[25:]) <= max(shared[:25]) + (8 << 20)
     assert max(held[25:]) < 1.05 * max(held[:25])
 
 
