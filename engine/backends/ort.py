@@ -168,9 +168,11 @@ def open_session(
             ) from error
         # It reads no weights outside of their folder, to which a download cache's links lead.
         is_link = "escapes model directory" in str(error)
-        fix = "give a copy of the bundle without links: cp -rL" if is_link else None
         raise BackendError(
-            "ONNX Runtime cannot open the graph", where=where, found=first_line(error), fix=fix
+            "ONNX Runtime cannot open the graph",
+            where=where,
+            found=first_line(error),
+            fix="give a copy of the bundle without links: cp -rL" if is_link else None,
         ) from error
     for expected, found in ((spec.inputs, session.get_inputs()), (spec.outputs, session.get_outputs())):
         names = {tensor.name for tensor in expected}, {value.name for value in found}
