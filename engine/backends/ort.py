@@ -169,7 +169,14 @@ def open_session(
             raise OutOfMemoryError(
                 "out of memory while the graph is opened", where=where, found=first_line(error), fix=fix
             ) from error
-        raise BackendError("ONNX Runtime cannot open the graph", where=where, found=first_line(error)) from error
+        # It reads no weights outside of their folder, to which a download cache's links lead.
+        is_link = "escapes model directory" in str(error)
+        raise BackendError(
+            "ONNX Runtime cannot open the graph",
+            where=where,
+            found=first_line(error),
+            fix="give a copy of the bundle without links: cp -rL" if is_link else None,
+        ) from error
     for expected, found in ((spec.inputs, session.get_inputs()), (spec.outputs, session.get_outputs())):
         names = {tensor.name for tensor in expected}, {value.name for value in found}
         if names[0] != names[1]:

@@ -17,7 +17,7 @@ from engine import Restorer
 from engine.backends.ort import OrtBackend
 from engine.bundle.files import MANIFEST
 from engine.bundle.manifest import open_bundle
-from engine.errors import BundleError, RestoreError
+from engine.errors import BackendError, BundleError, RestoreError
 
 SETTINGS = {"steps": 1, "min_size": 64}
 PHOTO = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
@@ -203,6 +203,15 @@ def test_files_that_are_linked_elsewhere_are_still_the_same(hostile, tmp_path):
     assert bundle.read_graph("unet") == (hostile / "unet.onnx").read_bytes()
 
 
+def test_weights_that_are_a_link_elsewhere_are_told_with_what_to_do(hostile, tmp_path):
+    """As in a download cache that keeps files under other names; ONNX Runtime reads no file outside of the folder."""
+    (hostile / "weights.safetensors").rename(tmp_path / "blob")
+    (hostile / "weights.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(BackendError, match="cannot open the graph") as caught:
+        restore(hostile)
+    assert "cp -rL" in caught.value.fix
+
+
 def test_weights_that_are_changed_by_mapping_are_noticed(hostile):
     import mmap
 
@@ -271,7 +280,7 @@ def mutated(bundle_fp32, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutated")
     for file in bundle_fp32.iterdir():
         if file.name != MANIFEST:
-            (folder / file.name).symlink_to(file)
+            os.link(file, folder / file.name)
     manifest = json.loads((bundle_fp32 / MANIFEST).read_text())
     found = list(mutations(manifest))
     Random(1).shuffle(found)
@@ -289,11 +298,13 @@ def outcome(folder, manifest, path, value, **settings):
         return error
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
 def test_a_manifest_with_one_wrong_value_is_an_error_of_ours_or_harmless(mutated, count):
     """What is accepted says nothing that the networks depend on: the picture is the same, or of the right size."""
     folder, manifest, found = mutated
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert restore(folder).shape == PHOTO.shape
     accepted = []
     for path, value in found[:count]:
         result = outcome(folder, manifest, path, value)
