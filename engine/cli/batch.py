@@ -6,10 +6,11 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.cli.captions import Caption, Captioner, ask_ahead, asked_of, caption_picture
 from engine.cli.jobs import PhotoJob, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
@@ -73,6 +74,7 @@ class BatchRunner:
         quality: of JPEGs, WebPs and AVIFs, None for each format's own.
         any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
         on_estimate: as for `Restorer.restore`.
+        captioner: who says what each photo shows; None asks nobody.
     """
 
     restorer: Restorer
@@ -83,6 +85,7 @@ class BatchRunner:
     quality: int | None = None
     any_size: bool = False
     on_estimate: OnEstimate | None = None
+    captioner: Captioner | None = None
 
     def read(self, job: PhotoJob) -> Photo | None:
         """Read a photo, unless nothing is to be done about it."""
@@ -102,6 +105,25 @@ class BatchRunner:
             on_estimate=self.on_estimate,
         )
 
+    def ask(self, job: PhotoJob, source: Future[Photo | None]) -> Future[Caption] | None:
+        """Begin to ask what a photo shows, if anybody is asked; for those who look, its stage 1 is made first.
+
+        Args:
+            job: of the photo.
+            source: the photo, as soon as it is read.
+        """
+        if self.captioner is None or job.error is not None or not job.outputs:
+            return None
+        picture = None
+        if self.captioner.looks:
+            try:
+                photo = source.result()
+                assert photo is not None, "a job with outputs is read"
+                picture = caption_picture(self.restorer, photo)
+            except Exception:  # which the restoration meets again, and tells
+                return None
+        return ask_ahead(self.captioner, job.photo, picture)
+
     def write(self, output: Path, result: Restored) -> None:
         """Write a result."""
         write_photo(output, result.photo, result.provenance, overwrite=self.overwrite, quality=self.quality)
@@ -116,6 +138,7 @@ class BatchRunner:
 
     def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
         provenance = provenance_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
+        provenance |= asked_of(self.captioner)
         return is_made(output, job.photo, provenance)
 
 
@@ -123,7 +146,8 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
     """Restore photos one after the other, and yield what became of each, in order.
 
     One photo is decoded ahead and one result encoded behind, in threads of their own, so memory holds three
-    photos at most. What goes wrong with one is part of its outcome and does not touch the others.
+    photos at most. What the next photo shows is asked while the networks restore the present one. What goes wrong
+    with one is part of its outcome and does not touch the others.
 
     Args:
         jobs: what to restore into which files.
@@ -132,13 +156,14 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
     """
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(2, "writer") as writer:
         ahead = reader.submit(work.read, jobs[0]) if jobs else None
+        caption = work.ask(jobs[0], ahead) if ahead is not None else None
         behind: _Open | None = None
         for index, job in enumerate(jobs):
             assert ahead is not None
-            photo = ahead
+            photo, current = ahead, _Open(job, caption)
             if index + 1 < len(jobs):
                 ahead = reader.submit(work.read, jobs[index + 1])
-            current = _Open(job)
+                caption = work.ask(jobs[index + 1], ahead)
             try:
                 _restore_one(current, photo, work, watch, writer, behind)
             except Exception as error:
@@ -155,6 +180,7 @@ class _Open:
     """A photo whose results may still be being written."""
 
     job: PhotoJob
+    caption: Future[Caption] | None = None
     reports: list[dict[str, Any]] = field(default_factory=list)
     writes: list[Future[None]] = field(default_factory=list)
     pictures: list[Future[bytes]] = field(default_factory=list)
@@ -211,13 +237,24 @@ def _restore_one(
         left = check_output(output, photo, overwrite=work.overwrite, size=size)
     for warning in left:
         watch.note(f"note: {job.photo}: {warning}")
-    plan = work.restorer.plan(photo.size, work.settings, like=work.like)
+    caption = None if current.caption is None else current.caption.result()
+    settings = work.settings
+    if caption is not None:
+        settings = settings.updated({"prompt": caption.joined(settings.prompt)})
+        if caption.problem is not None:
+            watch.note(f"note: {job.photo}: {caption.problem}")
+        else:
+            watch.note(f"{job.photo}: caption: {caption.text}", detail=True)
+    plan = work.restorer.plan(photo.size, settings, like=work.like)
     if plan.size_plan != SizePlan() or plan.memory is not None:
         watch.note(f"{job.photo}: {plan}", detail=True)
     if work.previews:
         current.pictures = [writer.submit(preview, photo, work.previews)]
     for seed, output in job.outputs:
         result = work.restore(photo, plan, seed, watch)
+        if caption is not None:
+            made_with = {**result.provenance, "caption": caption.as_data(work.settings.prompt)}
+            result = replace(result, provenance=made_with)
         if behind is not None:
             behind.wait()
         current.wait()

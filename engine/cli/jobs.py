@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.cli.captions import SIDECAR, as_asked, sidecar_of
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.image.files import check_name, check_output, list_images, read_provenance
 from engine.image.formats import RAW, READ_SUFFIXES, format_of_suffix, output_suffix
@@ -157,15 +158,24 @@ def raws_left_out(names: Sequence[Path], *, recursive: bool) -> int:
 
 
 def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
-    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `provenance`."""
+    """Tell whether a result is there, of what the photo is now, made as `provenance` asks.
+
+    Args:
+        output: the result's file.
+        photo: its photo.
+        provenance: bundle, settings and, where captions are wanted, whose: see `engine.cli.captions.asked_of`.
+    """
+    asked = json.loads(json.dumps(provenance))
+    sources = [photo]
+    if (asked.get("caption") or {}).get("source") == SIDECAR and sidecar_of(photo).is_file():
+        sources.append(sidecar_of(photo))
     try:
-        if output.stat().st_mtime < photo.stat().st_mtime:
+        if output.stat().st_mtime < max(source.stat().st_mtime for source in sources):
             return False
-        noted = read_provenance(output)
+        noted = as_asked(read_provenance(output))
     except (OSError, RestoreError):
         return False
-    asked = json.loads(json.dumps(provenance))
-    return all(noted.get(key) == asked[key] for key in ("bundle", "settings"))
+    return all(noted.get(key) == asked.get(key) for key in ("bundle", "settings", "caption"))
 
 
 def is_folder(target: Path | None) -> bool:
