@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.cli.captions import Caption, Captioner, ask_ahead, asked_of, caption_picture
 from engine.cli.claims import Claim, claim_photo, wait_for_photo
 from engine.cli.jobs import PhotoJob, file_stamp, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
@@ -93,6 +94,7 @@ class BatchRunner:
         quality: of JPEGs, WebPs and AVIFs, None for each format's own.
         any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
         on_estimate: as for `Restorer.restore`.
+        captioner: who says what each photo shows; None asks nobody.
     """
 
     restorer: Restorer
@@ -103,6 +105,7 @@ class BatchRunner:
     quality: int | None = None
     any_size: bool = False
     on_estimate: OnEstimate | None = None
+    captioner: Captioner | None = None
 
     def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
         """Take a photo on: claim it, see what of it another run has made by now, and read it.
@@ -149,6 +152,26 @@ class BatchRunner:
             on_estimate=self.on_estimate,
         )
 
+    def ask(self, job: PhotoJob, source: Future[Source | None]) -> Future[Caption] | None:
+        """Begin to ask what a photo shows, if anybody is asked; for those who look, its stage 1 is made first.
+
+        Args:
+            job: of the photo.
+            source: the photo, as soon as it is read.
+        """
+        if self.captioner is None or job.error is not None or not job.outputs:
+            return None
+        picture = None
+        if self.captioner.looks:
+            try:
+                taken = source.result()
+                if taken is None or taken.photo is None:  # another run has it, or had it
+                    return None
+                picture = caption_picture(self.restorer, taken.photo)
+            except Exception:  # which the restoration meets again, and tells
+                return None
+        return ask_ahead(self.captioner, job.photo, picture)
+
     def write(self, job: PhotoJob, output: Path, result: Restored) -> None:
         """Write a result, unless it is there: claims keep runs apart, but not on every disk."""
         if not self.overwrite and self._is_made(job, result.settings.seed, output):
@@ -165,6 +188,7 @@ class BatchRunner:
 
     def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
         provenance = provenance_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
+        provenance |= asked_of(self.captioner)
         return is_made(output, job.photo, provenance)
 
 
@@ -172,8 +196,9 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
     """Restore photos one after the other, and yield what became of each.
 
     One photo is decoded ahead and one result encoded behind, in threads of their own, so memory holds three
-    photos at most. What goes wrong with one is part of its outcome and does not touch the others. Photos that
-    another run has claimed come last: by then that run has made them, or is waited for, or was killed.
+    photos at most. What the next photo shows is asked while the networks restore the present one. What goes wrong
+    with one is part of its outcome and does not touch the others. Photos that another run has claimed come last: by
+    then that run has made them, or is waited for, or was killed.
 
     Args:
         jobs: what to restore into which files.
@@ -185,17 +210,23 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(2, "writer") as writer:
         source: Future[Source | None] | None = None
         ahead: Future[Source | None] | None = None
+        caption_ahead: Future[Caption] | None = None
         current: _Open | None = None
         behind: _Open | None = None
         try:
             while queue:
                 job, waited = queue.popleft()
                 source = ahead or reader.submit(work.take, job, waited)
+                caption, caption_ahead = caption_ahead, None
                 ahead = reader.submit(work.take, *queue[0]) if queue else None
                 if source.exception() is None and source.result() is None:
                     queue.append((job, stop))
                     continue
-                current = _Open(job)
+                caption = caption or work.ask(job, source)
+                # Not of a photo that another run has: to look at it is to wait for that run.
+                if ahead is not None and queue[0][1] is None:
+                    caption_ahead = work.ask(queue[0][0], ahead)
+                current = _Open(job, caption)
                 try:
                     _restore_one(current, source, work, watch, writer, behind)
                 except Exception as error:
@@ -230,6 +261,7 @@ class _Open:
     """A photo whose results may still be being written."""
 
     job: PhotoJob
+    caption: Future[Caption] | None = None
     reports: list[dict[str, Any]] = field(default_factory=list)
     writes: list[Future[None]] = field(default_factory=list)
     pictures: list[Future[bytes]] = field(default_factory=list)
@@ -289,14 +321,25 @@ def _restore_one(
         left = check_output(output, photo, overwrite=work.overwrite, size=size)
     for warning in left:
         watch.note(f"note: {job.photo}: {warning}")
-    plan = work.restorer.plan(photo.size, work.settings, like=work.like)
+    caption = None if current.caption is None else current.caption.result()
+    settings = work.settings
+    if caption is not None:
+        settings = settings.updated({"prompt": caption.joined(settings.prompt)})
+        if caption.problem is not None:
+            watch.note(f"note: {job.photo}: {caption.problem}")
+        else:
+            watch.note(f"{job.photo}: caption: {caption.text}", detail=True)
+    plan = work.restorer.plan(photo.size, settings, like=work.like)
     if plan.size_plan != SizePlan() or plan.memory is not None:
         watch.note(f"{job.photo}: {plan}", detail=True)
     if work.previews:
         current.pictures = [writer.submit(preview, photo, work.previews)]
     for seed, output in job.outputs:
         result = work.restore(photo, plan, seed, watch)
-        result = replace(result, provenance={**result.provenance, "photo": taken.stamp})
+        made_with: dict[str, Any] = {"photo": taken.stamp}
+        if caption is not None:
+            made_with["caption"] = caption.as_data(work.settings.prompt)
+        result = replace(result, provenance={**result.provenance, **made_with})
         if behind is not None:
             behind.wait()
         current.wait()

@@ -20,6 +20,7 @@ from engine.backends import default_backend
 from engine.bundle.manifest import Bundle, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
+from engine.cli.captions import Captioner, add_captions, as_asked, asked_of, make_captioner
 from engine.cli.claims import clean_stale_claims
 from engine.cli.engine_options import add_engine, engine_arguments
 from engine.cli.jobs import (
@@ -46,6 +47,7 @@ from engine.settings import Settings
 def restore(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
+    captioner = make_captioner(options.caption, options.caption_model)
     changes, like = _changes(options)
     file_format = options.format or "png"
     placement = Placement(options.output, options.samples, options.overwrite, options.skip_existing, file_format)
@@ -66,11 +68,14 @@ def restore(arguments: Sequence[str]) -> int:
             facts = restorer.backend_facts
             print(f"note: computed in {facts['compute']} by {facts['library']}, the fastest here", file=sys.stderr)
         _warn_of_idle_options(options, settings)
+        if captioner is not None and captioner.looks and not options.quiet:
+            asked = "" if captioner.model is None else f" ({captioner.model})"
+            print(f"note: a small picture of each photo is sent to {captioner.source}{asked}", file=sys.stderr)
         if not options.quiet and (raws := raws_left_out(options.images, recursive=options.recursive)):
             print(f"note: camera raws in the folders were left out: {raws}; name one to restore it", file=sys.stderr)
 
         def provenance(seed: int) -> dict[str, Any]:
-            return provenance_of(bundle, settings.updated({"seed": seed}))
+            return provenance_of(bundle, settings.updated({"seed": seed})) | asked_of(captioner)
 
         jobs = plan_jobs(found, placement, settings.seed, provenance)
         for folder in {output.parent for job in jobs for output in (*job.done, *(output for _, output in job.outputs))}:
@@ -80,7 +85,7 @@ def restore(arguments: Sequence[str]) -> int:
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = RunSummary()
         reports: list[dict[str, Any]] = []
-        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, bar):
+        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, captioner, bar):
             if outcome.error is not None:
                 if len(jobs) == 1:
                     bar.drop()
@@ -103,17 +108,18 @@ def _outcomes(
     settings: Settings,
     like: dict[str, Any] | None,
     options: argparse.Namespace,
+    captioner: Captioner | None,
     watch: ProgressListener,
 ) -> Iterator[Outcome]:
     previews = REPORT_PX if options.report is not None else 0
     chosen = options.tile is not None or options.vae_tiles is not None
     tiles = None if chosen else like  # what the command line says of tiles holds
+    given = (options.overwrite, previews, tiles, options.quality, options.any_size)
     if restorer is not None:
-        work = BatchRunner(restorer, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
-        return restore_all(jobs, work, watch)
+        return restore_all(jobs, BatchRunner(restorer, settings, *given, captioner=captioner), watch)
     engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
-    config = WorkerConfig(engine, settings, options.overwrite, previews, tiles, options.quality, options.any_size)
+    config = WorkerConfig(engine, settings, *given, captioner=captioner)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
 
 
@@ -160,6 +166,8 @@ def _changes(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     if options.like is None:
         return given, None
     provenance = read_provenance(options.like)
+    if options.caption != "none":  # which brings its own words
+        provenance = as_asked(provenance)
     settings, bundle = provenance.get("settings"), provenance.get("bundle")
     if not isinstance(settings, dict) or not isinstance(bundle, dict):
         raise ImageError("holds no settings", where=options.like, expected="a result of this engine")
@@ -233,4 +241,5 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print settings, seed, milliseconds per stage and memory as JSON"
     )
     add_settings(parser)
+    add_captions(parser)
     return parser

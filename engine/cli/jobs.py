@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.cli.captions import SIDECAR, as_asked, sidecar_of
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.image.files import check_name, check_output, list_images, read_provenance
 from engine.image.formats import RAW, READ_SUFFIXES, format_of_suffix, output_suffix
@@ -168,21 +169,30 @@ def file_stamp(photo: Path) -> dict[str, int]:
 
 
 def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
-    """Tell whether a result is there, of what the photo is now, made with the bundle and settings of `provenance`.
+    """Tell whether a result is there, of what the photo is now, made as `provenance` asks.
 
     The photo is what it was if its file has the size and date that the result notes, be that date in the future; or
     if its size is the same, or not noted, and the result is newer: copies of folders have dates of their own.
+
+    Args:
+        output: the result's file.
+        photo: its photo.
+        provenance: bundle, settings and, where captions are wanted, whose: see `engine.cli.captions.asked_of`.
     """
+    asked = json.loads(json.dumps(provenance))
     try:
-        now, noted = file_stamp(photo), read_provenance(output)
-        is_newer = output.stat().st_mtime_ns >= now["modified_ns"]
+        now, noted = file_stamp(photo), as_asked(read_provenance(output))
+        made_ns = output.stat().st_mtime_ns
+        takes_sidecar = (asked.get("caption") or {}).get("source") == SIDECAR and sidecar_of(photo).is_file()
+        if takes_sidecar and made_ns < sidecar_of(photo).stat().st_mtime_ns:
+            return False
     except (OSError, RestoreError):
         return False
     before = noted.get("photo", {"bytes": now["bytes"]})
+    is_newer = made_ns >= now["modified_ns"]
     if before != now and not (is_newer and isinstance(before, dict) and before.get("bytes") == now["bytes"]):
         return False
-    asked = json.loads(json.dumps(provenance))
-    return all(noted.get(key) == asked[key] for key in ("bundle", "settings"))
+    return all(noted.get(key) == asked.get(key) for key in ("bundle", "settings", "caption"))
 
 
 def is_folder(target: Path | None) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from engine.backends.trt_library import PLAN_BACKENDS
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
+from engine.cli.captions import Captioner
 from engine.cli.jobs import PhotoJob
 from engine.errors import BackendError, UsageError
 from engine.pipeline.restorer import Restorer
@@ -34,7 +35,7 @@ class WorkerConfig:
 
     Attributes:
         engine: what `Restorer.open` is called with.
-        settings, overwrite, previews, like, quality, any_size: as `engine.cli.batch.BatchRunner` has them.
+        settings, overwrite, previews, like, quality, any_size, captioner: as `engine.cli.batch.BatchRunner` has them.
     """
 
     engine: dict[str, Any]
@@ -44,6 +45,7 @@ class WorkerConfig:
     like: dict[str, Any] | None = None
     quality: int | None = None
     any_size: bool = False
+    captioner: Captioner | None = None
 
 
 def restore_on_cluster(
@@ -140,7 +142,7 @@ class _Actor:
     def __init__(self, plan: WorkerConfig) -> None:
         restorer = Restorer.open(**plan.engine)
         options = (plan.overwrite, plan.previews, plan.like, plan.quality, plan.any_size)
-        self._work = BatchRunner(restorer, plan.settings, *options)
+        self._work = BatchRunner(restorer, plan.settings, *options, captioner=plan.captioner)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()

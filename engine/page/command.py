@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.cli.captions import Captioner, add_captions, make_captioner
 from engine.cli.engine_options import add_engine, engine_arguments
 from engine.cli.options import path_option, whole_number
 from engine.errors import BackendError, UsageError, from_os_error, printable
@@ -32,6 +33,9 @@ _REAP_S = 60.0
 def serve(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where nothing can be done."""
     options = _parser().parse_args(arguments)
+    captioner = make_captioner(options.caption, options.caption_model)
+    if captioner is not None and not captioner.looks:
+        raise UsageError("browsers send no text files", where="--caption", expected="none, or a server's address")
     users = None if options.auth is None else read_users(options.auth)
     _check_gradio()
     with contextlib.ExitStack() as opened:
@@ -45,7 +49,9 @@ def serve(arguments: Sequence[str]) -> int:
                 "warning: everybody who reaches this address can use the page; --auth asks for a password",
                 file=sys.stderr,
             )
-        with served(restorer, options, users) as app:
+        if captioner is not None:
+            print(f"note: where a visitor asks for it, a small picture is sent to {captioner.source}", file=sys.stderr)
+        with served(restorer, options, users, captioner) as app:
             _run(app, listening)
     return 0
 
@@ -97,7 +103,9 @@ def listen(address: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def served(restorer: Restorer, options: argparse.Namespace, users: list[tuple[str, str]] | None) -> Iterator[Any]:
+def served(
+    restorer: Restorer, options: argparse.Namespace, users: list[tuple[str, str]] | None, captioner: Captioner | None
+) -> Iterator[Any]:
     """Make the page's application; at the end its work is given up and its files are gone."""
     with tempfile.TemporaryDirectory(prefix="restoration-engine-web-", ignore_cleanup_errors=True) as folder:
         uploads, results = Path(folder) / "uploads", Path(folder) / "results"
@@ -116,7 +124,7 @@ def served(restorer: Restorer, options: argparse.Namespace, users: list[tuple[st
 
         gr.set_static_paths([results])  # results are served from where they lie, not from copies
         desk = Desk(restorer, options.queue)
-        page = Page(restorer.bundle, desk, Sessions(results, uploads), options.queue)
+        page = Page(restorer.bundle, desk, Sessions(results, uploads), options.queue, captioner)
         stopped = threading.Event()
         threading.Thread(target=_reap, args=(page, stopped), name="reaper", daemon=True).start()
         blocks = page.build()
@@ -223,5 +231,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="photos of all visitors that may wait; default: 200",
     )
+    add_captions(parser, "none|URL")
     add_engine(parser)
     return parser

@@ -11,9 +11,11 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeVar
 
 from engine.cli.batch import BatchRunner, Outcome, restore_all
 from engine.cli.jobs import PhotoJob
@@ -25,6 +27,7 @@ from engine.settings import Settings
 #: Longer side in pixels of the pictures that are compared on the page: sharp on a large screen.
 COMPARED_PX = 1600
 _CANCELLED = "cancelled"
+T = TypeVar("T")
 
 
 class CancellationError(RestoreError):
@@ -102,6 +105,8 @@ class Desk:
         self._changed = threading.Condition()
         #: Each owner's tickets; the first owner's first ticket is next, and then the owner goes to the end.
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
+        #: What is to be done between two photos.
+        self._calls: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._current: Ticket | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="desk", daemon=True)
@@ -127,6 +132,23 @@ class Desk:
                 self._waiting.setdefault(ticket.owner, deque()).append(ticket)
             self._changed.notify()
         self._tell_places()
+
+    def call(self, work: Callable[[Restorer], T]) -> Future[T]:
+        """Have something short done with the restorer, before the next photo."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work(self._restorer))
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            self._calls.append((run, future))
+            self._changed.notify()
+        return future
 
     def cancel(self, owner: str) -> None:
         """Take an owner's tickets back; the one that is worked on ends after its present step."""
@@ -162,14 +184,22 @@ class Desk:
             ticket.finish(outcome)
 
     def _next(self) -> Ticket | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting)
-            if self._closed:
-                return None
-            owner, tickets = self._waiting.popitem(last=False)
-            self._current = tickets.popleft()
-            if tickets:
-                self._waiting[owner] = tickets
+        """Return the ticket whose turn it is, None at the end; what was called for is done first."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting or self._calls)
+                if self._closed:
+                    for _, future in self._calls:
+                        future.cancel()
+                    return None
+                if not self._calls:
+                    owner, tickets = self._waiting.popitem(last=False)
+                    self._current = tickets.popleft()
+                    if tickets:
+                        self._waiting[owner] = tickets
+                    break
+                call, _ = self._calls.popleft()
+            call()
         self._tell_places()
         return self._current
 

@@ -54,6 +54,7 @@ _RESULT = _TEMPLATES.from_string("""
 {% endfor %}
 </div>
 """)
+_HINT = _TEMPLATES.from_string('<p class="detail">{{ text }}</p>')
 _HEADER = _TEMPLATES.from_string("""
 <header class="top">
   <h1>Restore photos</h1>
@@ -65,6 +66,11 @@ _HEADER = _TEMPLATES.from_string("""
 def header(name: str, notice: str) -> str:
     """Return the page's head: the bundle, and what everybody who uses it should know."""
     return _HEADER.render(name=name, notice=notice)
+
+
+def hint(text: str) -> str:
+    """Return a line of help for a button."""
+    return _HINT.render(text=text)
 
 
 def progress(photo: str, place: str, now: Progress) -> str:

@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.components.base import Component
 
 from engine.bundle.manifest import Bundle
+from engine.cli.captions import Captioner, caption_picture
 from engine.errors import RestoreError, UsageError
 from engine.image.formats import READ_SUFFIXES
 from engine.page import fragments, runs
@@ -49,12 +50,14 @@ class Page:
         desk: that it restores at.
         sessions: of its visitors.
         most_photos: that may be dropped at once.
+        captioner: who says what a photo shows, where a visitor asks; None asks nobody.
     """
 
     bundle: Bundle
     desk: Desk
     sessions: Sessions
     most_photos: int
+    captioner: Captioner | None = None
 
     @property
     def defaults(self) -> Settings:
@@ -81,6 +84,9 @@ class Page:
             "photos": gr.File(label="Photos", file_count="multiple", file_types=types, height=150, elem_id="photos")
         }
         parts["prompt"] = control_of("prompt", self.defaults)
+        if self.captioner is not None:
+            parts["describe"] = gr.Button("Describe the photo", size="sm", elem_id="describe")
+            gr.HTML(fragments.hint(f"Sends a small picture of the first photo to {self.captioner.source}"))
         with gr.Row(elem_id="in-sight"):
             parts |= {name: control_of(name, self.defaults) for name in IN_SIGHT[1:]}
         with gr.Row():
@@ -227,6 +233,20 @@ class Page:
         """Put the bundle's settings back."""
         return values_of(self.defaults)
 
+    async def describe(self, photos: Any, request: gr.Request) -> dict[str, Any]:
+        """Put what the first photo shows into the prompt."""
+        assert self.captioner is not None, "without one there is no button"
+        session = self.sessions.of(_name_of(request))
+        try:
+            found = self.sessions.adopt(session, _paths(photos)[:1])
+            if not found:
+                raise UsageError("no photo yet", where="Photos", fix="drop one, or press to choose it")
+            picture = await asyncio.wrap_future(self.desk.call(lambda restorer: caption_picture(restorer, found[0])))
+            caption = await asyncio.to_thread(self.captioner.describe, found[0], picture)
+        except RestoreError as error:
+            raise gr.Error(fragments.sentence(error), print_exception=False) from error
+        return {"prompt": caption.text}
+
     async def zip(self, request: gr.Request) -> dict[str, Any]:
         """Write a visitor's results into one file."""
         session = self.sessions.of(_name_of(request))
@@ -290,6 +310,9 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     def reset() -> dict[Component, Any]:
         return updates(page.reset())
 
+    async def describe(photos: Any, request: gr.Request) -> dict[Component, Any]:
+        return updates(await page.describe(photos, request))
+
     async def zip_results(request: gr.Request) -> dict[Component, Any]:
         return updates(await page.zip(request))
 
@@ -300,6 +323,9 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     parts["again"].click(again, [parts["shown"]], [parts["photos"], *settings.values()], **_QUIET)
     parts["reset"].click(reset, None, list(settings.values()), **_QUIET)
     parts["dice"].click(lambda: str(random.randrange(2**31)), None, parts["seed"], **_QUIET)
+    if "describe" in parts:
+        busy = {**_PRIVATE, "show_progress": "minimal"}
+        parts["describe"].click(describe, [parts["photos"]], [parts["prompt"]], **busy)
     zipped = parts["zip"].click(zip_results, None, [parts["zip_file"]], **_QUIET)
     zipped.success(None, None, None, js=_PRESS_DOWNLOAD, api_visibility="private")
     blocks.load(page.arrive, None, None, **_QUIET)

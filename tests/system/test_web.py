@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_server import Model, chat, serving
 from PIL import Image
 
 from engine.image.files import read_provenance
@@ -63,12 +64,19 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(bundle_fp32, tmp_path_factory):
-    running = Served(bundle_fp32, tmp_path_factory.mktemp("served"))
-    yield running
-    status = running.close()
+def model():
+    """A model that says what photos show."""
+    return Model(chat("a boat on a lake"), chat("I'm sorry, I cannot."))
+
+
+@pytest.fixture(scope="module")
+def served(bundle_fp32, model, tmp_path_factory):
+    with serving(model) as address:
+        running = Served(bundle_fp32, tmp_path_factory.mktemp("served"), "--caption", address)
+        yield running
+        status = running.close()
     assert status == 0
-    assert running.errors() == ""
+    assert running.errors() == f"note: where a visitor asks for it, a small picture is sent to {address}\n"
     assert running.files() == []
 
 
@@ -257,6 +265,17 @@ def test_wrong_settings_are_told(page, photos):
     page.restore()
     assert "96 × 72 to 192 × 144" in page.text("#result")
     assert "control scale 1:0.5" in page.text("#result")
+
+
+def test_a_model_describes_the_photo(page, photos, model):
+    page.drop(photos / "boat.png")
+    assert model.asked == []  # nothing is sent before it is asked for
+    page.press("describe")
+    page.until(lambda: page.value("prompt") == "a boat on a lake")
+    assert model.pictures[0].size == (85, 64)  # the bundle's own size, not the photo's
+    page.press("describe")
+    page.until(lambda: "the model refused" in page.text("body"))
+    assert page.value("prompt") == "a boat on a lake"
 
 
 @pytest.mark.parametrize("width", [320, 390])
