@@ -317,7 +317,7 @@ def test_the_next_caption_is_asked_for_before_the_present_photo_is_done(folder, 
     there = []
 
     def answer(handler):
-        there.append(sorted(path.name for path in (folder / "out").iterdir()))
+        there.append(sorted(path.name for path in (folder / "out").glob("*.png")))
         content = chat("a boat").encode()
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(content)))
