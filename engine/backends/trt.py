@@ -183,7 +183,7 @@ class Arena:
         if self._buffer is not None and self._nbytes == nbytes:
             return
         self.close()  # before there is another one, so that there are never two
-        self._buffer = self._device.buffer((max(nbytes, 4) // 4 + 1,), "float32")
+        self._buffer = self._device.buffer((max(1, -(-nbytes // 4)),), "float32")
         self._nbytes = nbytes
 
     def close(self) -> None:

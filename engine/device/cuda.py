@@ -53,6 +53,11 @@ class CudaDevice:
 
     Raises:
         BackendError: as `device_info`.
+
+    Attributes:
+        name: as the driver gives it.
+        compute_capability: such as "8.9".
+        pinned: host memory for copies.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -66,6 +71,9 @@ class CudaDevice:
                 raise BackendError("no such GPU", expected=f"0 to {count - 1}" if count else "one", found=index)
             self._device = self._core.Device(index)
             self._device.set_current()
+            self.name = str(self._device.name)
+            major, minor = self._device.compute_capability
+            self.compute_capability = f"{major}.{minor}"
         self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
         self._allocations = self.stream()
@@ -100,15 +108,6 @@ class CudaDevice:
             *(stream.close for stream in streams),
             self.pinned.close,
         )
-
-    @property
-    def name(self) -> str:
-        return str(self._device.name)
-
-    @property
-    def compute_capability(self) -> str:
-        major, minor = self._device.compute_capability
-        return f"{major}.{minor}"
 
     def stream(self) -> CudaStream:
         with translated("make a stream"):

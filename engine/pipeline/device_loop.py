@@ -1,6 +1,7 @@
 """The sampling loop on a device: a table of weights, ControlNet, UNet, and one weighted sum a step.
 
-Nothing is read back and nothing waits between the first step and the last. Each kind of step, guided
+Nothing is read back and nothing waits between the first step and the last; noise, where steps use any, is drawn and
+uploaded while the device is at the steps before. Each kind of step, guided
 or not, is run once as it is, recorded the second time, and replayed from then on: the device itself
 keeps the number of the step. For a latent that is sampled in tiles, one tile is recorded, and
 the device keeps its number as well. StepOutput comes from events that the stream passes.
@@ -64,6 +65,9 @@ class DeviceLoop:
         self._device, self._stream = device, stream
         self._controlnet, self._unet = controlnet, unet
         self._work: LoopBuffers | None = None
+        #: Where a step's noise goes, by the step's index, and what draws it.
+        self._draws: dict[int, int] = {}
+        self._noise: Callable[[int], Latent] | None = None
 
     def close(self) -> None:
         """Give the buffers back."""
@@ -98,6 +102,7 @@ class DeviceLoop:
         pending: list[tuple[Step, Event]] = []
         with self._drained_on_error():
             for step in table.steps:
+                self._upload_noise(step)
                 work.enqueue_step(step)
                 pending.append((step, self._stream.record()))
                 while pending and (len(pending) > LOOK_AHEAD or pending[0][1].is_done):
@@ -107,6 +112,14 @@ class DeviceLoop:
             for done, event in pending:
                 event.synchronize()
                 yield StepOutput(done, None, None)
+
+    def _upload_noise(self, step: Step) -> None:
+        """Draw and upload a step's noise, if it uses any, while the device is at the steps before it."""
+        place = self._draws.get(step.index)
+        if place is not None:
+            assert self._work is not None
+            assert self._noise is not None
+            self._stream.upload(self._work.noise.rows(place, place + 1), self._noise(1 + step.index)[None])
 
     def time_networks(self, repeats: int, *, guided: bool) -> float:
         """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
@@ -148,8 +161,8 @@ class DeviceLoop:
             self._work = LoopBuffers(self._device, self._stream, self._controlnet, self._unet, key)
         work, stream = self._work, self._stream
         stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
-        for place, index in enumerate(draws):
-            stream.upload(work.noise.rows(place, place + 1), inputs.noise(1 + index)[None])
+        self._draws = {index: place for place, index in enumerate(draws)}
+        self._noise = inputs.noise
         packed = np.zeros(work.table.shape, dtype=np.float32)
         packed[: len(table.steps)] = pack_table(table)
         stream.upload(work.table, packed)

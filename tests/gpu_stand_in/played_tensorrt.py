@@ -175,8 +175,13 @@ class Engine:
     ) -> Context | None:
         if strategy != real.ExecutionContextAllocationStrategy.USER_MANAGED:
             broken(f"{self.name}: contexts with memory of their own ({strategy})")
+        return self._context(Context)
+
+    def _context(self, kind: type[Context], *arguments: Any) -> Context | None:
         CALLS.append(("context", self.name))
-        return Context(self)
+        if self.total and not self._weights.is_there and not self.load_weights(self.total):
+            return None
+        return kind(self, *arguments)
 
     @property
     def session(self) -> ort.InferenceSession:
@@ -192,8 +197,7 @@ class RtxEngine(Engine):
     def create_execution_context(self, config: RuntimeConfig) -> Context | None:  # type: ignore[override]
         if config.strategy != real.ExecutionContextAllocationStrategy.USER_MANAGED:
             broken(f"{self.name}: contexts with memory of their own ({config.strategy})")
-        CALLS.append(("context", self.name))
-        return RtxContext(self, config)
+        return self._context(RtxContext, config)
 
 
 class Context:
@@ -340,7 +344,8 @@ class Runtime:
             return None
         engine = self._engine(json.loads(content[len(_MAGIC) :]), self._log)
         CALLS.append(("deserialize", engine.name))
-        return engine if engine.load_weights(engine.total) else None
+        # Weights that may be streamed are loaded once it is known how many.
+        return engine if engine.streams_weights or engine.load_weights(engine.total) else None
 
 
 class RtxRuntime(Runtime):

@@ -68,6 +68,10 @@ class DeviceMemory:
     def __init__(self) -> None:
         self._address = ctypes.c_uint64(0)
 
+    @property
+    def is_there(self) -> bool:
+        return self._address.value != 0
+
     def resize(self, nbytes: int) -> int:
         """Have so many bytes; returns the driver's error, 0 if there is none."""
         cuda = driver.library()

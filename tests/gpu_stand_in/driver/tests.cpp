@@ -36,7 +36,7 @@ EXPORTED void standin_alive(void (*tell)(const char*, long)) {
     long pinned = 0;
     for (auto& block : BLOCKS) pinned += block.second.pinned;
     tell("events", EVENTS.size());
-    tell("streams", STREAMS.size() - 1);  // without the default one
+    tell("streams", STREAMS.size() - (LEGACY != nullptr));  // without the default one
     tell("device blocks", BLOCKS.size() - pinned);
     tell("pinned blocks", pinned);
     tell("device bytes", USED);

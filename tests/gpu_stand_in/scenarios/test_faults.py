@@ -12,11 +12,17 @@ from gpu_stand_in import driver
 from engine.errors import BackendError, OutOfMemoryError
 
 #: Calls that give something back, with what `cuda.core` asks for meanwhile: what fails there is lost, and nobody could
-#: do anything about it. And what `cuda.core` does for itself alone, whose failure it does not tell.
-NOT_TRIED = ("Destroy", "Free", "Unload", "Release", "cuCtxGetCurrent", "cuGetError", "cuGetExportTable", "UserObject")
+#: do anything about it. What `cuda.core` does for itself alone, whose failure it does not tell or, when it asks about a
+#: capture that it began, loses the graph by. And what the played
+#: libraries ask to hold callers to their rules.
+NOT_TRIED = (
+    *("Destroy", "Free", "Unload", "Release", "cuCtxGetCurrent"),
+    *("cuGetError", "cuGetExportTable", "UserObject", "cuStreamGetCaptureInfo"),
+    *("cuMemGetAddressRange", "cuStreamIsCapturing"),
+)
 #: What fails for want of memory; other calls fail with an error of the device.
 ALLOCATES = "Alloc"
-CHANGES = {"steps": 4, "restore_pull": 4.0, "cfg_scale": (1.0, 2.0)}
+CHANGES = {"steps": 3, "restore_pull": 4.0}
 
 
 def error_of(function):
@@ -28,8 +34,17 @@ def tried(counts):
 
 
 def places(count, every):
-    """Return which calls of a function fail: all, or the first ones, one in the middle and the last."""
-    return range(1, count + 1) if every else sorted({1, 2, (count + 1) // 2, count} & set(range(1, count + 1)))
+    """Return which calls of a function fail: all, or the first and one behind the middle."""
+    return range(1, count + 1) if every else sorted({1, 1 + count // 2} & set(range(1, count + 1)))
+
+
+SLOW = pytest.mark.slow
+
+
+def held():
+    """Return what is there but for host memory: a copy that failed may have needed a piece more, which is kept."""
+    gc.collect()
+    return {kind: number for kind, number in driver.alive().items() if kind != "pinned blocks"}
 
 
 def attempt(restore, wanted):
@@ -57,8 +72,10 @@ def every(request):
     return request.config.getoption("--slow")
 
 
-@pytest.mark.parametrize("way", ["rtx", "tensorrt", "cuda"])
-def test_a_call_that_fails_during_a_restoration(open_on, photo, tall, expected, way, every, record_property):
+@pytest.mark.parametrize("way", ["rtx", pytest.param("tensorrt", marks=SLOW), pytest.param("cuda", marks=SLOW)])
+def test_a_call_that_fails_during_a_restoration(
+    open_on, photo, tall, expected, nothing_left, way, every, record_property
+):
     """Two sizes in turns: what was allocated and recorded for the one is made anew for the other."""
     wanted = {id(each): expected(each, **CHANGES) for each in (photo, tall)}
     failed = []
@@ -69,8 +86,7 @@ def test_a_call_that_fails_during_a_restoration(open_on, photo, tall, expected, 
 
         for each in (photo, tall, photo):
             restore(each)
-        gc.collect()
-        left = driver.alive()
+        left = held()
         driver.counts()
         restore(tall)
         calls = tried(driver.counts())
@@ -86,14 +102,13 @@ def test_a_call_that_fails_during_a_restoration(open_on, photo, tall, expected, 
                 del outcome
                 for each in (tall, photo):
                     assert np.array_equal(restore(each).photo.rgb, wanted[id(each)]), (function, nth)
-                gc.collect()
-                assert driver.alive() == left, (function, nth)
+                assert held() == left, (function, nth)
     record_property("failed", len(failed))
     print(f"\n{way}: {len(failed)} calls of {len(calls)} functions failed", *failed, sep="\n  ")
     assert len(failed) >= len(calls)
 
 
-@pytest.mark.parametrize("way", ["rtx", "cuda"])
+@pytest.mark.parametrize("way", ["rtx", pytest.param("cuda", marks=SLOW)])
 def test_a_call_that_fails_while_a_bundle_is_opened_and_first_used(
     open_on, photo, expected, nothing_left, way, every, record_property
 ):
@@ -111,7 +126,7 @@ def test_a_call_that_fails_while_a_bundle_is_opened_and_first_used(
     gc.collect()
     left = driver.alive()
     for function, count in calls.items():
-        for nth in places(count, False) if every else (1,):
+        for nth in places(count, every=False) if every else (1,):
             with driver.fault(function, nth, error_of(function)) as fault:
                 outcome = attempt(restore, wanted)
             check_error(outcome, function)

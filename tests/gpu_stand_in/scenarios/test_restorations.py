@@ -27,7 +27,13 @@ KINDS = {
 ORDERS = (("lazy", 0), ("eager", 0), ("random", 1), ("random", 2))
 
 
-@pytest.fixture(scope="module", params=WAYS)
+#: The two others restore photos in the suite where a restorer is closed, and with budgets.
+OFTEN = ("rtx", "tensorrt", "cuda")
+
+
+@pytest.fixture(
+    scope="module", params=[way if way in OFTEN else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def opened(request, open_on):
     with open_on(request.param) as restorer:
         restorer.way = request.param
