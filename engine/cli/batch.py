@@ -22,7 +22,7 @@ from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
-from engine.pipeline.host import OnEstimate
+from engine.pipeline.host import OnEstimate, OnStage, ignore
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
@@ -93,7 +93,7 @@ class BatchRunner:
         like: metadata of a result whose tiles are taken again for photos of its size.
         quality: of JPEGs, WebPs and AVIFs, None for each format's own.
         any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
-        on_estimate: as for `Restorer.restore`.
+        on_estimate, on_stage: as for `Restorer.restore`.
         captioner: who says what each photo shows; None asks nobody.
     """
 
@@ -105,6 +105,7 @@ class BatchRunner:
     quality: int | None = None
     any_size: bool = False
     on_estimate: OnEstimate | None = None
+    on_stage: OnStage = ignore
     captioner: Captioner | None = None
 
     def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
@@ -150,6 +151,7 @@ class BatchRunner:
             on_tile=watch.part,
             on_note=lambda text: watch.note(f"note: {text}"),
             on_estimate=self.on_estimate,
+            on_stage=self.on_stage,
         )
 
     def ask(self, job: PhotoJob, source: Future[Source | None]) -> Future[Caption] | None:

@@ -41,6 +41,7 @@ class Progress:
     Attributes:
         ahead: photos that come before it.
         begun: whether the networks turned to it.
+        stage: the operation of the recipe that runs now, as "denoise encoder".
         done, steps: sampling steps.
         part: what runs in parts now, and how far it is, as "vae decoder 3/8"; empty if nothing does.
         seconds_left: an estimate; None if there is nothing to tell it from.
@@ -49,6 +50,7 @@ class Progress:
 
     ahead: int = 0
     begun: bool = False
+    stage: str = ""
     done: int = 0
     steps: int = 0
     part: str = ""
@@ -218,7 +220,12 @@ class Desk:
         watch = _Watch(ticket)
         job = PhotoJob(ticket.photo, ((ticket.settings.seed, ticket.output),))
         work = BatchRunner(
-            self._restorer, ticket.settings, overwrite=True, previews=COMPARED_PX, on_estimate=watch.estimate
+            self._restorer,
+            ticket.settings,
+            overwrite=True,
+            previews=COMPARED_PX,
+            on_estimate=watch.estimate,
+            on_stage=watch.stage,
         )
         (outcome,) = restore_all([job], work, watch)
         return outcome
@@ -234,6 +241,14 @@ class _Watch:
     def begin(self, job: PhotoJob) -> None:
         self._ticket.change(ahead=0, begun=True)
         self._check()
+
+    def stage(self, name: str) -> None:
+        """Hear that an operation of the recipe begins."""
+        self._check()
+        if name == "steps":  # for the first time, or again where memory ran out
+            self._times.clear()
+            self._ticket.change(done=0, seconds_left=None)
+        self._ticket.change(stage=name)
 
     def step(self) -> None:
         self._check()

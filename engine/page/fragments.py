@@ -86,12 +86,12 @@ def progress(photo: str, place: str, now: Progress) -> str:
         detail = f"Waiting for {others} of others" if now.ahead else "Waiting"
         return _STATUS.render(name=photo, heading=_named(photo, place), detail=detail, steps=now.steps, done=0)
     if now.done == 0:
-        detail = "Preparing"
+        detail = f"Preparing: {now.stage}" if now.stage else "Reading"
     elif now.done < now.steps:
         left = "" if now.seconds_left is None else f", about {format_duration(max(1, round(now.seconds_left)))} left"
         detail = f"Step {now.done} of {now.steps}{left}"
     else:
-        detail = "Finishing"
+        detail = "Finishing" if now.stage == "steps" else f"Finishing: {now.stage}"
     if now.part:
         detail = f"{detail} ({now.part})"
     picture = None if now.picture is None else data_url(now.picture)

@@ -302,6 +302,7 @@ class _Run:
         on_photos = {name for each in plan.operations if each.kind == "photo" for name in each.reads}
         device_operations = [each for each in plan.operations if each.kind != "photo"]
         for index, operation in enumerate(device_operations):
+            self._listener.on_stage(operation.name)
             session._enter(operation.phase)
             if index == 0:
                 session._reserve()

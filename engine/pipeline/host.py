@@ -34,6 +34,8 @@ OnStep = Callable[[StepOutput], None]
 OnTile = Callable[[str, int, int], None]
 #: Told a line that a person should read while it happens.
 OnNote = Callable[[str], None]
+#: Told the operation of the recipe that begins; on a GPU, that is put on its stream.
+OnStage = Callable[[str], None]
 #: Told a small picture of each photo's estimate, f32[B,h,w,3] in [0, 1], a pixel for a cell of the latent.
 OnEstimate = Callable[[Pixels], None]
 #: Values of the recipe, by their names.
@@ -57,12 +59,14 @@ class Listener:
         on_note: called with what did not go as planned.
         on_estimate: called after every step with a small picture; None spares making it. Not on a GPU, where
             latents stay.
+        on_stage: called when an operation begins.
     """
 
     on_step: OnStep = ignore
     on_tile: OnTile = ignore
     on_note: OnNote = ignore
     on_estimate: OnEstimate | None = None
+    on_stage: OnStage = ignore
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,9 @@ class HostExecutor:
             values["colors"] = cell_colors(lq, self.bundle.pixels_per_cell)
         del lq
         for operation in plan.operations:
+            if operation.kind == "photo":
+                continue
+            listener.on_stage(operation.name)
             if operation.kind == "vae":
                 (graph,), (source,), (target,) = operation.graphs, operation.reads, operation.writes
                 # Nothing else reads the photo's pixels, which are given back once they are encoded.

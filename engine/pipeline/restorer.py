@@ -42,6 +42,7 @@ from engine.pipeline.host import (
     NoiseInput,
     OnEstimate,
     OnNote,
+    OnStage,
     OnStep,
     OnTile,
     ignore,
@@ -257,6 +258,7 @@ class Restorer:
         on_tile: OnTile = ignore,
         on_note: OnNote = ignore,
         on_estimate: OnEstimate | None = None,
+        on_stage: OnStage = ignore,
         **changes: Any,
     ) -> Restored:
         """Restore one photo.
@@ -271,13 +273,14 @@ class Restorer:
             on_note: called with what did not go as planned, a sentence each.
             on_estimate: called after every step with a small picture of what the result will be, f32[1,h,w,3] in
                 [0, 1]; not on a GPU, where latents stay.
+            on_stage: called when an operation of the recipe begins, with its name; an exception ends the restoration.
             **changes: settings (see `Settings`) that differ from the bundle's, or from the plan's.
         Raises:
             ImageError: the photo cannot be read.
             UsageError: a setting is unknown or out of bounds, or the plan is for another size or other settings.
             BackendError: a graph fails, for one because memory runs out.
         """
-        listener = Listener(on_step, on_tile, on_note, on_estimate)
+        listener = Listener(on_step, on_tile, on_note, on_estimate, on_stage)
         source = load_photo(photo, max_pixels=self.max_photo_pixels)
         settings = (self.defaults if plan is None else plan.settings).updated(changes)
         if plan is None:
@@ -386,6 +389,7 @@ class Restorer:
                     values.update(self._executor.run(plan, values.pop("lq"), noise, listener, times))
                     continue
                 for operation in group:
+                    listener.on_stage(operation.name)
                     (target,) = operation.writes
                     with times.outside(operation.name):
                         result = self._on_photos(operation, plan)(*(values[name] for name in operation.reads))

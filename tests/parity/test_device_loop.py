@@ -66,6 +66,16 @@ def photo():
     return np.random.default_rng(0).random((64, 128, 3), dtype=np.float32)
 
 
+def test_stage_1_is_the_hosts_and_stages_are_told(on_device, on_host, photo):
+    before = on_device.restore(photo, steps=1)
+    assert np.array_equal(on_device.stage1(photo).rgb, on_host.stage1(photo).rgb)
+    stages, pictures = [], []
+    after = on_device.restore(photo, steps=1, on_estimate=pictures.append, on_stage=stages.append)
+    assert np.array_equal(before.photo.rgb, after.photo.rgb)
+    assert stages[:3] == ["resize in", "denoise encoder", "text"]
+    assert pictures == []  # its latents stay on the device
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_device_restores_what_the_host_does_to_the_bit(on_device, on_host, photo, name):
     found, expected = (r.restore(photo, seed=3, **SETTINGS[name]).photo.rgb for r in (on_device, on_host))

@@ -358,6 +358,23 @@ def test_another_host_name_is_refused(served):
     assert refused.value.code == 400
 
 
+def test_with_passwords_nobody_else_is_let_in(bundle_fp32, tmp_path):
+    (tmp_path / "users.txt").write_text("ann:correct horse\n")
+    running = Served(bundle_fp32, tmp_path, "--auth", tmp_path / "users.txt")
+    try:
+        for way in ("/gradio_api/info", "/config", f"/gradio_api/file={tmp_path / 'users.txt'}"):
+            assert get(running.address + way) == 401
+        assert post(f"{running.address}/gradio_api/call/restore", {"data": [None, {}]}) == 401
+        assert post(f"{running.address}/gradio_api/upload", {}) == 401
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with pytest.raises(urllib.error.HTTPError):
+            browser.open(f"{running.address}/login", b"username=ann&password=wrong")
+        assert browser.open(f"{running.address}/login", b"username=ann&password=correct+horse").status == 200
+        assert browser.open(f"{running.address}/config").status == 200
+    finally:
+        assert running.close() == 0
+
+
 def get(address):
     try:
         with urllib.request.urlopen(address) as answer:

@@ -42,6 +42,16 @@ def test_estimates_follow_every_step_and_change_nothing(each_restorer):
     assert np.array_equal(shown.photo.rgb, plain.photo.rgb)
 
 
+def test_every_operation_of_the_recipe_is_told_as_it_begins(each_restorer):
+    photo = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for changes in ({"color_fix": "none", "restore_pull": None}, {"color_fix": "adain", "restore_pull": 3.0}):
+        told, done = [], []
+        each_restorer.restore(photo, steps=1, on_stage=told.append, on_step=lambda _: done.append(len(told)), **changes)  # noqa: B023
+        plan = each_restorer.plan((64, 64), each_restorer.defaults.updated({"steps": 1, **changes}))
+        assert told == [operation.name for operation in plan.operations]
+        assert done == [told.index("steps") + 1]
+
+
 def shown_size(result):
     width, height = result.provenance["plan"]["size_px"]
     return height // 8, width // 8
