@@ -1,7 +1,9 @@
 """Options of a request as bytes that anybody may have sent, and the socket that a stream follows its sampling by."""
 
 import json
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,16 +70,23 @@ def test_a_name_of_a_stream_is_no_path():
 
 
 @pytest.fixture
-def stream(tmp_path, monkeypatch):
+def runtime(monkeypatch):
+    """A server's folder; pytest's own may have a path too long for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(progress_channel, "runtime_dir", lambda: Path(folder))
+        yield Path(folder)
+
+
+@pytest.fixture
+def stream(runtime):
     """(the stream's end, the sampling's end), connected."""
-    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
     listening = progress_channel.ProgressReceiver()
     sampling = progress_channel.ProgressSender(listening.name)
     assert listening.connect(1.0)
     yield listening, sampling
     sampling.close()
     listening.close()
-    assert list(tmp_path.iterdir()) == []
+    assert list(runtime.iterdir()) == []
 
 
 def test_steps_and_estimates_arrive_in_order(stream):
@@ -107,8 +116,7 @@ def test_a_stream_that_stops_ends_the_sampling_at_its_next_step(stream):
         sampling.tell(2, 9, None)
 
 
-def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
+def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(runtime):
     listening = progress_channel.ProgressReceiver()
     listening.stop()
     sampling = progress_channel.ProgressSender(listening.name)
@@ -119,8 +127,7 @@ def test_a_stream_that_stops_before_the_sampling_begins_ends_it_too(tmp_path, mo
     sampling.close()
 
 
-def test_nobody_listens_under_a_name_that_was_made_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_channel, "runtime_dir", lambda: tmp_path)
+def test_nobody_listens_under_a_name_that_was_made_up(runtime):
     with pytest.raises(StoppedError, match="is gone"):
         progress_channel.ProgressSender("0" * 32)
 
