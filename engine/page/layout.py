@@ -280,7 +280,7 @@ class Page:
         }
 
     def _gallery(self, session: Any) -> Any:
-        pictures = [(str(each.after), each.output.name) for each in session.results]
+        pictures = [(str(each.after), each.photo.name) for each in session.results]
         return gr.update(value=pictures, visible=len(pictures) > 1, selected_index=len(pictures) - 1)
 
 
