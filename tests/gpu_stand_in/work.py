@@ -75,6 +75,11 @@ class DeviceMemory:
     def resize(self, nbytes: int) -> int:
         """Have so many bytes; returns the driver's error, 0 if there is none."""
         cuda = driver.library()
+        context = ctypes.c_void_p()
+        cuda.cuCtxGetCurrent(ctypes.byref(context))
+        if not context:  # a thread that has none yet, as the one that collects garbage may be
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+            cuda.cuCtxSetCurrent(context)
         if self._address.value:
             cuda.cuMemFree_v2(self._address)
             self._address.value = 0

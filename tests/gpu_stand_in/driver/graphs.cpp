@@ -146,9 +146,10 @@ API cuGraphGetNodes(CUgraph graph, CUgraphNode*, size_t* count) {
 
 // Objects of the caller's that graphs keep. The driver destroys them on a thread of its own: they may want locks that
 // are held where a graph is destroyed, such as Python's.
-static std::mutex DESTROYED_LOCK;
-static std::condition_variable DESTROYED_CHANGED;
-static std::deque<std::function<void()>> DESTROYED;
+// Never destroyed themselves: the end of a process would wait for the thread that waits for them.
+static std::mutex& DESTROYED_LOCK = *new std::mutex;
+static std::condition_variable& DESTROYED_CHANGED = *new std::condition_variable;
+static std::deque<std::function<void()>>& DESTROYED = *new std::deque<std::function<void()>>;
 static void destroy_later(std::function<void()> destroy) {
     static bool started = [] {
         std::thread([] {
