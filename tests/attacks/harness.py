@@ -118,6 +118,11 @@ def _other_json(good: bytes, rng: random.Random) -> bytes:
 
 def attack(reader: Any, numbers: Sequence[int], seed: int) -> Row:
     """Read changed examples in a fork of this process; what ends or hangs it is told with the number of the input."""
+    with tempfile.TemporaryDirectory() as folder:  # of this process, which outlives the other
+        return _attack(reader, numbers, seed, Path(folder))
+
+
+def _attack(reader: Any, numbers: Sequence[int], seed: int, folder: Path) -> Row:
     row = Row(reader.name)
     shared = mmap.mmap(-1, 64)
     ends, begins = os.pipe()
@@ -128,8 +133,7 @@ def attack(reader: Any, numbers: Sequence[int], seed: int) -> Row:
             os.close(ends)
             _bound()
             signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-            with tempfile.TemporaryDirectory() as folder:
-                _read_all(reader, numbers, seed, row, shared, Path(folder))
+            _read_all(reader, numbers, seed, row, shared, folder)
             os.write(begins, json.dumps(asdict(row)).encode()[:60_000])
             status = 0
         finally:
