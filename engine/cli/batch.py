@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,6 @@ from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
 from engine.settings import Settings
-from engine.units import format_duration
 
 
 class ProgressListener(Protocol):
@@ -120,9 +119,10 @@ class BatchRunner:
         if job.error is not None or not (job.outputs or self.previews):
             return Source(job)
         claim: Claim | None = None
+        made: list[Path] = []
         if job.outputs and not self.overwrite:
             folder = job.outputs[0][1].parent
-            _make_folder(folder)
+            made = _make_folder(folder)
             claim = claim_photo(job.photo, folder) if stop is None else wait_for_photo(job.photo, folder, stop)
             if claim is None:
                 return None
@@ -135,6 +135,9 @@ class BatchRunner:
         except BaseException:
             if claim is not None:
                 claim.release()
+            for empty in made:  # no photo, no folder; others' results in it keep it
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
             raise
 
     def read(self, job: PhotoJob) -> Photo:
@@ -373,11 +376,14 @@ def _preview_of_file(path: Path, side: int) -> bytes:
     return preview(read_photo(path), side)
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those above it; returns the new ones, the lowest first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise from_os_error(error, folder, "create the folder") from error
+    return missing
 
 
 def _restore_error(error: BaseException, job: PhotoJob, watch: ProgressListener) -> RestoreError:
@@ -392,57 +398,3 @@ def _restore_error(error: BaseException, job: PhotoJob, watch: ProgressListener)
     watch.note("".join(traceback.format_exception(error)))
     fix = "report the lines above and the command"
     return UnexpectedError("this is a bug", where=job.photo, found=f"{type(error).__name__}: {error}", fix=fix)
-
-
-@dataclass
-class RunSummary:
-    """Counts of a run, from its start.
-
-    Attributes:
-        restored: photos that got all their results.
-        kept: photos that had all of them before.
-        failed: photos that did not get all of them, and why.
-    """
-
-    restored: int = 0
-    kept: int = 0
-    failed: list[tuple[str, RestoreError]] = field(default_factory=list)
-    _started: float = field(default_factory=time.monotonic)
-
-    def add(self, outcome: Outcome) -> None:
-        """Count a photo."""
-        if outcome.error is not None:
-            self.failed.append((str(outcome.job.photo), outcome.error))
-        elif outcome.reports:
-            self.restored += 1
-        else:
-            self.kept += 1
-
-    @property
-    def photos(self) -> int:
-        return self.restored + self.kept + len(self.failed)
-
-    @property
-    def seconds(self) -> float:
-        """Since the start of the run."""
-        return time.monotonic() - self._started
-
-    def summary(self) -> str:
-        """Return one line about the run."""
-        parts = [f"{self.restored} restored"]
-        parts += [f"{self.kept} had a result already"] if self.kept else []
-        parts += [f"{len(self.failed)} failed"] if self.failed else []
-        pace = f", {self.seconds / self.restored:.3g} s a photo" if self.restored else ""
-        took = format_duration(self.seconds)
-        return f"{self.photos} photo{'s' * (self.photos != 1)}: {', '.join(parts)}, in {took}{pace}"
-
-    def lines(self) -> Iterator[str]:
-        """Yield the report: the summary, and a line for each photo that failed."""
-        yield self.summary()
-        for photo, error in self.failed:
-            yield f"  failed: {photo}: {reason(error)}"
-
-
-def reason(error: RestoreError) -> str:
-    """Return why a photo failed in one line, without its name."""
-    return error.problem + (f" ({error.found})" if error.found else "")

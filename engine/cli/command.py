@@ -19,7 +19,7 @@ from engine import Restorer
 from engine.backends import default_backend
 from engine.bundle.manifest import Bundle, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
-from engine.cli.batch import BatchRunner, Outcome, ProgressListener, RunSummary, restore_all
+from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
 from engine.cli.captions import Captioner, add_captions, as_asked, asked_of, make_captioner
 from engine.cli.claims import clean_stale_claims
 from engine.cli.engine_options import add_engine, engine_arguments
@@ -36,6 +36,7 @@ from engine.cli.options import add_settings, given_settings, path_option, whole_
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
+from engine.cli.summary import RunSummary
 from engine.errors import ImageError, RestoreError, printable
 from engine.image.files import read_provenance
 from engine.image.formats import WRITTEN

@@ -21,7 +21,8 @@ from typing import Any
 from PIL import Image
 
 from engine.bundle.storage import APP_NAME, atomic_write
-from engine.cli.batch import Outcome, RunSummary, reason
+from engine.cli.batch import Outcome
+from engine.cli.summary import RunSummary, reason
 from engine.errors import OutputError
 from engine.units import format_duration
 

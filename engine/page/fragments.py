@@ -9,8 +9,8 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
-from engine.cli.batch import reason
 from engine.cli.report_page import sizes_and_time
+from engine.cli.summary import reason
 from engine.errors import RestoreError
 from engine.image.photo import Pixels
 from engine.page.controls import differences

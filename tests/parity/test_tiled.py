@@ -259,7 +259,7 @@ def test_every_size_comes_back_as_it_is_times_the_scale(restorer, size, upscale)
 
 def test_a_plan_is_made_for_the_memory_that_is_left_and_stays(monkeypatch, bundle_fp32):
     """Another program has taken nearly all; what a restorer loads itself does not change the plan of the next photo."""
-    available = [12 * 10**9, 10**9]
+    available = [4 * 10**9, 10**9]
     monkeypatch.setattr("engine.memory.budget.available_memory_bytes", lambda: available.pop(0))
     with Restorer.open(bundle_fp32) as restorer:
         settings = restorer.defaults.updated({"min_size": 1024})

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.cli.batch import Outcome, RunSummary
+from engine.cli.batch import Outcome
 from engine.cli.jobs import PhotoJob
 from engine.cli.report_page import ReportPage, check_page
+from engine.cli.summary import RunSummary
 from engine.errors import ImageError
 
 #: What a stranger may call a file to harm whoever looks at the page.
