@@ -49,7 +49,8 @@ def claim_photo(photo: Path, folder: Path) -> Claim | None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        return None
+        # Without a file nobody holds it: it was let go just now, or the disk takes no files, which writing will tell.
+        return None if os.path.lexists(lock.lock_file) else Claim(None)
     except (OSError, NotImplementedError):  # no locks on this disk, or no permission, which writing will tell
         return Claim(None)
     return Claim(lock)

@@ -280,7 +280,7 @@ def mutated(bundle_fp32, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutated")
     for file in bundle_fp32.iterdir():
         if file.name != MANIFEST:
-            os.link(file, folder / file.name)
+            shutil.copy(file, folder)
     manifest = json.loads((bundle_fp32 / MANIFEST).read_text())
     found = list(mutations(manifest))
     Random(1).shuffle(found)

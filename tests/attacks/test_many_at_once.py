@@ -285,7 +285,7 @@ def test_a_build_that_was_killed_in_its_swap_is_gone_on_with(bundle_fp32, build_
 
     trial = TrialRun(Trial(method="not run", symbols={}), {}, {})
     monkeypatch.setattr(steps, "try_graph", lambda *_: trial)
-    output = shutil.copytree(bundle_fp32, tmp_path / "bundle", copy_function=os.link)
+    output = shutil.copytree(bundle_fp32, tmp_path / "bundle")
     with monkeypatch.context() as patch:
         patch.setattr(steps, "swap", stop)
         with pytest.raises(Stop):

@@ -136,7 +136,7 @@ def test_out_of_memory_is_no_bug(monkeypatch, capsys, bundle_fp32, photo_path, t
     from engine.backends.ort import OrtRunner
 
     class Session:
-        def run(self, names, inputs):
+        def run(self, names, inputs, options):
             raise RuntimeError("bad allocation: Failed to allocate memory for requested buffer of size 1234")
 
     def broken(self, inputs):
