@@ -37,7 +37,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from triton_repo.client import Client
-from triton_repo.protocol import IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, BusyError
+from triton_repo.protocol import EVENT, IMAGE, OPTIONS, RESTORE, RESTORE_STREAM, BusyError
 from triton_repo.server import Ports
 
 CALLS = ("gRPC unary", "gRPC stream", "HTTP unary", "HTTP stream")
@@ -127,9 +127,12 @@ def _leave_grpc(port: int, call: str, end: str, photo: Photo, after_s: float) ->
         answers: queue.Queue[InferenceServerException | None] = queue.Queue()
 
         def answered(result: Any, error: InferenceServerException | None) -> None:
-            streams = call == "gRPC stream"
-            if error or not streams or result.get_response().parameters["triton_final_response"].bool_param:
+            if error or call != "gRPC stream":
                 answers.put(error)
+            elif result.get_response().parameters["triton_final_response"].bool_param:
+                answers.put(None)
+            elif json.loads(result.as_numpy(EVENT)[0])["kind"] == "failed":
+                answers.put(InferenceServerException("failed"))
 
         given = _tensors(photo)
         limit_s = after_s if end == "deadline" else None
@@ -170,7 +173,8 @@ def _leave_http(port: int, call: str, end: str, photo: Photo, after_s: float) ->
                 break
             received += part
             if not part or received.endswith(b"0\r\n\r\n") or _is_whole(received):
-                return ANSWERED if b" 200 " in received.partition(b"\r\n")[0] else REFUSED
+                failed = b" 200 " not in received.partition(b"\r\n")[0] or rb"\"kind\": \"failed\"" in received
+                return REFUSED if failed else ANSWERED
         if end == "closed socket":
             _reset(connection)
         return LEFT

@@ -50,9 +50,6 @@ _ENSEMBLE = f"in ensemble '{RESTORE}', "
 #: A restored photo may be larger than gRPC's default of 4 MB.
 _MAX_MESSAGE = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
-#: Has a stream end with gRPC's status. Without it an error is a text, and a full server looks like a fault.
-_WITH_STATUS = {"triton_grpc_error": "true"}
-
 
 @dataclass(frozen=True)
 class Result:
@@ -166,12 +163,11 @@ class Client:
         deadline = time.monotonic() + self._timeout_s
         answers: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
         client = triton.InferenceServerClient(self._url, channel_args=_MAX_MESSAGE)
-        over = False
+        over, failed = False, None
         try:
             client.start_stream(
                 lambda result, error: answers.put((result, error)),
                 stream_timeout=self._timeout_s,
-                headers=_WITH_STATUS,
             )
             options = {"timeout_s": self._timeout_s, **options}
             client.async_stream_infer(RESTORE_STREAM, _inputs(triton, image, options), enable_empty_final_response=True)
@@ -184,8 +180,14 @@ class Client:
                     raise _translated(error, self._url) from None
                 if result.get_response().parameters["triton_final_response"].bool_param:
                     over = True
+                    if failed is not None:
+                        raise failed
                     return
-                yield _event(result)
+                told = json.loads(result.as_numpy(EVENT)[0])
+                if told["kind"] == "failed":
+                    failed = _error(f"StatusCode.{told['status']}", told["error"], self._url)
+                else:
+                    yield _event(told, result.as_numpy(RESTORED)[0])
         finally:
             client.stop_stream(cancel_requests=not over)
             client.close()
@@ -235,10 +237,9 @@ def _result(answer: Any) -> Result:
     return Result(answer.as_numpy(RESTORED)[0], json.loads(answer.as_numpy(SETTINGS)[0]))
 
 
-def _event(answer: Any) -> Event:
-    told = json.loads(answer.as_numpy(EVENT)[0])
+def _event(told: dict[str, Any], image: bytes) -> Event:
     known = {name: told[name] for name in ("kind", "step", "steps", "eta_s", "provenance") if name in told}
-    return Event(image=answer.as_numpy(RESTORED)[0], **known)
+    return Event(image=image, **known)
 
 
 def _left(deadline: float) -> float:
@@ -261,16 +262,20 @@ def _may_retry(error: BaseException) -> bool:
 
 
 def _translated(error: InferenceServerException, url: str) -> Exception:
-    """Return the server's status as one of our errors; its text says where, expected, found, and what to do."""
-    text = str(error.message()).replace(_ENSEMBLE, "", 1)
+    return _error(str(error.status()), str(error.message()), url)
+
+
+def _error(status: str, message: str, url: str) -> Exception:
+    """Return what a server answered as one of our errors; its text says where, expected, found, and what to do."""
+    text = message.replace(_ENSEMBLE, "", 1)
     kinds: dict[str, Callable[..., Exception]] = {
         "StatusCode.INVALID_ARGUMENT": ImageError if text.startswith(f"{IMAGE}: ") else UsageError,
         "StatusCode.UNAVAILABLE": BusyError,
         "StatusCode.CANCELLED": StoppedError,
         "StatusCode.DEADLINE_EXCEEDED": StoppedError,
     }
-    if error.status() == "StatusCode.UNAVAILABLE" and "connect" in text:
+    if status == "StatusCode.UNAVAILABLE" and "connect" in text:
         return BusyError("no server answers", where=url, fix="start one: python triton_repo/serve.py")
-    if error.status() == "StatusCode.DEADLINE_EXCEEDED":
+    if status == "StatusCode.DEADLINE_EXCEEDED":
         return StoppedError("the deadline has passed", where=url, fix="give it longer: --timeout")
-    return kinds.get(str(error.status()), ServerError)(text)
+    return kinds.get(status, ServerError)(text)

@@ -23,7 +23,7 @@ import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from engine import Restorer
-from engine.errors import ImageError
+from engine.errors import ImageError, UsageError
 from engine.image.decoding import decode_photo
 from engine.image.files import read_provenance
 from triton_repo.client import AsyncClient, Client
@@ -262,6 +262,26 @@ def test_metrics_tell_stages_batches_steps_and_failures(server, client):
 # -- streams --------------------------------------------------------------------------------------
 
 
+REFUSED_STREAMS = [
+    (b"hello", {}, ImageError, "is not an image"),
+    (PHOTO, {"steps": 0}, UsageError, "impossible"),
+    (PHOTO, {"colour": 1}, UsageError, "unknown option"),
+    (PHOTO, {"steps": 200, "timeout_s": 0.05}, StoppedError, "time|stopped|deadline"),
+]
+
+
+@pytest.mark.parametrize(("image", "options", "kind", "message"), REFUSED_STREAMS)
+def test_an_error_of_a_stream_is_of_its_kind(server, client, image, options, kind, message):
+    """And browsers are told, too, in the stream's last event."""
+    with pytest.raises(kind, match=message):
+        list(client.stream(image, **options))
+    request = {"image": base64.b64encode(image).decode(), "options": json.dumps({"encoding": "base64", **options})}
+    *_, last = (line for line in posted(server, "restore_stream/generate_stream", request).splitlines() if line)
+    event = json.loads(json.loads(last.removeprefix("data: "))["event"])
+    assert event["kind"] == "failed"
+    assert re.search(message, event["error"])
+
+
 def test_a_stream_tells_every_step_in_order_and_ends_with_the_result(client):
     events = list(client.stream(PHOTO, steps=5, seed=5, preview_every=2))
     kinds = [event.kind for event in events]
@@ -286,6 +306,7 @@ def test_a_stream_tells_every_step_in_order_and_ends_with_the_result(client):
 
 def test_a_stream_that_is_left_stops_its_loop_within_a_step(server, client):
     before = counted(server, "restoration_steps_total")
+    stopped = counted(server, "restoration_failures_total", model="sample", reason="stopped")
     stream = client.stream(PHOTO, steps=200, seed=1)
     seen = 0
     for event in stream:
@@ -296,7 +317,7 @@ def test_a_stream_that_is_left_stops_its_loop_within_a_step(server, client):
     reached = counted(server, "restoration_steps_total") - before
     stream.close()
     deadline = time.monotonic() + 30
-    while not counted(server, "restoration_failures_total", model="sample", reason="stopped"):
+    while counted(server, "restoration_failures_total", model="sample", reason="stopped") == stopped:
         assert time.monotonic() < deadline, "the loop goes on"
         time.sleep(0.05)
     done = counted(server, "restoration_steps_total") - before

@@ -220,10 +220,9 @@ def test_streams_that_fail_at_once_do_not_end_the_server(server):
                     list(client.stream(b"hello"))
                 told.add(str(error.value).partition("\n")[0])
 
-    # As many as the server takes. Twelve at once, ten of them refused, ended Triton 2.51 twice on 2026-11-29.
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(12) as pool:
         list(pool.map(fail, range(12)))
-    assert any("is not an image" in problem for problem in told)
+    assert len(told) == 2  # some were refused, and some were read
     assert set(processes(server)) == pids
 
 

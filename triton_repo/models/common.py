@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import traceback
@@ -21,15 +22,25 @@ Model = TypeVar("Model", bound=BaseModel)
 
 #: What the client can mend by asking otherwise.
 _CLIENTS = (UsageError, ImageError, OutputError, ScheduleError)
+#: A parameter of requests between models. Triton 2.51 calls every error of a model that another one calls INTERNAL;
+#: with this parameter the error's text begins with its status.
+_STATUS_IN_TEXT = "status_in_text"
+#: gRPC's names of the statuses that models answer with, and Triton's, which it has once a model is loaded.
+_STATUSES = {
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "CANCELLED": "CANCELLED",
+    "INTERNAL": "INTERNAL",
+}
 _STAGE_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class ForwardedError(RestoreError):
-    """Another model's error, with its code."""
+    """Another model's error, with the name of its gRPC status."""
 
-    def __init__(self, message: str, code: Any) -> None:
+    def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.status = status
 
 
 class Metrics:
@@ -148,30 +159,43 @@ def response(**outputs: NDArray[Any]) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])
 
 
-def failure(error: BaseException, metrics: Metrics) -> Any:
-    """Return an error as a `TritonError`: a sentence for what was expected to happen, a number for a bug."""
-    code, reason = _code(error)
+def failure(error: BaseException, metrics: Metrics) -> tuple[str, str]:
+    """Count an error.
+
+    Returns:
+        The name of its gRPC status, and what is told: a sentence for what was expected to happen, a number for a bug.
+    """
+    status, reason = _status(error)
     metrics.failed(reason)
     if isinstance(error, RestoreError):
-        return pb_utils.TritonError(str(error), code)
+        return status, str(error)
     if isinstance(error, MemoryError):
-        return pb_utils.TritonError("out of memory\n  to do:    restore at a smaller size, or later", code)
+        return status, "out of memory\n  to do:    restore at a smaller size, or later"
     number = secrets.token_hex(4)
     pb_utils.Logger.log_error(f"internal error {number}: {''.join(traceback.format_exception(error))}")
-    return pb_utils.TritonError(f"internal error {number}: this is a bug; the server's log says more", code)
+    return status, f"internal error {number}: this is a bug; the server's log says more"
 
 
-def _code(error: BaseException) -> tuple[Any, str]:
-    codes = pb_utils.TritonError
+def _status(error: BaseException) -> tuple[str, str]:
     if isinstance(error, ForwardedError):
-        return error.code, "another model"
+        return error.status, "another model"
     if isinstance(error, StoppedError):
-        return codes.CANCELLED, "stopped"
+        return "CANCELLED", "stopped"
     if isinstance(error, BusyError):
-        return codes.UNAVAILABLE, "busy"
+        return "UNAVAILABLE", "busy"
     if isinstance(error, _CLIENTS):
-        return codes.INVALID_ARG, "bad request"
-    return codes.INTERNAL, "server"
+        return "INVALID_ARGUMENT", "bad request"
+    return "INTERNAL", "server"
+
+
+def failed(request: Any, error: BaseException, metrics: Metrics) -> Any:
+    """Return the response to a request that ended with an error."""
+    status, text = failure(error, metrics)
+    if _STATUS_IN_TEXT in json.loads(request.parameters() or "{}"):
+        text = f"{status}: {text}"
+    return pb_utils.InferenceResponse(
+        error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, _STATUSES[status]))
+    )
 
 
 def answer_each(requests: Sequence[Any], answer: Callable[[Any], Any], metrics: Metrics) -> list[Any]:
@@ -181,7 +205,7 @@ def answer_each(requests: Sequence[Any], answer: Callable[[Any], Any], metrics: 
         try:
             responses.append(answer(request))
         except Exception as error:
-            responses.append(pb_utils.InferenceResponse(error=failure(error, metrics)))
+            responses.append(failed(request, error, metrics))
     return responses
 
 
@@ -196,9 +220,17 @@ def call(model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str])
         ForwardedError: it answers with an error.
     """
     tensors = [pb_utils.Tensor(name, value) for name, value in inputs.items()]
-    request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=list(outputs))
-    answer = request.exec()
+    answer = pb_utils.InferenceRequest(
+        model_name=model,
+        inputs=tensors,
+        requested_output_names=list(outputs),
+        parameters={_STATUS_IN_TEXT: True},
+    ).exec()
     if answer.has_error():
-        error = answer.error()
-        raise ForwardedError(error.message(), error.code())
+        message = answer.error().message()
+        status, _, text = message.partition(": ")
+        if status in _STATUSES:
+            raise ForwardedError(text, status)
+        # What Triton itself says: a full queue, or a model that is gone.
+        raise ForwardedError(message, "UNAVAILABLE" if "maximum queue size" in message else "INTERNAL")
     return {name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs}

@@ -7,12 +7,11 @@ import time
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from engine.backends import make_backend
 from engine.errors import BackendError, UsageError
-from triton_repo.models.common import Metrics, array, failure, response
+from triton_repo.models.common import Metrics, array, failed, response
 from triton_repo.models.device import cpu_lock_of, device_of
 from triton_repo.serving import ServingConfig
 
@@ -42,8 +41,7 @@ class TritonPythonModel:
             with self._lock:
                 return self._run(requests)
         except Exception as error:
-            told = failure(error, self._metrics)
-            return [pb_utils.InferenceResponse(error=told) for _ in requests]
+            return [failed(request, error, self._metrics) for request in requests]
 
     def _run(self, requests: list[Any]) -> list[Any]:
         """Run requests of one shape, which is what the batcher gives, together."""

@@ -3,6 +3,9 @@
 An ensemble gives one answer, at the end. This model calls the same models in the same order, and follows the
 sampling through `triton_repo.progress_channel`. A stream whose client is gone closes the channel, and the loop
 ends at its next step.
+
+An error is an event, not a Triton error: Triton 2.51 gives a stream's errors no status, or, where the client asks
+for one with the header `triton_grpc_error`, cancels the stream in a way that can end the server.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from triton_repo.serving import ServingConfig
 _PREVIEWS_WAITING = 4
 #: How soon a client that leaves is noticed.
 _LOOK_EVERY_S = 0.02
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -55,8 +59,7 @@ class TritonPythonModel:
                 full = self._open >= self._serving.max_streams
                 self._open += not full
             if full:
-                error = BusyError("too many streams", expected=f"up to {self._serving.max_streams} at once")
-                self._end(sender, failure(error, self._metrics))
+                self._fail(sender, BusyError("too many streams", expected=f"up to {self._serving.max_streams} at once"))
             else:
                 self._walkers.submit(self._walk, array(request, IMAGE), array(request, OPTIONS), sender)
 
@@ -67,20 +70,17 @@ class TritonPythonModel:
     def _walk(self, image: NDArray[Any], options: NDArray[Any], sender: Any) -> None:
         try:
             Stream(image, options, sender, self._samplers).run()
-            self._end(sender)
+            sender.send(flags=_FINAL)
         except Exception as error:
-            self._end(sender, failure(error, self._metrics))
+            self._fail(sender, error)
         finally:
             with self._lock:
                 self._open -= 1
 
-    @staticmethod
-    def _end(sender: Any, error: Any = None) -> None:
-        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        if error is None:
-            sender.send(flags=final)
-        else:
-            sender.send(pb_utils.InferenceResponse(error=error), flags=final)
+    def _fail(self, sender: Any, error: BaseException) -> None:
+        status, text = failure(error, self._metrics)
+        sender.send(_response({"kind": "failed", "status": status, "error": text}))
+        sender.send(flags=_FINAL)
 
 
 class Stream:
@@ -181,4 +181,8 @@ class Stream:
     def _send(self, event: dict[str, Any], image: bytes = b"") -> None:
         if self._sender.is_cancelled():
             raise StoppedError("was cancelled")
-        self._sender.send(response(**{EVENT: strings([json.dumps(event)], (1,)), RESTORED: strings([image], (1,))}))
+        self._sender.send(_response(event, image))
+
+
+def _response(event: dict[str, Any], image: bytes = b"") -> Any:
+    return response(**{EVENT: strings([json.dumps(event)], (1,)), RESTORED: strings([image], (1,))})

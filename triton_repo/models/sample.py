@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from engine.backends import make_backend
@@ -25,7 +24,7 @@ from engine.sampling.sampler import Latent, StepOutput, StepTable, table_for
 from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
-from triton_repo.models.common import Metrics, array, call, check_finite, failure, parsed, response
+from triton_repo.models.common import Metrics, array, call, check_finite, failed, parsed, response
 from triton_repo.models.device import cpu_lock_of, device_of
 from triton_repo.progress_channel import ProgressSender
 from triton_repo.protocol import Run, StoppedError
@@ -117,9 +116,7 @@ class TritonPythonModel:
                     if job.progress is not None:
                         job.progress.close()
         errors |= {job.index: job.error for job in jobs if job.error is not None}
-        answers = {
-            index: pb_utils.InferenceResponse(error=failure(error, self._metrics)) for index, error in errors.items()
-        }
+        answers = {index: failed(requests[index], error, self._metrics) for index, error in errors.items()}
         answers |= {job.index: response(z=job.z) for job in jobs if job.error is None and job.z is not None}
         return [answers[index] for index in range(len(requests))]
 
