@@ -9,7 +9,6 @@ error along the borders of tiles is set against the error elsewhere: above 1.1, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe_machine
 from engine import Restorer
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.image.preprocess import load_photo, preprocess
 from engine.memory.size_plan import SizePlan, default_tile
 from engine.memory.vae_slices import SlicedVae
@@ -107,7 +106,7 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("python benchmarks/seams.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR")
     parser.add_argument("--image", type=path_option, required=True, metavar="FILE")
     parser.add_argument("--size", type=whole_number(64, 8192), metavar="PX", help="default: twice the bundle's tile")

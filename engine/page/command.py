@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.cli.captions import Captioner, add_captions, make_captioner
 from engine.cli.engine_options import add_engine, engine_arguments
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import BackendError, UsageError, from_os_error, printable
 from engine.pipeline.restorer import Restorer
 
@@ -195,12 +195,7 @@ def _check_gradio() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.web",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m engine.web", __doc__)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--address",
