@@ -16,15 +16,15 @@ from engine.bundle.hashing import hash_file
 from engine.bundle.manifest import FORMAT, Source
 from engine.bundle.profiles import Profile
 from engine.bundle.storage import APP_NAME, cache_dir, plain_name
-from engine.errors import BackendError, BuildError, CheckpointError, RestoreError, UsageError
+from engine.errors import BackendError, BuildError, RestoreError, UsageError
 from engine.settings import Settings, validated
 from export.build.int8 import has_int8_form
 from export.build.presets import PRESETS
 from export.build.request import BuildRequest
 from export.build.trial import trial_symbols
 from export.build.weights import Weight, WeightsLayout, plan_layout
-from export.checkpoint.architecture import Architecture, Shapes, infer_architecture, missing_tensor
-from export.checkpoint.checkpoint import Checkpoint, open_sdxl, open_supir, open_unet
+from export.checkpoint.architecture import Architecture, infer_architecture
+from export.checkpoint.checkpoint import Checkpoint, check_tensors, open_sdxl, open_supir, open_unet
 from export.checkpoint.lora import LoadedLora, open_lora
 from export.checkpoint.tensor_files import LazyTensor
 from export.checkpoint.tokenizer import END_TOKEN, FILE, check_vocabulary, find_tokenizer, load_tokenizer
@@ -272,7 +272,7 @@ def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: N
     check_vocabulary(request.tokenizer, tokenizer, (arch.text_encoder.vocabulary, arch.text_encoder_2.vocabulary))
     definitions = graph_definitions(arch, request.precision, end_id, vae_precision=_vae_precision(request))
     graphs = {name: _planned(request, arch, end_id, definition, say) for name, definition in definitions.items()}
-    _check_tensors(tensors, _parameters(graphs))
+    check_tensors(tensors, _parameters(graphs))
     loras = tuple(open_lora(lora.name, lora.path, lora.scale, shapes) for lora in request.loras)
     for lora in loras:
         for warning in lora.warnings:
@@ -421,22 +421,3 @@ def _wanted_weights(graphs: Mapping[str, PlannedGraph], *, in_int8: bool) -> lis
             weight = Weight(name, PRECISION_DTYPES[spec.precision], shape)
             wanted[name] = weight.in_int8() if in_int8 and has_int8_form(spec, name, shape) else (weight,)
     return [weight for parts in wanted.values() for weight in parts]
-
-
-def _check_tensors(tensors: Mapping[str, LazyTensor], wanted: Shapes) -> None:
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise missing_tensor(missing[0], also=len(missing) - 1)
-    for name, tensor in tensors.items():
-        where = f"{tensor.file.name}: {tensor.name}"
-        if name not in wanted:
-            raise CheckpointError(
-                "a tensor has no place in the networks",
-                where=where,
-                found=list(tensor.shape),
-                fix="the file holds another model, or a variant that is not supported",
-            )
-        if tensor.shape != wanted[name]:
-            raise CheckpointError(
-                "a tensor has the wrong shape", where=where, expected=list(wanted[name]), found=list(tensor.shape)
-            )

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from export.checkpoint import keymap
+from export.checkpoint.architecture import Shapes, missing_tensor
 from export.checkpoint.keymap import Target
 from export.checkpoint.mapped import DOWNLOAD_AGAIN
 from export.checkpoint.model_kinds import (
@@ -125,6 +126,33 @@ def open_supir(path: Path) -> Checkpoint:
     bare = not any(name.startswith("model.") for name in tensors)
     layout = "LDM, without `model.`" if bare else "LDM"
     return _sort_ldm(Checkpoint("supir", layout, (path,)), tensors, _SUPIR_PREFIXES)
+
+
+def check_tensors(tensors: Mapping[str, LazyTensor], wanted: Shapes) -> None:
+    """Check that tensors are those of some networks: all of them, no others, of the right shapes.
+
+    Args:
+        tensors: by our names.
+        wanted: shapes of the networks' parameters.
+    Raises:
+        CheckpointError: a tensor is missing, unknown or misshapen.
+    """
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise missing_tensor(missing[0], also=len(missing) - 1)
+    for name, tensor in tensors.items():
+        where = f"{tensor.file.name}: {tensor.name}"
+        if name not in wanted:
+            raise CheckpointError(
+                "a tensor has no place in the networks",
+                where=where,
+                found=list(tensor.shape),
+                fix="the file holds another model, or a variant that is not supported",
+            )
+        if tensor.shape != wanted[name]:
+            raise CheckpointError(
+                "a tensor has the wrong shape", where=where, expected=list(wanted[name]), found=list(tensor.shape)
+            )
 
 
 _FIXES = {

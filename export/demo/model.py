@@ -7,7 +7,7 @@ trained here is read back through the same code as SDXL and SUPIR.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from export.graphs.nets.connectors import Connectors, ZeroCrossAttn, ZeroSFT
 from export.graphs.nets.text import TextTower
 from export.graphs.nets.unet import ControlNet, UNet
 from export.graphs.nets.vae import Encoder, VaeModules
+from export.training.networks import without_control
 
 LATENT_CHANNELS = 24
 TEXT_WIDTH = 64
@@ -147,8 +148,7 @@ class DemoModel(nn.Module):
 
     def prior(self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor) -> Tensor:
         """Return the base UNet's noise estimate, without control; arguments as `UNet.forward`."""
-        plain = _PlainSkips(len(self.connectors))
-        return self.unet(x, timestep, context, vector, (None,) * 10, None, plain)
+        return without_control(self.unet, x, timestep, context, vector)
 
     def steered(
         self, x: Tensor, timestep: Tensor, lq: Tensor, context: Tensor, vector: Tensor, *, scale: float = 1.0
@@ -164,24 +164,6 @@ def patch_code(seed: int) -> PatchCode:
     """Return the code of the demo's latent, learned from pictures of the training's seed."""
     pictures = [make_picture("leaves", seed, index, 256).rgb for index in range(_CODE_PICTURES)]
     return learn_patch_code(np.stack(pictures), LATENT_CHANNELS, _VAE_CHANNELS[1])
-
-
-class _PlainSkips(Sequence):  # type: ignore[type-arg]
-    """Stands in for connectors where there is no control: the skip connections of a plain UNet."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> object:  # type: ignore[override]
-        return _plain_skip
-
-
-def _plain_skip(control: None, h: Tensor, *rest: Tensor | None) -> Tensor:
-    skip = rest[0] if len(rest) == 2 else None
-    return h if skip is None else torch.cat([h, skip], dim=1)
 
 
 def _zero(layer: nn.Module) -> None:
@@ -257,13 +239,3 @@ def load_checkpoints(model: DemoModel, folder: Path) -> None:
         for name, tensor in checkpoint.tensors.items():
             state[name] = torch.from_numpy(tensor.read().astype(np.float32))
     model.load_state_dict(state)
-
-
-def half_products(device: torch.device, *, wanted: bool) -> torch.autocast:
-    """Return the context in which products are in bfloat16, if that is wanted and the device computes in it.
-
-    Where a processor has no such instructions, torch works them out one by one: a convolution of 96 channels over
-    4 × 64 × 64 places takes 3.3 s instead of 0.03 s (AMD EPYC, family 25, model 1, 2026-11-25).
-    """
-    quick = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and quick)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,10 +29,12 @@ from engine.sampling.schedule import nearest_level, trailing_sigmas, train_sigma
 from engine.settings import NEGATIVE_WORDS
 from export.demo import files
 from export.demo.data import Pair, Window, pairs_from
-from export.demo.model import DemoModel, half_products, patch_code
+from export.demo.model import DemoModel, patch_code
 from export.demo.patches import PATCH_PX, POSTERIOR_STD, pixel_weights
 from export.demo.pictures import Family
 from export.demo.words import prompt_for, token_rows
+from export.training.adapters import activate, squared_norm
+from export.training.precision import half_products
 
 FROBENIUS_WEIGHT = 1e-6
 LORA_RANK = 26
@@ -158,11 +159,11 @@ class Batch:
 Loss = Callable[[Batch], dict[str, Tensor]]
 
 
-def trainable(model: DemoModel, stage: Stage) -> list[torch.nn.Parameter]:
-    """Return the parameters that a stage trains, and freeze all others."""
+def trainable(model: DemoModel, stage: Stage) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that a stage trains, by name, and freeze all others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith(stage.trains))
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def make_loss(model: DemoModel, name: str, tokenizer: Tokenizer, seed: int, step: int) -> Loss:
@@ -417,18 +418,10 @@ def _lora_loss(
     names = list(LORA_FAMILIES)
     own = names[batch.step % len(names)]
     active = names if batch.rng.random() < 0.5 else [own]
-    adapted = []
-    for layer in model.unet.modules():
-        if isinstance(layer, LoraLayer):
-            layer.set_adapter(active)
-            for name in names:
-                for part in (layer.lora_A[name], layer.lora_B[name]):
-                    part.requires_grad_(name == own)
-                    if name == own:
-                        adapted += [parameter.square().sum() for parameter in part.parameters()]
+    factors = activate(model.unet, active, own)
     noised = _noised(stage, tokenizer, window, batch, family=LORA_FAMILIES[own])
     error = _in_pixels(code, noised.squared_error(_steered(model, noised, stage)))
-    return {own: _distortion(error), "frobenius": FROBENIUS_WEIGHT * torch.stack(adapted).sum()}
+    return {own: _distortion(error), "frobenius": FROBENIUS_WEIGHT * squared_norm(factors)}
 
 
 def _timesteps(rng: np.random.Generator, count: int, *, of_a_run: bool) -> Tensor:

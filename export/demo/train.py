@@ -11,26 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from engine.bundle.storage import atomic_write
 from engine.cli.console import run_command
 from engine.cli.options import command_parser
 from engine.errors import UsageError
 from export.checkpoint.tokenizer import END_TOKEN, FILE
-from export.demo.curves import draw_losses
-from export.demo.model import DemoModel, demo_architecture, half_products, load_checkpoints, save_checkpoints
+from export.demo.model import DemoModel, demo_architecture, load_checkpoints, save_checkpoints
 from export.demo.stages import (
     LORA_ALPHA,
     LORA_FAMILIES,
@@ -38,14 +32,18 @@ from export.demo.stages import (
     LORA_RANK,
     STAGES,
     Batch,
-    Stage,
     make_loss,
     sample_noised,
     trainable,
 )
 from export.demo.words import demo_tokenizer
+from export.training.adapters import add_lora, layers_of
+from export.training.curves import draw_losses
+from export.training.loop import Losses, Recipe, Trainer, cosine_after_warm_up
+from export.training.precision import half_products
 
-_LOG_EVERY, _SAVE_EVERY = 20, 200
+_LOG_EVERY = 20
+_SAVE_EVERY_S = 60.0
 _WARM_UP = 100
 #: Runs are short, so the second moment's average is short too.
 _BETAS = (0.9, 0.99)
@@ -97,15 +95,9 @@ def _advance(model: DemoModel, name: str, tokenizer: Tokenizer, options: argpars
 
 
 def _add_loras(model: DemoModel) -> None:
-    layers = [
-        key
-        for key, module in model.unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and key.startswith(LORA_LAYERS)
-    ]
+    layers = layers_of(model.unet, lambda layer: layer.startswith(LORA_LAYERS))
     for name in LORA_FAMILIES:
-        # One factor Gaussian, the other zero, as in the paper.
-        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, init_lora_weights="gaussian")
-        inject_adapter_in_model(config, model.unet, adapter_name=name)
+        add_lora(model.unet, layers, rank=LORA_RANK, alpha=LORA_ALPHA, name=name)
 
 
 def _result(model: DemoModel, name: str) -> dict[str, torch.Tensor]:
@@ -159,21 +151,21 @@ def _draw(folder: Path) -> None:
 def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     stage, device = STAGES[name], torch.device(options.device)
     steps = max(1, int(stage.steps * options.scale))
-    parameters = trainable(model, stage)
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=_BETAS, weight_decay=1e-4)
+    recipe = Recipe(
+        name,
+        steps,
+        cosine_after_warm_up(stage.lr, _WARM_UP, steps),
+        betas=_BETAS,
+        weight_decay=1e-4,
+        log_every=_LOG_EVERY,
+        save_every_s=_SAVE_EVERY_S,
+        fingerprint={"seed": options.seed, "steps": steps},
+    )
     state_file, log_file = (options.output / "stages" / f"{name}.{suffix}" for suffix in ("state.pt", "jsonl"))
-    first = 0
-    if state_file.is_file():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    loss_of = make_loss(model, name, tokenizer, options.seed, first)
-    sums: dict[str, list[float]] = {}
-    started = time.monotonic()
-    for step in tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=options.quiet, mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(stage, step, steps)
+    trainer = Trainer(trainable(model, stage), recipe, log_file, state_file)
+    loss_of = make_loss(model, name, tokenizer, options.seed, trainer.progress.step)
+
+    def losses_at(step: int) -> Iterator[Losses]:
         seeds = np.random.SeedSequence([options.seed, list(STAGES).index(name), step])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         batch = Batch(
@@ -185,34 +177,10 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
         )
         with half_products(device, wanted=stage.autocast):
             losses = loss_of(batch)
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"stage {name}, step {step}: the loss is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        for key, loss in losses.items():
-            sums.setdefault(key, []).append(float(loss.detach()))
-        if (step + 1) % _LOG_EVERY == 0:
-            means = {key: round(sum(values) / len(values), 6) for key, values in sums.items()}
-            line = {"stage": name, "step": step + 1, "seconds": round(time.monotonic() - started, 1), **means}
-            with log_file.open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            sums = {}
-        if (step + 1) % _SAVE_EVERY == 0 and step + 1 < steps:
-            _save_state(state_file, model, optimizer, step + 1)
+        yield losses
+
+    trainer.run(losses_at, quiet=options.quiet)
     state_file.unlink(missing_ok=True)
-
-
-def _save_state(file: Path, model: DemoModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    with atomic_write(file, "keep the state of the training") as whole:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, whole)
-
-
-def _learning_rate(stage: Stage, step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / _WARM_UP)
-    return stage.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,165 @@
+"""How much memory a training takes, known before anything is read.
+
+Activations are counted by running the network on tensors without values (torch's FakeTensor), which takes seconds and
+no memory: what autograd keeps for the backward pass is exactly what it would keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.errors import DoesNotFitError
+from engine.memory.host_memory import available_memory_bytes
+from engine.units import format_memory
+from export.checkpoint.architecture import Architecture
+from export.training.networks import blocks_of
+from export.training.precision import Precision, half_products, stored_type
+
+#: torch itself with its libraries, and what a CUDA context takes on a GPU.
+_LIBRARIES_BYTES = 600 << 20
+#: Gradients on their way through a block, beside what it kept; and blocks that an allocator cannot use.
+_BACKWARD_SHARE = 0.5
+#: A LoRA's factors in float32: values, gradients, AdamW's two moments; one more for a running average.
+_COPIES = 4
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a training takes, in bytes.
+
+    Attributes:
+        base: frozen weights. lora: factors, gradients, moments.
+        activations: of the pictures that go through the network together.
+        encoding: at most, before that: the largest of VAE and text towers, with what they compute.
+        held: where the base and the LoRA lie: "GPU" or "memory".
+    """
+
+    base: int
+    lora: int
+    activations: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        return _LIBRARIES_BYTES + max(self.base + self.lora + self.activations, self.encoding)
+
+    def __str__(self) -> str:
+        parts = ((self.base, "base"), (self.lora, "LoRA and optimizer"), (self.activations, "activations"))
+        return f"{format_memory(self.total)}: " + ", ".join(f"{what} {format_memory(count)}" for count, what in parts)
+
+
+def estimate(
+    make: Callable[[], nn.Module],
+    run: Callable[[nn.Module], Tensor],
+    *,
+    device: torch.device,
+    precision: Precision,
+    checkpointing: bool,
+    average: bool,
+    encoding: int,
+) -> MemoryNeed:
+    """Return what a training takes.
+
+    Args:
+        make: makes the network with its LoRA, whose factors are what takes gradients.
+        run: runs it on a batch made of `torch.empty` and the like.
+        device: that it will be trained on.
+        precision: of the base. checkpointing: whether blocks are computed twice, see `checkpoint_blocks`.
+        average: whether a running average is kept.
+        encoding: of `encoding_bytes`.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        network = make()
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        base = lora = 0
+        for name, parameter in network.named_parameters():
+            if name in trained:
+                lora += parameter.nbytes
+            else:
+                parameter.data = parameter.data.to(stored_type(parameter, precision))
+                base += parameter.nbytes
+        kept = _Kept(network)
+        with kept, half_products(device, wanted=precision == "bf16"):
+            run(network)
+    return MemoryNeed(base, lora * (_COPIES + average), kept.bytes(checkpointing=checkpointing), encoding)
+
+
+def encoding_bytes(arch: Architecture, side_px: int, parameters: dict[str, int]) -> int:
+    """Return what encoding takes at most: one network with its weights in float32, and its largest maps.
+
+    Args:
+        arch: of the networks.
+        side_px: of a picture.
+        parameters: how many each network has.
+    """
+    maps = 4 * (2 * arch.vae.channels[0]) * side_px**2 * 4  # four of those that a decoder's last level reads
+    vae = 4 * parameters["vae"] + maps
+    return max(vae, 4 * (parameters["text_encoder"] + parameters["text_encoder_2"]))
+
+
+def require(need: MemoryNeed, device: torch.device) -> int:
+    """Return how much memory is free, if a training fits into it.
+
+    Raises:
+        DoesNotFitError: it does not.
+    """
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], "on the GPU"
+    else:
+        free, where = available_memory_bytes(), "of memory"
+    if need.total > free:
+        raise DoesNotFitError(
+            "the training does not fit",
+            expected=str(need),
+            found=f"{format_memory(free)} free {where}",
+            fix="lower --at-once, --size or --rank, use --precision bf16, leave out --no-checkpointing, "
+            "or end other programs",
+        )
+    return free
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps, each storage once, by the block that keeps it; parameters are counted elsewhere."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._own = {_storage(parameter) for parameter in network.parameters()}
+        self._seen: dict[int, Tensor] = {}
+        self._by_block: dict[int, int] = {}
+        self._inputs = 0
+        self._block = 0
+        self._largest = 0
+        for number, block in enumerate(blocks_of(network), 1):
+            block.register_forward_pre_hook(lambda _, inputs, number=number: self._enter(number, inputs))
+            block.register_forward_hook(lambda *_: self._enter(0, ()))
+
+    def _enter(self, number: int, inputs: Any) -> None:
+        self._block = number
+        self._inputs += sum(tensor.nbytes for tensor in inputs if isinstance(tensor, Tensor))
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._own and storage not in self._seen:
+            self._seen[storage] = tensor  # alive, so that no other gets its number
+            count = tensor.untyped_storage().nbytes()
+            self._by_block[self._block] = self._by_block.get(self._block, 0) + count
+            self._largest = max(self._largest, count)
+        return tensor
+
+    def bytes(self, *, checkpointing: bool) -> int:
+        """Return what is kept at most, with gradients that are on their way."""
+        outside = self._by_block.get(0, 0)
+        blocks = [count for block, count in self._by_block.items() if block]
+        largest = max(blocks, default=0)
+        kept = outside + (self._inputs + largest if checkpointing else sum(blocks))
+        return kept + int(_BACKWARD_SHARE * largest) + 2 * self._largest
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
