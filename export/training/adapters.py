@@ -33,6 +33,8 @@ def add_lora(network: nn.Module, layers: Sequence[str], *, rank: int, alpha: flo
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), init_lora_weights="gaussian")
     inject_adapter_in_model(config, network, adapter_name=name)
+    for factor in factors_of(network, name).values():  # PEFT gives them the type of the base
+        factor.data = factor.data.float()
 
 
 def adapted_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

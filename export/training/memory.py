@@ -67,23 +67,19 @@ def estimate(
     """Return what a training takes.
 
     Args:
-        make: makes the network with its LoRA, whose factors are what takes gradients.
+        make: makes the network with its LoRA, whose factors are what takes gradients; on the meta device.
         run: runs it on a batch made of `torch.empty` and the like.
         device: that it will be trained on.
         precision: of the base. checkpointing: whether blocks are computed twice, see `checkpoint_blocks`.
         average: whether a running average is kept.
         encoding: of `encoding_bytes`.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+    with torch.device("meta"):
         network = make()
-        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-        base = lora = 0
-        for name, parameter in network.named_parameters():
-            if name in trained:
-                lora += parameter.nbytes
-            else:
-                parameter.data = parameter.data.to(stored_type(parameter, precision))
-                base += parameter.nbytes
+    with FakeTensorMode(), torch.device(device):
+        _fake(network, precision)
+        base = sum(parameter.nbytes for parameter in network.parameters() if not parameter.requires_grad)
+        lora = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
         kept = _Kept(network)
         with kept, half_products(device, wanted=precision == "bf16"):
             run(network)
@@ -122,6 +118,19 @@ def require(need: MemoryNeed, device: torch.device) -> int:
             "or end other programs",
         )
     return free
+
+
+def _fake(network: nn.Module, precision: Precision) -> None:
+    """Replace a network's tensors by ones without values, in the types that they are trained in."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = torch.float32 if parameter.requires_grad else stored_type(parameter, precision)
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):

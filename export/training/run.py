@@ -55,6 +55,8 @@ from export.training.request import TrainRequest
 from export.training.samples import SHOWN, Sampler, draw_samples
 
 STATE, LOG, CURVES, SAMPLES = "state.pt", "log.jsonl", "losses.png", "samples"
+#: Seconds of work that a kill costs at most, and a step.
+SAVE_EVERY_S = 300.0
 Say = Callable[[str], None]
 
 
@@ -345,6 +347,7 @@ def _train(
         request.steps,
         constant_after_warm_up(request.learning_rate, request.warm_up),
         ema=request.ema,
+        save_every_s=SAVE_EVERY_S,
         fingerprint=fingerprint,
     )
     log = request.work / LOG

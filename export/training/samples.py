@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from engine.bundle.storage import atomic_write
@@ -134,7 +134,9 @@ def _table(*, controlled: bool) -> StepTable:
 
 
 def _sheet(rows: Sequence[Sequence[NDArray[np.uint8]]], names: Sequence[str]) -> Image.Image:
-    widths = [max(row[column].shape[1] for row in rows) for column in range(len(names))]
+    font = ImageFont.load_default()
+    heads = [int(font.getlength(name)) + 1 for name in names]
+    widths = [max(heads[column], *(row[column].shape[1] for row in rows)) for column in range(len(names))]
     heights = [max(cell.shape[0] for cell in row) for row in rows]
     sheet = Image.new(
         "RGB", (sum(widths) + _GAP_PX * (len(widths) - 1), _HEAD_PX + sum(heights) + _GAP_PX * (len(rows) - 1)), "white"
@@ -142,7 +144,7 @@ def _sheet(rows: Sequence[Sequence[NDArray[np.uint8]]], names: Sequence[str]) ->
     pen = ImageDraw.Draw(sheet)
     left = 0
     for column, name in enumerate(names):
-        pen.text((left, 2), name, "black")
+        pen.text((left, 2), name, "black", font=font)
         top = _HEAD_PX
         for row, height in zip(rows, heights, strict=True):
             sheet.paste(Image.fromarray(row[column]), (left, top))
