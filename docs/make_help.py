@@ -19,6 +19,7 @@ COMMANDS = {
     "restore": [("restoration-engine restore", ["-m", "engine.restore"])],
     "web": [("restoration-engine web", ["-m", "engine.web"])],
     "build": [("restoration-engine build", ["export/build_engines.py"])],
+    "train": [("restoration-engine train", ["export/train_lora.py"])],
     "serve": [("restoration-engine serve", ["triton_repo/serve.py"])],
     "render": [("restoration-engine render", ["triton_repo/render.py"])],
     "client": [("restoration-engine client", ["triton_repo/client.py"])],

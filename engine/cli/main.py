@@ -38,6 +38,7 @@ COMMANDS = {
     "restore": Command("engine.restore", "restore photos with a bundle"),
     "web": Command("engine.web", "open a page to restore photos on, in a browser", "web"),
     "build": Command("export.build_engines", "build a bundle from checkpoints and LoRAs", "build"),
+    "train": Command("export.train_lora", "train a LoRA for a checkpoint on a folder of pictures", "train"),
     "serve": Command("triton_repo.serve", "serve a bundle with Triton Inference Server", "triton"),
     "render": Command("triton_repo.render", "write a model repository for Triton", "triton"),
     "client": Command("triton_repo.client", "restore a photo through a server", "triton"),

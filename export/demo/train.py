@@ -163,6 +163,7 @@ def _train(model: DemoModel, name: str, tokenizer: Tokenizer, options: argparse.
     )
     state_file, log_file = (options.output / "stages" / f"{name}.{suffix}" for suffix in ("state.pt", "jsonl"))
     trainer = Trainer(trainable(model, stage), recipe, log_file, state_file)
+    trainer.resume()
     loss_of = make_loss(model, name, tokenizer, options.seed, trainer.progress.step)
 
     def losses_at(step: int) -> Iterator[Losses]:

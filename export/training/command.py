@@ -31,9 +31,10 @@ def train(arguments: Sequence[str]) -> int:
     request = _request(options)
     started = time.monotonic()
     try:  # after the arguments, so that --help and mistakes are quick
+        from export.training.prepare import Reporter
         from export.training.run import train_lora
 
-        trained = train_lora(request, _say, quiet=options.quiet)
+        trained = train_lora(request, Reporter(_say, options.quiet))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES:
@@ -136,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=FORMATS,
         default=FORMATS[0],
-        help="names of its tensors; ComfyUI, diffusers and build_engines.py read both (default: %(default)s)",
+        help="names of its tensors: kohya's, which build_engines.py, ComfyUI and diffusers read, or PEFT's as "
+        "diffusers writes them (default: %(default)s)",
     )
     files.add_argument("--unet", type=path_option, metavar="FILE|DIR", help="replaces the base's UNet")
     files.add_argument(

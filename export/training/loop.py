@@ -31,6 +31,9 @@ LossesAt = Callable[[int], Iterable[Losses]]
 LearningRate = Callable[[int], float]
 
 
+_RESTART = "begin again: remove the file, or choose another folder"
+
+
 class TrainingError(RestoreError):
     """A training cannot begin, go on, or has diverged."""
 
@@ -81,11 +84,15 @@ class Progress:
 class Trainer:
     """Trains named parameters by a recipe.
 
+    Attributes:
+        progress: where it stands.
+        notes: numbers of the caller's, by name, which are kept with the state.
+
     Args:
         parameters: that are trained, by name.
         recipe: how.
         log_file: of JSON lines, which is added to.
-        state_file: where the training goes on; read now if it is there.
+        state_file: where the training goes on, see `resume`.
     Raises:
         TrainingError: the state is damaged, or of a training with other settings.
     """
@@ -98,8 +105,28 @@ class Trainer:
         )
         self._average = {name: value.detach().clone() for name, value in self.parameters.items()} if recipe.ema else {}
         self.progress = Progress()
-        if state_file.is_file():
-            self._load_state()
+        self.notes: dict[str, float] = {}
+        self._is_whole = True  # parameters, optimizer and step belong together
+        self._state = self._read_state() if state_file.is_file() else None
+
+    def resume(self) -> bool:
+        """Take the state that was there, if there was one; tells whether there was.
+
+        Raises:
+            TrainingError: it is damaged.
+        """
+        if self._state is None:
+            return False
+        state, self._state = self._state, None
+        try:
+            self._assign(state["parameters"])
+            for name, value in state["average"].items():
+                self._average[name].copy_(value)
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.progress, self.notes = Progress(state["step"], losses=state["losses"]), state["notes"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
+        return True
 
     def run(
         self,
@@ -110,6 +137,8 @@ class Trainer:
     ) -> None:
         """Train up to the recipe's number of steps; nothing is done where they are done already.
 
+        Ctrl-C loses the step that it meets: what is done before it is kept.
+
         Args:
             losses_at: as `LossesAt`.
             after_step: told how many steps are done, after each.
@@ -118,6 +147,14 @@ class Trainer:
             TrainingError: a loss is not finite.
             OutputError: the state cannot be written.
         """
+        try:
+            self._run(losses_at, after_step, quiet=quiet)
+        except KeyboardInterrupt:
+            if self._is_whole:
+                self.save_state()
+            raise
+
+    def _run(self, losses_at: LossesAt, after_step: Callable[[int], None], *, quiet: bool) -> None:
         recipe, first = self.recipe, self.progress.step
         started = saved = time.monotonic()
         for step in tqdm(
@@ -130,7 +167,7 @@ class Trainer:
         ):
             self._step(step, losses_at)
             now = time.monotonic()
-            self.progress.step, self.progress.seconds = step + 1, now - started
+            self.progress.seconds = now - started
             if (step + 1) % recipe.log_every == 0:
                 means = {name: round(sum(all_) / len(all_), 6) for name, all_ in self.progress.losses.items()}
                 self.log(means)
@@ -159,6 +196,7 @@ class Trainer:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_norm)
+        self._is_whole = False
         self._optimizer.step()
         if recipe.ema is not None:
             with torch.no_grad():
@@ -168,6 +206,8 @@ class Trainer:
                     self._average[name].lerp_(parameter, 1 - decay)
         for name, value in sums.items():
             self.progress.losses.setdefault(name, []).append(value)
+        self.progress.step = step + 1
+        self._is_whole = True
 
     def log(self, losses: Mapping[str, float]) -> None:
         """Add a line to the log: the training's name, the step, seconds, and losses by name."""
@@ -197,39 +237,37 @@ class Trainer:
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "step": self.progress.step,
+            "notes": self.notes,
             "losses": self.progress.losses,
             "fingerprint": json.dumps(self.recipe.fingerprint, sort_keys=True),
         }
         with atomic_write(self._state_file, "keep the state of the training") as file:
             torch.save(state, file)
 
-    def _load_state(self) -> None:
+    def _read_state(self) -> dict[str, Any]:
         device = next(iter(self.parameters.values())).device
-        restart = "begin again: remove the file, or choose another folder"
         try:
-            state = torch.load(self._state_file, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(self._state_file, map_location=device, weights_only=True)
             kept = json.loads(state["fingerprint"])
-            differing = _differences(kept, json.loads(json.dumps(self.recipe.fingerprint)))
-            if not differing:
-                self._assign(state["parameters"])
-                for name, value in state["average"].items():
-                    self._average[name].copy_(value)
-                self._optimizer.load_state_dict(state["optimizer"])
-                self.progress = Progress(state["step"], losses=state["losses"])
         except (OSError, MemoryError):
             raise
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise TrainingError(
-                "the state of the training is damaged", where=self._state_file, found=str(error)[:200], fix=restart
-            ) from error
+            raise self._damaged(error) from error
+        differing = _differences(kept, json.loads(json.dumps(self.recipe.fingerprint)))
         if differing:
             raise TrainingError(
                 "a training with other settings was begun here",
                 where=self._state_file,
                 expected=", ".join(f"{name} {_shown(was)}" for name, (was, _) in differing.items()),
                 found=", ".join(f"{name} {_shown(now)}" for name, (_, now) in differing.items()),
-                fix=f"give the same settings to go on, or {restart}",
+                fix=f"give the same settings to go on, or {_RESTART}",
             )
+        return state
+
+    def _damaged(self, error: Exception) -> TrainingError:
+        return TrainingError(
+            "the state of the training is damaged", where=self._state_file, found=str(error)[:200], fix=_RESTART
+        )
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

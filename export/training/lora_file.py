@@ -1,7 +1,8 @@
-"""A trained LoRA as a file that this project, ComfyUI, kohya's scripts and diffusers read.
+"""A trained LoRA as a file that other programs read.
 
-kohya's names, as its scripts write them for SDXL: layers by LDM's blocks, `lora_down`, `lora_up` and `alpha`. Or
-PEFT's, as diffusers writes them, with α multiplied into `lora_B`: readers that know no α then take the same.
+kohya's names, as its scripts write them for SDXL: layers by LDM's blocks, `lora_down`, `lora_up` and `alpha`. This
+project, ComfyUI and diffusers read them. Or PEFT's, as diffusers writes them, with α multiplied into `lora_B`: readers
+that look for α nowhere, or elsewhere, then take the same.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from export.build.request import BuildRequest, LoraRequest
 from export.demo import stages, train
 from export.demo.data import pairs_from
 from export.demo.model import LATENT_CHANNELS
+from export.training.loop import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +34,7 @@ def small():
         patch.setattr(train, "STAGES", tiny)
         patch.setattr(stages, "pairs_from", partial(pairs_from, workers=0))
         patch.setattr(train, "_LOG_EVERY", 1)
-        patch.setattr(train, "_SAVE_EVERY", 1)
+        patch.setattr(train, "_SAVE_EVERY_S", 0.0)
         yield
 
 
@@ -109,16 +110,16 @@ def test_a_stopped_training_goes_on_to_the_same_result(trained, tmp_path, monkey
     class StoppedError(Exception):
         pass
 
-    save = train._save_state
+    save = Trainer.save_state
 
-    def stop(file, model, optimizer, step):
-        save(file, model, optimizer, step)
-        if step == 2:
+    def stop(self):
+        save(self)
+        if self.progress.step == 2:
             raise StoppedError
 
     arguments = ["--output", str(tmp_path), "--quiet", "--device", "cpu", "--only", "denoise"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_save_state", stop)
+        patch.setattr(Trainer, "save_state", stop)
         with pytest.raises(StoppedError):
             train.main(arguments)
     assert train.main(arguments) == 0

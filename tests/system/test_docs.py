@@ -196,7 +196,7 @@ def test_a_command_is_found_by_its_name(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         console.dispatch([*name.split(), "--help"])
     assert ended.value.code == 0
-    assert "--bundle" in capsys.readouterr().out or name in ("build", "client")
+    assert "--bundle" in capsys.readouterr().out or name in ("build", "train", "client")
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["benchmark", "nothing"]])

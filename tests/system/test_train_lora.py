@@ -96,7 +96,7 @@ def test_what_is_written(trained):
     with safe_open(trained, framework="np") as file:
         told = json.loads(file.metadata()["restoration_engine.training"])
         assert file.metadata()["ss_network_dim"] == "4"
-    assert (told["steps"], told["--rank"], told["trained on"], told["held out"]) == (3, 4, 5, 1)
+    assert (told["steps"], told["--rank"], told["pictures"]) == (3, 4, 5)
     assert list(told["checkpoints"]) == ["sdxl.safetensors"]
 
 
@@ -140,6 +140,18 @@ def test_a_finished_training_goes_on(command, trained, tmp_path, capsys):
     assert "expected: --seed 0\n  found:    --seed 1" in capsys.readouterr().err
     assert run_command(main, command(output, *THOROUGH, "--work", work, "--steps", 2)) == 1
     assert "more steps are done than were asked for" in capsys.readouterr().err
+
+
+def test_the_names_are_comfyuis(trained, tiny):
+    """`lora_unet_`, then the checkpoint's own name of the weight with underscores: its rule for LDM's names."""
+    prefix = "model.diffusion_model."
+    with safe_open(tiny.sdxl, framework="np") as file:
+        weights = [name for name in file.keys() if name.startswith(prefix) and name.endswith(".weight")]  # noqa: SIM118
+    known = {f"lora_unet_{name.removeprefix(prefix).removesuffix('.weight').replace('.', '_')}" for name in weights}
+    with safe_open(trained, framework="np") as file:
+        ends = [name.partition(".") for name in file.keys()]  # noqa: SIM118
+    assert {layer for layer, _, _ in ends} <= known
+    assert {end for _, _, end in ends} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
 def diffusers_unet(tiny):

@@ -206,7 +206,9 @@ def test_one_of_two_loras_is_trained_while_both_act():
 def trainer(folder, network, **changes):
     options = {"save_every_s": 0.0, "ema": 0.9, "fingerprint": {"--rank": 2, "pictures": "a"}, **changes}
     recipe = Recipe("small", options.pop("steps", 6), constant_after_warm_up(0.02, 3), **options)
-    return Trainer(factors_of(network), recipe, folder / "log.jsonl", folder / "state.pt")
+    made = Trainer(factors_of(network), recipe, folder / "log.jsonl", folder / "state.pt")
+    made.resume()
+    return made
 
 
 def losses_of(network):
@@ -261,6 +263,21 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 4, 4]  # of the whole, the stopped and the resumed one
     assert len({line["error"] for line in lines}) == 1
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path):
+    network = small()
+
+    def interrupted(step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return losses_of(network)(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, network, save_every_s=1000.0).run(interrupted, quiet=True)
+    kept, again = factors_of(network), small()
+    assert trainer(tmp_path, again).progress.step == 2
+    assert all(torch.equal(value, kept[name]) for name, value in factors_of(again).items())
 
 
 def test_the_average_is_left_behind_and_put_back(tmp_path):
