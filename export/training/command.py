@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--no-checkpointing",
         action="store_true",
-        help="keep all activations instead of computing them twice: a quarter faster, several times the memory",
+        help="keep all activations instead of computing them twice: faster, and more memory",
     )
     report = parser.add_argument_group("output")
     report.add_argument("--quiet", action="store_true", help="no progress bars")

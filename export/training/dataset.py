@@ -50,6 +50,11 @@ class Crop:
         width, height = (self.size_px * math.sqrt(ratio) for ratio in (aspect, 1 / aspect))
         return _rounded(width), _rounded(height)
 
+    def largest(self) -> Size:
+        """Return the (width, height) in pixels of the largest target that there is."""
+        shapes = [self.target((hundredths, 100)) for hundredths in range(50, 201)]
+        return max(shapes, key=lambda size: size[0] * size[1])
+
     def cut(self, photo: Photo, path: Path) -> Pixels:
         """Return a picture, shrunk until it covers its target and cut to the middle: f32[H, W, 3] in [0, 1].
 

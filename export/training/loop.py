@@ -73,7 +73,7 @@ class Progress:
     Attributes:
         step: how many steps are done.
         seconds: that this run has taken.
-        losses: means since the last line of the log, by name.
+        losses: since the last line of the log, by name.
     """
 
     step: int = 0
@@ -103,7 +103,8 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=recipe.learning_rate(0), betas=recipe.betas, weight_decay=recipe.weight_decay
         )
-        self._average = {name: value.detach().clone() for name, value in self.parameters.items()} if recipe.ema else {}
+        averaged = self.parameters if recipe.ema is not None else {}
+        self._average = {name: value.detach().clone() for name, value in averaged.items()}
         self.progress = Progress()
         self.notes: dict[str, float] = {}
         self._is_whole = True  # parameters, optimizer and step belong together

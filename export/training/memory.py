@@ -6,8 +6,8 @@ no memory: what autograd keeps for the backward pass is exactly what it would ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.errors import DoesNotFitError
+from engine.image.photo import Size
 from engine.memory.host_memory import available_memory_bytes
 from engine.units import format_memory
-from export.checkpoint.architecture import Architecture
+from export.checkpoint.architecture import VaeArch
 from export.training.networks import blocks_of
 from export.training.precision import Precision, half_products, stored_type
 
@@ -36,21 +37,29 @@ class MemoryNeed:
     Attributes:
         base: frozen weights. lora: factors, gradients, moments.
         activations: of the pictures that go through the network together.
-        encoding: at most, before that: the largest of VAE and text towers, with what they compute.
-        held: where the base and the LoRA lie: "GPU" or "memory".
+        decoder: of samples: its weights. decoding: what it computes.
+        encoding: before all that: VAE or text towers, and what they compute.
     """
 
     base: int
     lora: int
     activations: int
+    decoder: int
+    decoding: int
     encoding: int
 
     @property
     def total(self) -> int:
-        return _LIBRARIES_BYTES + max(self.base + self.lora + self.activations, self.encoding)
+        training = self.base + self.lora + self.decoder + max(self.activations, self.decoding)
+        return _LIBRARIES_BYTES + max(training, self.encoding)
 
     def __str__(self) -> str:
-        parts = ((self.base, "base"), (self.lora, "LoRA and optimizer"), (self.activations, "activations"))
+        parts = (
+            (self.base, "base"),
+            (self.lora, "LoRA and optimizer"),
+            (self.decoder, "decoder"),
+            (max(self.activations, self.decoding), "activations"),
+        )
         return f"{format_memory(self.total)}: " + ", ".join(f"{what} {format_memory(count)}" for count, what in parts)
 
 
@@ -62,9 +71,8 @@ def estimate(
     precision: Precision,
     checkpointing: bool,
     average: bool,
-    encoding: int,
 ) -> MemoryNeed:
-    """Return what a training takes.
+    """Return what a training takes without its samples, and without what is encoded before.
 
     Args:
         make: makes the network with its LoRA, whose factors are what takes gradients; on the meta device.
@@ -72,7 +80,6 @@ def estimate(
         device: that it will be trained on.
         precision: of the base. checkpointing: whether blocks are computed twice, see `checkpoint_blocks`.
         average: whether a running average is kept.
-        encoding: of `encoding_bytes`.
     """
     with torch.device("meta"):
         network = make()
@@ -83,20 +90,27 @@ def estimate(
         kept = _Kept(network)
         with kept, half_products(device, wanted=precision == "bf16"):
             run(network)
-    return MemoryNeed(base, lora * (_COPIES + average), kept.bytes(checkpointing=checkpointing), encoding)
+    return MemoryNeed(base, lora * (_COPIES + average), kept.bytes(checkpointing=checkpointing), 0, 0, 0)
 
 
-def encoding_bytes(arch: Architecture, side_px: int, parameters: dict[str, int]) -> int:
-    """Return what encoding takes at most: one network with its weights in float32, and its largest maps.
+def with_autoencoder(
+    need: MemoryNeed, arch: VaeArch, size: Size, parameters: Mapping[str, int], *, samples: bool
+) -> MemoryNeed:
+    """Return what a training takes with encoding, and with samples if there are any; both are in float32.
 
     Args:
-        arch: of the networks.
-        side_px: of a picture.
-        parameters: how many each network has.
+        need: from `estimate`.
+        arch: of the autoencoder.
+        size: (width, height) in pixels of the largest picture.
+        parameters: how many the networks "vae", "text_encoder" and "text_encoder_2" have.
+        samples: whether pictures are decoded while it trains.
     """
-    maps = 4 * (2 * arch.vae.channels[0]) * side_px**2 * 4  # four of those that a decoder's last level reads
-    vae = 4 * parameters["vae"] + maps
-    return max(vae, 4 * (parameters["text_encoder"] + parameters["text_encoder_2"]))
+    # Four of the largest maps, which a decoder's last level reads: of the channels of the level before it.
+    maps = 4 * 4 * arch.channels[min(1, len(arch.channels) - 1)] * size[0] * size[1]
+    texts = 4 * (parameters["text_encoder"] + parameters["text_encoder_2"])
+    encoding = max(4 * parameters["vae"] + maps, texts)
+    decoder = 4 * parameters["vae"] if samples else 0
+    return replace(need, decoder=decoder, decoding=maps if samples else 0, encoding=encoding)
 
 
 def require(need: MemoryNeed, device: torch.device) -> int:

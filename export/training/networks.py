@@ -151,7 +151,7 @@ def as_torch(array: NDArray[Any]) -> Tensor:
 def checkpoint_blocks(network: nn.Module) -> None:
     """Let a network keep the inputs of its blocks alone, and compute the rest again in the backward pass.
 
-    Costs a third more time. Source: arXiv 1604.06174.
+    That is one more forward pass. Source: arXiv 1604.06174.
     """
     for block in blocks_of(network):
         block.forward = partial(_checkpointed, block.forward)

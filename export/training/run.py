@@ -22,11 +22,11 @@ from export.graphs.nets.unet import UNet
 from export.graphs.nets.vae import VaeDecoderGraph
 from export.training.adapters import add_lora, factors_of, layers_of
 from export.training.curves import draw_losses
-from export.training.dataset import find_pictures
+from export.training.dataset import Crop, find_pictures
 from export.training.encode import Sample
 from export.training.loop import Recipe, Trainer, TrainingError, constant_after_warm_up
 from export.training.lora_file import write_lora
-from export.training.memory import MemoryNeed, encoding_bytes, estimate, require
+from export.training.memory import MemoryNeed, estimate, require, with_autoencoder
 from export.training.networks import Base, ControlledUNet, checkpoint_blocks, load, open_base, without_control
 from export.training.objective import Network, Objective
 from export.training.prepare import (
@@ -103,8 +103,8 @@ def train_lora(request: TrainRequest, reporter: Reporter) -> Trained:
 
 def memory_need(request: TrainRequest, base: Base, machine: Machine) -> MemoryNeed:
     """Return what a training takes, from the sizes of the networks alone."""
-    arch = base.arch
-    side = request.size_px // arch.vae.pixels_per_cell
+    arch, (width, height) = base.arch, Crop(request.size_px, request.buckets).largest()
+    cells = (height // arch.vae.pixels_per_cell, width // arch.vae.pixels_per_cell)
 
     def make() -> nn.Module:
         network = _network(request, base)
@@ -115,7 +115,7 @@ def memory_need(request: TrainRequest, base: Base, machine: Machine) -> MemoryNe
 
     def run(network: nn.Module) -> Tensor:
         rows = request.at_once
-        z = torch.empty(rows, arch.unet.latent_channels, side, side)
+        z = torch.empty(rows, arch.unet.latent_channels, *cells)
         text = torch.empty(rows, TOKENS, arch.unet.context_channels), torch.empty(rows, arch.unet.vector_channels)
         return _as_network(network)(z, torch.empty(rows), z if request.supir else None, *text)
 
@@ -123,15 +123,15 @@ def memory_need(request: TrainRequest, base: Base, machine: Machine) -> MemoryNe
     for name, tensor in base.tensors.items():
         component = name.partition(".")[0]
         counts[component] = counts.get(component, 0) + math.prod(tensor.shape)
-    return estimate(
+    need = estimate(
         make,
         run,
         device=machine.device,
         precision=machine.precision,
         checkpointing=request.checkpointing,
         average=request.ema is not None,
-        encoding=encoding_bytes(arch, request.size_px, counts),
     )
+    return with_autoencoder(need, arch.vae, (width, height), counts, samples=request.samples)
 
 
 # -- training ---------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def memory_is_known():
     """Counting activations takes a second, which one test has."""
     kept = run.memory_need
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "memory_need", lambda *_: MemoryNeed(0, 0, 0, 0))
+        patch.setattr(run, "memory_need", lambda *_: MemoryNeed(0, 0, 0, 0, 0, 0))
         yield kept
 
 

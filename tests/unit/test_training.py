@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from engine.cli.captions import Caption, CaptionError, Sidecar
 from engine.errors import ImageError
 from engine.sampling.schedule import train_sigmas
+from export.checkpoint.architecture import VaeArch
 from export.checkpoint.lora_names import LayerNames
 from export.training import memory
 from export.training.adapters import activate, add_lora, factors_of, layers_of, squared_norm
@@ -338,6 +339,8 @@ def test_a_picture_is_cut_from_its_middle(tmp_path):
 def test_buckets_keep_shape_and_area(size, target):
     assert Crop(512, buckets=True).target(size) == target
     assert Crop(512).target(size) == (512, 512)
+    width, height = Crop(512, buckets=True).largest()
+    assert width * height >= target[0] * target[1]
 
 
 def test_small_pictures_are_refused(folder):
@@ -372,7 +375,7 @@ def need(**changes):
         add_lora(network, ["first", "second"], rank=2, alpha=2.0)
         return network
 
-    options = {"precision": "fp32", "checkpointing": False, "average": False, "encoding": 0, **changes}
+    options = {"precision": "fp32", "checkpointing": False, "average": False, **changes}
     rows = options.pop("rows", 1000)
     return memory.estimate(make, lambda network: network(torch.empty(rows, 6)), device=DEVICE, **options)
 
@@ -385,7 +388,10 @@ def test_memory_is_counted_without_any():
     # What is kept: the input, its product with A, the first layer's output behind ReLU, and its product with A.
     assert 4 * 1000 * (6 + 2 + 8 + 2) <= one.activations <= 4 * 1000 * 3 * (6 + 2 + 8 + 2)
     assert need(rows=2000).activations == 2 * one.activations
-    assert need(encoding=10 << 30).total > 10 << 30
+    counts = {"vae": 1000, "text_encoder": 10**9, "text_encoder_2": 0}
+    whole = memory.with_autoencoder(one, VaeArch((32, 64), 4), (640, 512), counts, samples=True)
+    assert whole.total > 4 * 10**9
+    assert (whole.decoder, whole.decoding) == (4000, 4 * 4 * 64 * 640 * 512)
 
 
 # -- the file -----------------------------------------------------------------------------------------
