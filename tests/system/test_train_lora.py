@@ -260,16 +260,6 @@ def test_what_cannot_be_used_is_left_out_and_told(command, images, tmp_path, cap
     assert "0 encoded now" in printed.err  # by the pictures' content: those of `images` are known
 
 
-@pytest.mark.slow
-def test_a_damaged_file_of_the_cache_is_made_again(command, trained, images, cache, tmp_path, capsys):
-    file = sorted((cache / "latents").iterdir())[0]
-    content = file.read_bytes()
-    file.write_bytes(content[:100])
-    assert main(command(tmp_path / "face.safetensors", "--steps", 1)) == 0
-    assert "1 encoded now" in capsys.readouterr().err
-    assert file.read_bytes() == content
-
-
 @pytest.mark.parametrize(
     ("change", "status", "told"),
     [
