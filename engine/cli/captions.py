@@ -319,22 +319,29 @@ def as_asked(provenance: dict[str, Any]) -> dict[str, Any]:
     return {**provenance, "settings": {**settings, "prompt": caption.get("prompt")}, "caption": asked}
 
 
-def add_captions(parser: argparse.ArgumentParser, sources: str = "none|sidecar|URL") -> None:
+def add_captions(
+    parser: argparse.ArgumentParser,
+    sources: str = "none|sidecar|URL",
+    *,
+    default: str = "none",
+    what: str = "what photos show, added to the prompt",
+) -> None:
     """Add the options that say where captions come from.
 
     Args:
         parser: of the command.
-        sources: that it knows.
+        sources: that it knows. default: the one that it takes by itself.
+        what: captions are, for the help.
     """
     group = parser.add_argument_group("captions")
     beside = "sidecar is the text file beside each photo, boat.txt for boat.jpg; " if SIDECAR in sources else ""
     group.add_argument(
         "--caption",
-        default="none",
+        default=default,
         metavar=sources,
-        help=f"what photos show, added to the prompt; {beside}URL is a server that speaks OpenAI's chat completions "
+        help=f"{what}; {beside}URL is a server that speaks OpenAI's chat completions "
         f"with images, such as http://localhost:8000/v1, and is sent a small picture; its key is in ${KEY_VARIABLE}; "
-        "default: none",
+        f"default: {default}",
     )
     group.add_argument("--caption-model", metavar="NAME", help="that the server is asked for; default: its own choice")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.bundle.storage import cache_dir
-from engine.cli.captions import add_captions
+from engine.cli.captions import SIDECAR, add_captions
 from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import CheckpointError, RestoreError, UsageError, printable
 from engine.units import format_duration
@@ -172,8 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pictures that are not trained on, to judge by; default: a tenth, at most 100",
     )
-    add_captions(parser)
-    parser.set_defaults(caption="sidecar")
+    add_captions(parser, default=SIDECAR, what="what pictures show, for the networks to learn")
     lora = parser.add_argument_group("LoRA")
     lora.add_argument(
         "--layers",
