@@ -1,0 +1,231 @@
+"""What is measured of each layer, and what of it is beyond the bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from engine.bundle.verification import relative_l2
+
+#: Names of ONNX's types as people write them.
+TYPE_NAMES = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT64: "int64",
+    TensorProto.INT32: "int32",
+    TensorProto.BOOL: "bool",
+}
+#: Largest finite, and smallest normal value of each floating-point type.
+RANGES = {
+    name: (float(ml_dtypes.finfo(dtype).max), float(ml_dtypes.finfo(dtype).smallest_normal))
+    for name, dtype in (("fp32", np.float32), ("fp16", np.float16), ("bf16", ml_dtypes.bfloat16))
+}
+#: Relative L2 that a layer may add by itself, its inputs equal, by the type of its result. About ten times what a
+#: sound layer shows (docs/compare.md), and below the 1 % of a wrong scale.
+LOCAL_BOUNDS = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 3e-2}
+#: Relative L2 of a layer's result after all that came before it, by the coarser of the two ways' types.
+BOUNDS = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 3e-1}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The values of a tensor.
+
+    Attributes:
+        largest: magnitude of a finite value.
+        nans, infinities: how many there are.
+        small: share of the values other than 0 that are smaller than fp16's smallest normal value.
+    """
+
+    largest: float
+    nans: int
+    infinities: int
+    small: float
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Spread:
+        """Measure a tensor of any type."""
+        if values.dtype.kind not in "f" or not values.size:
+            return cls(float(np.abs(values.astype(np.float64)).max(initial=0)), 0, 0, 0.0)
+        finite = np.isfinite(values)
+        nans = int(np.isnan(values).sum())
+        magnitudes = np.abs(values[finite])
+        nonzero = np.count_nonzero(magnitudes)
+        small = np.count_nonzero(magnitudes < RANGES["fp16"][1]) - (magnitudes.size - nonzero)
+        return cls(
+            float(magnitudes.max(initial=0)),
+            nans,
+            int(values.size - finite.sum()) - nans,
+            small / nonzero if nonzero else 0.0,
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        return not self.nans and not self.infinities
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from another; true where it is within its bound, as Polygraphy's comparator asks.
+
+    Attributes:
+        error: relative L2; infinite where one of the two is not finite and the other is.
+        bound: of it.
+    """
+
+    error: float
+    bound: float
+
+    def __bool__(self) -> bool:
+        return self.error <= self.bound
+
+
+def difference(found: NDArray[Any], expected: NDArray[Any], bound: float) -> Difference:
+    """Compare two tensors of one shape; two that are both not finite in the same places differ by the rest."""
+    same = np.isfinite(found) == np.isfinite(expected)
+    if not same.all():
+        return Difference(math.inf, bound)
+    finite = np.isfinite(expected)
+    wide = found if finite.all() else found[finite]
+    other = expected if finite.all() else expected[finite]
+    if not np.any(other):
+        return Difference(math.inf if np.any(wide) else 0.0, bound)
+    return Difference(relative_l2(wide, other), bound)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One result of one layer of the examined graph.
+
+    Attributes:
+        index: in graph order.
+        name: of the node. output: of its result. operator: of ONNX.
+        place: the module of the network whose weights it uses; "" for none.
+        type: of its result.
+        shape: of its result.
+        reference, examined: the values of both ways, after all that came before.
+        error: relative L2 between the two.
+        own: relative L2 that the layer adds by itself: both ways from the reference's inputs to it.
+        own_spread: the values that the examined way makes of the reference's inputs.
+        bound, own_bound: of the two errors.
+    """
+
+    index: int
+    name: str
+    output: str
+    operator: str
+    place: str
+    type: str
+    shape: tuple[int, ...]
+    reference: Spread
+    examined: Spread
+    error: float
+    own: float
+    own_spread: Spread
+    bound: float
+    own_bound: float
+
+    @property
+    def breaks(self) -> bool:
+        """Whether it makes NaNs or infinities of the reference's inputs, from which the reference makes none."""
+        return self.reference.is_finite and not self.own_spread.is_finite
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it is beyond its own bound, whatever came before it."""
+        return not self.own <= self.own_bound
+
+    @property
+    def diverges(self) -> bool:
+        """Whether its result is beyond the bound, after all that came before it."""
+        return not self.error <= self.bound
+
+    @property
+    def exceeds_fp16(self) -> bool:
+        """Whether the reference's values are larger than fp16 holds."""
+        return self.reference.largest > RANGES["fp16"][0]
+
+    @property
+    def label(self) -> str:
+        """What a person finds it by: its name, and the module of the network where it has one."""
+        return f"{self.name} ({self.place})" if self.place else self.name
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as plain data; what is not finite is told as text, which JSON has no number for."""
+        data = {name: value for name, value in asdict(self).items()}
+        for name in ("error", "own"):
+            data[name] = data[name] if math.isfinite(data[name]) else str(data[name])
+        return {**data, "breaks": self.breaks, "is_wrong": self.is_wrong, "diverges": self.diverges}
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """The comparison of one graph.
+
+    Attributes:
+        graph: its name.
+        stage: of the restoration that its inputs are from.
+        layers: in graph order.
+        outputs: the graph's own.
+        seconds: that the comparison took.
+    """
+
+    graph: str
+    stage: str
+    layers: tuple[Layer, ...]
+    outputs: tuple[str, ...]
+    seconds: float
+    memory_groups: int = field(default=1)
+
+    @property
+    def wrong(self) -> tuple[Layer, ...]:
+        """The layers that are wrong by themselves, those that break first."""
+        found = [layer for layer in self.layers if layer.breaks or layer.is_wrong]
+        return tuple(sorted(found, key=lambda layer: (not layer.breaks, layer.index)))
+
+    @property
+    def first_divergence(self) -> Layer | None:
+        """The first layer whose result is beyond the bound, after all that came before it."""
+        return next((layer for layer in self.layers if layer.diverges), None)
+
+    @property
+    def first_not_finite(self) -> Layer | None:
+        """The first layer that gives NaNs or infinities where the reference gives none."""
+        found = (layer for layer in self.layers if layer.reference.is_finite and not layer.examined.is_finite)
+        return next(found, None)
+
+    @property
+    def beyond_fp16(self) -> tuple[Layer, ...]:
+        """The layers whose reference values fp16 does not hold, whatever type they are in."""
+        return tuple(layer for layer in self.layers if layer.exceeds_fp16)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing is beyond a bound."""
+        return not self.wrong and self.first_divergence is None and self.first_not_finite is None
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as plain data."""
+
+        def names(layers: Sequence[Layer | None]) -> list[str]:
+            return [layer.name for layer in layers if layer is not None]
+
+        return {
+            "graph": self.graph,
+            "stage": self.stage,
+            "agrees": self.agrees,
+            "wrong": names(self.wrong),
+            "first_divergence": next(iter(names([self.first_divergence])), None),
+            "first_not_finite": next(iter(names([self.first_not_finite])), None),
+            "beyond_fp16": names(self.beyond_fp16),
+            "seconds": round(self.seconds, 2),
+            "layers": [layer.as_data() for layer in self.layers],
+        }
