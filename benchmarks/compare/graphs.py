@@ -35,9 +35,9 @@ from export.graphs.traces import can_trace, shipped_trace
 
 #: ONNX's floating-point types that graphs hold, with NumPy's.
 FLOATS: dict[int, np.dtype[Any]] = {
-    TensorProto.FLOAT: np.dtype(np.float32),
-    TensorProto.FLOAT16: np.dtype(np.float16),
-    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    int(TensorProto.FLOAT): np.dtype(np.float32),
+    int(TensorProto.FLOAT16): np.dtype(np.float16),
+    int(TensorProto.BFLOAT16): np.dtype(ml_dtypes.bfloat16),
 }
 #: Reads a weight by its name, in the type that the graph declares.
 ReadWeight = Callable[[str], NDArray[Any]]
@@ -269,7 +269,9 @@ def check_same_network(first: Bundle, second: Bundle, graph: str) -> None:
             raise UsageError(
                 "the two bundles are of different architectures",
                 where=f"{graph}: {name}",
-                expected=f"{list(ours[name])}, as in {first.path}" if name in ours else f"no such weight in {first.path}",
+                expected=f"{list(ours[name])}, as in {first.path}"
+                if name in ours
+                else f"no such weight in {first.path}",
                 found=f"{list(theirs[name])} in {second.path}" if name in theirs else f"none in {second.path}",
                 fix="compare bundles of one architecture: the same checkpoints in another precision or with other LoRAs",
             )

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
-from polygraphy.comparator import Comparator, IterationResult, RunResults
+from polygraphy.comparator import Comparator
 
-from benchmarks.compare.findings import BOUNDS, LOCAL_BOUNDS, TYPE_NAMES, Difference, GraphReport, Layer, Spread
-from benchmarks.compare.findings import difference as difference_of
+from benchmarks.compare.findings import BOUNDS, LOCAL_BOUNDS, TYPE_NAMES, GraphReport, Layer, Spread, difference
 from benchmarks.compare.graphs import LayerGraph, precision_type, round_to
 from benchmarks.compare.matching import Match, is_float_cast, match
 from benchmarks.compare.slices import make_slice
@@ -58,9 +57,7 @@ class Side:
     def _widened(self) -> dict[str, str]:
         """The results of casts to fp32, with what they are casts of."""
         casts = (layer for layer in self.graph.layers if is_float_cast(self.graph, layer))
-        return {
-            cast.output[0]: cast.input[0] for cast in casts if self.type_of(cast.output[0]) == TensorProto.FLOAT
-        }
+        return {cast.output[0]: cast.input[0] for cast in casts if self.type_of(cast.output[0]) == TensorProto.FLOAT}
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,7 @@ class _Chain:
 
 
 class _Comparison:
-    def __init__(
-        self, reference: Side, examined: Side, inputs: Mapping[str, NDArray[Any]], limits: Limits
-    ) -> None:
+    def __init__(self, reference: Side, examined: Side, inputs: Mapping[str, NDArray[Any]], limits: Limits) -> None:
         self._reference, self._examined, self._limits = reference, examined, limits
         self._match: Match = match(examined.graph, reference.graph)
         self._chains = _Chain(reference, inputs), _Chain(examined, inputs)
@@ -145,7 +140,9 @@ class _Comparison:
             for tensor in (*examined.graph.varying(layer), *layer.output)
             if tensor in self._match.tensors
         }
-        coarser = max((side.way.computes_in or _precision(side.graph) for side in (reference, examined)), key=_roughness)
+        coarser = max(
+            (side.way.computes_in or _precision(side.graph) for side in (reference, examined)), key=_roughness
+        )
         self._bound = limits.bound or BOUNDS[coarser]
 
     def run(self, stage: str, on_progress: OnProgress) -> GraphReport:
@@ -195,16 +192,31 @@ class _Comparison:
             if tensor in self._match.tensors
         }
         found = {tensor: examined.values[tensor] for tensor in expected}
-        whole = compare_results(found, expected, lambda _: self._bound)
+        errors = _differences(found, expected)
         own_found, own_expected = self._apart(start, stop)
-        own = compare_results(own_found, own_expected, self._own_bound)
-        rows = []
-        for index, layer in enumerate(layers, start):
-            for tensor in layer.output:
-                if tensor in expected and self._is_told(tensor, whole[tensor]):
-                    rows.append(
-                        self._layer(index, layer, tensor, expected[tensor], found[tensor], own_found[tensor], whole, own)
-                    )
+        own_errors = _differences(own_found, own_expected)
+        rows = [
+            Layer(
+                index=index,
+                name=layer.name,
+                output=tensor,
+                operator=layer.op_type,
+                place=self._examined.graph.place(layer),
+                type=TYPE_NAMES[self._examined.type_of(tensor)],
+                shape=tuple(found[tensor].shape),
+                reference=Spread.of(expected[tensor]),
+                examined=Spread.of(found[tensor]),
+                error=errors[tensor],
+                own=own_errors[tensor],
+                own_spread=Spread.of(own_found[tensor]),
+                bound=self._bound,
+                own_bound=self._own_bound(layer, tensor),
+            )
+            for index, layer in enumerate(layers, start)
+            for tensor in layer.output
+            # Integers are told only where they differ.
+            if tensor in expected and (self._examined.graph.is_float(tensor) or errors[tensor] > 0)
+        ]
         examined.drop(lambda name: False)
         reference.drop(lambda name: self._needed.get(name, -1) >= stop)
         return rows
@@ -251,43 +263,13 @@ class _Comparison:
         made = run_layers(self._reference, [other for _, other in pairs], given, cut=reads)
         return {results[name]: value for name, value in made.items()}
 
-    def _own_bound(self, tensor: str) -> float:
+    def _own_bound(self, layer: NodeProto, tensor: str) -> float:
+        """Return how much a layer may add by itself: by the coarsest type of its result and its weights."""
         if self._limits.own_bound is not None:
             return self._limits.own_bound
-        types = self._examined.type_of(tensor), self._reference.type_of(self._match.tensors[tensor])
-        return max((LOCAL_BOUNDS.get(TYPE_NAMES[each], 0.0) for each in types), default=0.0)
-
-    def _is_told(self, tensor: str, whole: Difference) -> bool:
-        """Tell whether a result belongs into the report: integers only where they differ."""
-        return self._examined.graph.is_float(tensor) or whole.error > 0
-
-    def _layer(
-        self,
-        index: int,
-        layer: NodeProto,
-        tensor: str,
-        expected: NDArray[Any],
-        found: NDArray[Any],
-        own: NDArray[Any],
-        whole: Mapping[str, Difference],
-        apart: Mapping[str, Difference],
-    ) -> Layer:
-        return Layer(
-            index=index,
-            name=layer.name,
-            output=tensor,
-            operator=layer.op_type,
-            place=self._examined.graph.place(layer),
-            type=TYPE_NAMES[self._examined.type_of(tensor)],
-            shape=tuple(found.shape),
-            reference=Spread.of(expected),
-            examined=Spread.of(found),
-            error=whole[tensor].error,
-            own=apart[tensor].error,
-            own_spread=Spread.of(own),
-            bound=whole[tensor].bound,
-            own_bound=apart[tensor].bound,
-        )
+        types = {self._examined.type_of(tensor), self._reference.type_of(self._match.tensors[tensor])}
+        types.update(map(self._examined.type_of, self._examined.graph.constants_of(layer)[1]))
+        return max((LOCAL_BOUNDS.get(TYPE_NAMES.get(each, ""), 0.0) for each in types), default=0.0)
 
 
 def run_layers(
@@ -317,25 +299,13 @@ def run_layers(
         ) from error
 
 
-def compare_results(found: Values, expected: Values, bound_of: Callable[[str], float]) -> dict[str, Difference]:
-    """Compare results by name, through Polygraphy's comparator.
+def _differences(found: Values, expected: Values) -> dict[str, float]:
+    """Compare results by name.
 
-    Args:
-        found, expected: by the same names.
-        bound_of: the bound of a name's relative L2.
+    Polygraphy's `compare_accuracy` would sort every tensor several times, for statistics that it logs and that nobody
+    reads here: more time than running the layers takes.
     """
-
-    def differences(one: IterationResult, other: IterationResult) -> dict[str, Difference]:
-        return {name: difference_of(one[name], other[name], bound_of(name)) for name in one}
-
-    results = RunResults()
-    for runner, values in (("examined", found), ("reference", {name: expected[name] for name in found})):
-        results.append((runner, [IterationResult(values, runner_name=runner)]))
-    if not found:
-        return {}
-    (accuracy,) = Comparator.compare_accuracy(results, compare_func=differences)
-    ((differing,),) = accuracy.values()
-    return dict(differing)
+    return {name: difference(value, expected[name]) for name, value in found.items()}
 
 
 def _in_float32(array: NDArray[Any]) -> NDArray[Any]:
@@ -344,7 +314,9 @@ def _in_float32(array: NDArray[Any]) -> NDArray[Any]:
 
 def _precision(graph: LayerGraph) -> str:
     """Return the coarsest type that a graph's layers have."""
-    kinds = {TYPE_NAMES.get(graph.sizes.types[tensor], "") for layer in graph.layers for tensor in layer.output if tensor}
+    kinds = {
+        TYPE_NAMES.get(graph.sizes.types[tensor], "") for layer in graph.layers for tensor in layer.output if tensor
+    }
     return max(kinds & BOUNDS.keys(), key=_roughness, default="fp32")
 
 

@@ -26,7 +26,19 @@ from benchmarks.compare.graphs import FLOATS, LayerGraph, round_to
 Form = Literal["typed", "rounded"]
 #: Layers that hand on values as they are: what is rounded before them stays so.
 _MOVES = frozenset(
-    ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+    (
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    )
 )
 
 
@@ -49,10 +61,7 @@ class LayerSlice:
     def feed(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the model's inputs; values are in float32, or integers."""
         dtypes = {name: helper.tensor_dtype_to_np_dtype(kind) for name, kind in self.types.items()}
-        return {
-            name: np.ascontiguousarray(values[value].astype(dtypes[name], copy=False))
-            for name, value in self.inputs.items()
-        }
+        return {name: np.asarray(values[value], dtypes[name], order="C") for name, value in self.inputs.items()}
 
 
 def make_slice(
@@ -126,7 +135,7 @@ class _Maker:
                 value = self._graph.constant(name)
                 if self._form == "rounded":
                     value = round_to(value, self._graph.sizes.types[name])
-                self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+                self._constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         for name, node in nodes.items():
             if name not in self._folded:
                 self._folded.add(name)
@@ -175,10 +184,7 @@ class _Maker:
             helper.make_graph(
                 self._nodes,
                 self._graph.name,
-                [
-                    helper.make_tensor_value_info(name, self._types[name], self._shapes[name])
-                    for name in self._inputs
-                ],
+                [helper.make_tensor_value_info(name, self._types[name], self._shapes[name]) for name in self._inputs],
                 infos[:1],
                 initializer=list(self._constants.values()),
                 value_info=infos,
