@@ -223,7 +223,8 @@ class _Comparison:
 
     def _apart(self, start: int, stop: int) -> tuple[Values, Values]:
         """Return what each layer makes of the reference's inputs, rounded as the examined way holds them: by the
-        examined way, and by the reference."""
+        examined way, and by the reference.
+        """
         graph = self._examined.graph
         layers = graph.layers[start:stop]
         given = {
