@@ -23,7 +23,11 @@ TYPE_NAMES = {
     int(TensorProto.BOOL): "bool",
 }
 #: Largest finite, and smallest normal value of each floating-point type.
-RANGES = {"fp32": (3.4028235e38, 1.1754944e-38), "fp16": (65504.0, 6.1035156e-05), "bf16": (3.3895314e38, 1.1754944e-38)}
+RANGES = {
+    "fp32": (3.4028235e38, 1.1754944e-38),
+    "fp16": (65504.0, 6.1035156e-05),
+    "bf16": (3.3895314e38, 1.1754944e-38),
+}
 #: Relative L2 that a layer may add by itself, its inputs equal, by the coarsest type of its result and its weights.
 #: Rounding a result once costs 2e-4 in fp16 and 1.7e-3 in bf16, and up to three times as much where a layer subtracts.
 LOCAL_BOUNDS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 8e-3}

@@ -269,12 +269,14 @@ def check_same_network(first: Bundle, second: Bundle, graph: str) -> None:
             raise UsageError(
                 "the two bundles are of different architectures",
                 where=f"{graph}: {name}",
-                expected=f"{list(ours[name])}, as in {first.path}"
-                if name in ours
-                else f"no such weight in {first.path}",
-                found=f"{list(theirs[name])} in {second.path}" if name in theirs else f"none in {second.path}",
-                fix="compare bundles of one architecture: the same checkpoints in another precision or with other LoRAs",
+                expected=f"{_size(ours, name)}, as in {first.path}",
+                found=f"{_size(theirs, name)} in {second.path}",
+                fix="compare bundles of the same networks: in another precision, or of other weights or LoRAs",
             )
+
+
+def _size(parameters: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return str(list(parameters[name])) if name in parameters else "no such weight"
 
 
 def _parameters(bundle: Bundle, graph: str) -> dict[str, tuple[int, ...]]:

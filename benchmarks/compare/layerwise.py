@@ -1,12 +1,12 @@
 """The comparison itself: a group of layers at a time, so that neither a graph's weights nor its results are all held.
 
-Two errors are measured of each layer. The error after all that came before it says where the two ways part for good;
-but rounding adds up, and what is in the thousands at layer 50 and in the hundreds at layer 500 need not be anybody's
-fault. So each layer is computed once more from the reference's inputs to it, rounded to the types that the examined way
-holds them in, by both ways: what differs then is the layer's own, and a scale that is 1 % off shows as 1 % in any depth.
+Two errors are measured of each layer. The first is that of its result, after all that came before it; but rounding adds
+up along a graph, so that a large error deep in it need not be that layer's fault, and hides one that is. So each layer
+is computed once more by both ways, from the reference's inputs to it, rounded to the types that the examined way holds
+them in. What differs then is the layer's own: a scale that is 1 % off shows as 1 %, however deep it lies.
 
-A group costs four runs: each way's layers in a chain, and each way's layers cut apart. Between groups, what later layers
-still read is kept.
+A group costs four runs: each way's layers in a chain, and each way's layers cut apart. Between groups, what later
+layers still read is kept.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which layer of one graph is which of another.
 
 Names do not tell: a trace in fp16 has casts that one in fp32 lacks, and the exporter numbers what follows anew. So a
-tensor is known by what it is computed from: the operator, its attributes, and its sources down to the graph's inputs and
-the weights' names. A cast between floating-point types changes no meaning, and is left out. Layers that are told apart
-by nothing, such as two products of one tensor with constants, are matched in graph order.
+tensor is known by what it is computed from: the operator, its attributes, and its sources down to the graph's inputs
+and the weights' names. A cast between floating-point types changes no meaning, and is left out. Layers that nothing
+tells apart, such as two products of one tensor with constants, are matched in graph order.
 """
 
 from __future__ import annotations
