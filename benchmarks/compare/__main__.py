@@ -2,8 +2,8 @@
 
 import sys
 
-from benchmarks.compare.command import main
 from engine.cli.console import run_command
+from engine.cli.main import dispatch
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda arguments: dispatch(["compare", *arguments])))

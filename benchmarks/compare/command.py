@@ -35,6 +35,7 @@ from engine.errors import OutputError, UsageError, from_os_error, printable
 #: Exit status where a layer is beyond a bound.
 EXIT_DIFFERS = 1
 _ALL = "all"
+_DEFAULT_WAYS = ("onnxruntime-fp32", "onnxruntime-fp16")
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ways",
         nargs=2,
         choices=WAYS,
-        default=("onnxruntime-fp32", "onnxruntime-fp16"),
+        default=_DEFAULT_WAYS,
         metavar=("REFERENCE", "EXAMINED"),
-        help="the way that is trusted, and the one that is judged by it; see below; default: %(default)s",
+        help=f"the way that is trusted, and the one that is judged by it; see below; default: {' '.join(_DEFAULT_WAYS)}",
     )
     parser.add_argument(
         "--bound",

@@ -101,6 +101,7 @@ class Layer:
         error: relative L2 between the two.
         own: relative L2 that the layer adds by itself: both ways from the reference's inputs to it.
         own_spread: the values that the examined way makes of the reference's inputs.
+        breaks: whether these hold NaNs or infinities though the inputs, and what the reference makes of them, do not.
         bound, own_bound: of the two errors.
     """
 
@@ -116,16 +117,12 @@ class Layer:
     error: float
     own: float
     own_spread: Spread
+    breaks: bool
     bound: float
     own_bound: float
 
     @property
-    def breaks(self) -> bool:
-        """Whether it makes NaNs or infinities of the reference's inputs, from which the reference makes none."""
-        return self.reference.is_finite and not self.own_spread.is_finite
-
-    @property
-    def is_wrong(self) -> bool:
+    def is_off(self) -> bool:
         """Whether it is beyond its own bound, whatever came before it."""
         return not self.own <= self.own_bound
 
@@ -149,7 +146,7 @@ class Layer:
         data = asdict(self)
         for name in ("error", "own"):
             data[name] = data[name] if math.isfinite(data[name]) else str(data[name])
-        return {**data, "breaks": self.breaks, "is_wrong": self.is_wrong, "diverges": self.diverges}
+        return {**data, "is_off": self.is_off, "diverges": self.diverges}
 
 
 @dataclass(frozen=True)
@@ -173,9 +170,9 @@ class GraphReport:
     groups: int = 1
 
     @property
-    def wrong(self) -> tuple[Layer, ...]:
-        """The layers that are wrong by themselves, those that break first."""
-        found = [layer for layer in self.layers if layer.breaks or layer.is_wrong]
+    def off(self) -> tuple[Layer, ...]:
+        """The layers that are off by themselves, those that break first."""
+        found = [layer for layer in self.layers if layer.breaks or layer.is_off]
         return tuple(sorted(found, key=lambda layer: (not layer.breaks, layer.index)))
 
     @property
@@ -197,7 +194,7 @@ class GraphReport:
     @property
     def agrees(self) -> bool:
         """Whether nothing is beyond a bound."""
-        return not self.wrong and self.first_divergence is None and self.first_not_finite is None
+        return not self.off and self.first_divergence is None and self.first_not_finite is None
 
     def as_data(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -209,7 +206,7 @@ class GraphReport:
             "graph": self.graph,
             "stage": self.stage,
             "agrees": self.agrees,
-            "wrong": names(self.wrong),
+            "off_by_itself": names(self.off),
             "first_divergence": next(iter(names([self.first_divergence])), None),
             "first_not_finite": next(iter(names([self.first_not_finite])), None),
             "beyond_fp16": names(self.beyond_fp16),

@@ -208,7 +208,8 @@ class _Comparison:
                 examined=Spread.of(found[tensor]),
                 error=errors[tensor],
                 own=own_errors[tensor],
-                own_spread=Spread.of(own_found[tensor]),
+                own_spread=(own_spread := Spread.of(own_found[tensor])),
+                breaks=not own_spread.is_finite and Spread.of(own_expected[tensor]).is_finite,
                 bound=self._bound,
                 own_bound=self._own_bound(layer, tensor),
             )

@@ -16,6 +16,7 @@ from engine.cli.report_page import page_style
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1000, 220, 52, 20
 _HEADS = ("#", "layer", "operator", "type", "shape", "max |x|", "examined", "error", "own", "")
+_NUMBERS = ("#", "max |x|", "examined", "error", "own")
 
 
 def write_page(path: Path, reports: Sequence[GraphReport], titles: tuple[str, str], facts: Mapping[str, str]) -> None:
@@ -43,7 +44,7 @@ def write_page(path: Path, reports: Sequence[GraphReport], titles: tuple[str, st
 
 def _graph(report: GraphReport) -> str:
     lines = "".join(f"<li>{escape(line)}</li>" for line in verdict_lines(report))
-    heads = "".join(f"<th>{escape(head)}</th>" for head in _HEADS)
+    heads = "".join(f"<th{' class=n' if head in _NUMBERS else ''}>{escape(head)}</th>" for head in _HEADS)
     rows = "".join(map(_row, report.layers))
     bad = "" if report.agrees else " bad"
     return (
@@ -66,7 +67,7 @@ def _row(layer: Layer) -> str:
 
 
 def _is_found(layer: Layer) -> bool:
-    return layer.breaks or layer.is_wrong or layer.diverges or not layer.examined.is_finite
+    return layer.breaks or layer.is_off or layer.diverges or not layer.examined.is_finite
 
 
 # -- charts -----------------------------------------------------------------------------------------
@@ -125,8 +126,8 @@ def _path(
 
 
 def _flags(report: GraphReport, x: Callable[[Layer], float]) -> Iterable[str]:
-    """Draw an upright line, with its name, where a layer is wrong by itself."""
-    for layer in report.wrong:
+    """Draw an upright line, with its name, where a layer is off by itself."""
+    for layer in report.off:
         title = escape(f"{layer.label}: {remarks(layer)}")
         yield (
             f"<line class='bad' x1='{x(layer):.1f}' x2='{x(layer):.1f}' y1='4' y2='{_HEIGHT - _BOTTOM}'>"
@@ -137,7 +138,7 @@ def _flags(report: GraphReport, x: Callable[[Layer], float]) -> Iterable[str]:
 def _line(height: float, label: str, kind: str) -> str:
     return (
         f"<line class='{kind}' x1='{_LEFT}' x2='{_WIDTH}' y1='{height:.1f}' y2='{height:.1f}'/>"
-        f"<text x='{_WIDTH - 4}' y='{height - 3:.1f}' text-anchor='end'>{escape(label)}</text>"
+        f"<text x='{_LEFT + 4}' y='{height - 3:.1f}'>{escape(label)}</text>"
     )
 
 

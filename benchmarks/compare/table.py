@@ -15,16 +15,16 @@ _COLUMNS = ("layer", "operator", "type", "max |x|", "examined", "error", "own", 
 def verdict_lines(report: GraphReport) -> list[str]:
     """Return what the comparison comes to, a finding a line."""
     lines = []
-    breaking = [layer for layer in report.wrong if layer.breaks]
-    off = [layer for layer in report.wrong if not layer.breaks]
+    breaking = [layer for layer in report.off if layer.breaks]
+    off = [layer for layer in report.off if not layer.breaks]
     for layer in breaking[:_NAMED]:
         lines.append(
             f"breaks: {layer.label} makes {counts(layer.own_spread)}; the reference's values reach "
             f"{layer.reference.largest:.4g}, {holds(layer.type)}"
         )
     for layer in off[:_NAMED]:
-        lines.append(f"wrong by itself: {layer.label} is off by {layer.own:.2g} (bound {layer.own_bound:g})")
-    lines += _more(breaking, "break") + _more(off, "are wrong by themselves")
+        lines.append(f"off by itself: {layer.label} differs by {layer.own:.2g} (bound {layer.own_bound:g})")
+    lines += _more(breaking, "that break") + _more(off, "that are off by themselves")
     first = report.first_not_finite
     if first is not None:
         lines.append(f"not finite from here on: {first.label}, {counts(first.examined)}")
@@ -50,7 +50,7 @@ def verdict_lines(report: GraphReport) -> list[str]:
 
 def _more(layers: Sequence[Layer], what: str) -> list[str]:
     rest = len(layers) - _NAMED
-    return [f"{rest} more {what}" if rest > 1 or not what.startswith("are") else "1 more is"] if rest > 0 else []
+    return [f"and {rest} more {what}"] if rest > 0 else []
 
 
 def table_lines(report: GraphReport, rows: int) -> list[str]:
@@ -69,7 +69,7 @@ def table_lines(report: GraphReport, rows: int) -> list[str]:
 def _interest(report: GraphReport, layer: Layer) -> tuple[bool, bool, bool, float]:
     firsts = (report.first_divergence, report.first_not_finite)
     own = layer.own if layer.own == layer.own else float("inf")
-    return not layer.breaks, not layer.is_wrong, layer not in firsts, -own
+    return not layer.breaks, not layer.is_off, layer not in firsts, -own
 
 
 def _cells(layer: Layer) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ def remarks(layer: Layer) -> str:
     found = []
     if layer.breaks:
         found.append("breaks")
-    elif layer.is_wrong:
-        found.append("wrong by itself")
+    elif layer.is_off:
+        found.append("off by itself")
     if not layer.examined.is_finite:
         found.append(counts(layer.examined))
     if layer.exceeds_fp16:
