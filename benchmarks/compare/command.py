@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.compare.capture import Captured, capture, check_graphs, check_step
 from benchmarks.compare.findings import GraphReport
-from benchmarks.compare.graphs import check_same_network, load_graph
+from benchmarks.compare.graphs import check_precision, check_same_network, load_graph
 from benchmarks.compare.layerwise import Limits, Side, compare_layers
 from benchmarks.compare.page import write_page
 from benchmarks.compare.table import table_lines, verdict_lines
@@ -113,7 +113,9 @@ def _check_pair(pair: _Pair, graphs: Sequence[str]) -> None:
     for graph in graphs:
         check_graphs(second, [graph])
         for bundle, way in zip(pair.bundles, pair.ways, strict=True):
-            way.check_graph(way.precision_of(bundle.spec(graph).precision))
+            precision = way.precision_of(bundle.spec(graph).precision)
+            way.check_graph(precision)
+            check_precision(bundle, graph, precision)
     if first is not second:
         for graph in graphs:
             check_same_network(first, second, graph)
@@ -212,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=WAYS,
         default=_DEFAULT_WAYS,
         metavar=("REFERENCE", "EXAMINED"),
-        help=f"the way that is trusted, and the one that is judged by it; see below; default: {' '.join(_DEFAULT_WAYS)}",
+        help="the way that is trusted, and the one that is judged by it; see below; "
+        f"default: {' '.join(_DEFAULT_WAYS)}",
     )
     parser.add_argument(
         "--bound",

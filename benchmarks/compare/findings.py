@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -169,29 +170,29 @@ class GraphReport:
     seconds: float
     groups: int = 1
 
-    @property
+    @cached_property
     def off(self) -> tuple[Layer, ...]:
         """The layers that are off by themselves, those that break first."""
         found = [layer for layer in self.layers if layer.breaks or layer.is_off]
         return tuple(sorted(found, key=lambda layer: (not layer.breaks, layer.index)))
 
-    @property
+    @cached_property
     def first_divergence(self) -> Layer | None:
         """The first layer whose result is beyond the bound, after all that came before it."""
         return next((layer for layer in self.layers if layer.diverges), None)
 
-    @property
+    @cached_property
     def first_not_finite(self) -> Layer | None:
         """The first layer that gives NaNs or infinities where the reference gives none."""
         found = (layer for layer in self.layers if layer.reference.is_finite and not layer.examined.is_finite)
         return next(found, None)
 
-    @property
+    @cached_property
     def beyond_fp16(self) -> tuple[Layer, ...]:
         """The layers whose reference values fp16 does not hold, whatever type they are in."""
         return tuple(layer for layer in self.layers if layer.exceeds_fp16)
 
-    @property
+    @cached_property
     def agrees(self) -> bool:
         """Whether nothing is beyond a bound."""
         return not self.off and self.first_divergence is None and self.first_not_finite is None

@@ -114,8 +114,11 @@ class LayerGraph:
 
     def place(self, layer: NodeProto) -> str:
         """Return the network's module that a layer belongs to, by its weights' names; "" where it has none."""
-        named = [int8.parameter_name(name) for name in self.constants_of(layer)[1] if "." in name]
-        return named[0].rpartition(".")[0] if named else ""
+        for name in self.constants_of(layer)[1]:
+            tensor = self.weights.get(name)
+            if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
+                return int8.parameter_name(name).rpartition(".")[0]
+        return ""
 
 
 def round_to(array: NDArray[Any], onnx_type: int) -> NDArray[Any]:
@@ -155,9 +158,20 @@ def load_graph(bundle: Bundle, graph: str, precision: Precision, shapes: Mapping
             tensor = weights[name]
             if tensor.data_location != TensorProto.EXTERNAL:
                 return numpy_helper.to_array(tensor)
-            return _parameter(stored, name).astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            with np.errstate(over="ignore"):  # a weight that is too large for fp16 breaks its layer, which is told
+                return _parameter(stored, name).astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
     return _taken_apart(model, graph, weights, read, shapes)
+
+
+def check_precision(bundle: Bundle, graph: str, precision: Precision) -> None:
+    """Check that a bundle's graph can be had in a precision.
+
+    Raises:
+        BuildError: there is no trace of it.
+    """
+    if bundle.spec(graph).precision != precision:
+        _traced(bundle, graph, precision)
 
 
 def _parameter(stored: Mapping[str, StoredTensor], name: str) -> NDArray[Any]:
