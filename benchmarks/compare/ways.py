@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx
@@ -14,7 +15,7 @@ from onnx import helper
 from polygraphy import config as polygraphy_config
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnx import BytesFromOnnx
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
@@ -75,11 +76,19 @@ class Way:
 
 def _onnxruntime(provider: str, *, as_written: bool) -> MakeRunner:
     def make(model: onnx.ModelProto) -> BaseRunner:
-        onnxruntime.set_default_logger_severity(4)  # errors come as exceptions
-        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL if as_written else None
-        return OnnxrtRunner(SessionFromOnnx(BytesFromOnnx(model), providers=[provider], graph_optimization_level=level))
+        return OnnxrtRunner(partial(_session, model, provider, as_written))
 
     return make
+
+
+def _session(model: onnx.ModelProto, provider: str, as_written: bool) -> onnxruntime.InferenceSession:
+    """Return a session; Polygraphy's own loader takes no options, and its threads would spin on other cores' time."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(BytesFromOnnx(model)(), options, providers=[provider])
 
 
 def _always() -> None:
@@ -163,15 +172,15 @@ def _check_tensorrt(name: str) -> Callable[[], None]:
 
 _LIST = (
     Way("onnxruntime", "ONNX Runtime on the CPU, the graph as the bundle has it", "typed",
-        _onnxruntime("cpu", as_written=False), _always),
+        _onnxruntime("CPUExecutionProvider", as_written=False), _always),
     Way("onnxruntime-fp32", "the graph in fp32, by ONNX Runtime on the CPU", "rounded",
-        _onnxruntime("cpu", as_written=False), _always, "fp32"),
+        _onnxruntime("CPUExecutionProvider", as_written=False), _always, "fp32"),
     Way("onnxruntime-fp16", "the graph in fp16: computed in fp32 by ONNX Runtime on the CPU, every layer rounded",
-        "rounded", _onnxruntime("cpu", as_written=True), _always, "fp16"),
+        "rounded", _onnxruntime("CPUExecutionProvider", as_written=True), _always, "fp16"),
     Way("onnxruntime-bf16", "the graph in bf16: computed in fp32 by ONNX Runtime on the CPU, every layer rounded",
-        "rounded", _onnxruntime("cpu", as_written=True), _always, "bf16"),
+        "rounded", _onnxruntime("CPUExecutionProvider", as_written=True), _always, "bf16"),
     Way("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU, the graph as the bundle has it", "typed",
-        _onnxruntime("cuda", as_written=False), _check_cuda),
+        _onnxruntime("CUDAExecutionProvider", as_written=False), _check_cuda),
     Way("openvino", "OpenVINO on the CPU, computing in fp32", "typed", _openvino("fp32"), _check_openvino("fp32")),
     Way("openvino-bf16", "OpenVINO on the CPU, computing in bf16", "typed", _openvino("bf16"), _check_openvino("bf16"),
         computes_in="bf16"),
