@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.compare.layerwise import Limits, Side, compare_layers
 from benchmarks.compare.page import write_page
 from benchmarks.compare.table import table_lines, verdict_lines
 from benchmarks.compare.ways import WAYS, Way, check_pair, quiet_polygraphy
+from engine.backends import MAX_THREADS
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.bundle.storage import atomic_write
 from engine.cli.options import add_settings, given_settings, path_option, whole_number
@@ -40,16 +41,18 @@ _DEFAULT_WAYS = ("onnxruntime-fp32", "onnxruntime-fp16")
 
 @dataclass(frozen=True)
 class _Pair:
-    """The two bundles, which may be one, and the two ways."""
+    """The two bundles, which may be one, the two ways, and the CPU threads that each may take."""
 
     bundles: tuple[Bundle, Bundle]
     ways: tuple[Way, Way]
+    threads: int
 
     def side(self, index: int, graph: str, captured: Captured) -> Side:
         """Return the reference's graph (0) or the examined one (1)."""
         bundle, way = self.bundles[index], self.ways[index]
         shapes = {name: array.shape for name, array in captured.inputs.items()}
-        return Side(load_graph(bundle, graph, way.precision_of(bundle.spec(graph).precision), shapes), way)
+        loaded = load_graph(bundle, graph, way.precision_of(bundle.spec(graph).precision), shapes)
+        return Side(loaded, way, self.threads)
 
     @property
     def titles(self) -> tuple[str, str]:
@@ -70,14 +73,15 @@ def main(arguments: Sequence[str]) -> int:
     quiet_polygraphy()
     first = open_bundle(options.bundle)
     second = first if options.other_bundle is None else open_bundle(options.other_bundle)
-    pair = _Pair((first, second), (WAYS[options.ways[0]], WAYS[options.ways[1]]))
+    pair = _Pair((first, second), (WAYS[options.ways[0]], WAYS[options.ways[1]]), options.threads)
     changes = given_settings(options)
     graphs = list(first.manifest.graphs) if options.graph == _ALL else [options.graph]
     check_graphs(first, graphs)
     check_step(first.manifest.defaults.updated(changes), options.step)
     _check_pair(pair, graphs)
     limits = Limits(options.bound, options.own_bound, options.group_memory << 20)
-    found = capture(first, options.photo, graphs, options.step, changes, all_must_run=options.graph != _ALL)
+    must_run = options.graph != _ALL
+    found = capture(first, options.photo, graphs, options.step, changes, threads=options.threads, all_must_run=must_run)
     reports = []
     for graph, captured in found.items():
         report = _compare(pair, graph, captured, limits, quiet=options.quiet)
@@ -124,7 +128,7 @@ def _check_pair(pair: _Pair, graphs: Sequence[str]) -> None:
 def _compare(pair: _Pair, graph: str, captured: Captured, limits: Limits, *, quiet: bool) -> GraphReport:
     sides = pair.side(0, graph, captured), pair.side(1, graph, captured)
     if pair.bundles[0] is pair.bundles[1] and _precision(pair, graph, 0) == _precision(pair, graph, 1):
-        sides = sides[0], Side(sides[0].graph, pair.ways[1])
+        sides = sides[0], replace(sides[0], way=pair.ways[1])
     with tqdm(
         total=len(sides[1].graph.layers), desc=graph, unit="layer", file=sys.stderr, disable=quiet, leave=False
     ) as bar:
@@ -242,6 +246,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="results of layers, and weights, that are computed at once; about six times as much memory is used; "
         "default: %(default)s",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole_number(0, MAX_THREADS, " (one per core)"),
+        default=0,
+        metavar="N",
+        help="CPU threads; default: one per core",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_settings(parser)

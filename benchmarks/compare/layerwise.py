@@ -36,10 +36,11 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """A graph, and the way it is computed."""
+    """A graph, the way it is computed, and how many CPU threads that may take; 0 is one per core."""
 
     graph: LayerGraph
     way: Way
+    threads: int = 0
 
     def type_of(self, tensor: str) -> int:
         """Return ONNX's number of the type that a tensor is in."""
@@ -291,7 +292,9 @@ def run_layers(
     if not part.outputs:
         return {}
     try:
-        ((_, (result,)),) = Comparator.run([side.way.make_runner(part.model)], data_loader=[part.feed(values)])
+        ((_, (result,)),) = Comparator.run(
+            [side.way.make_runner(part.model, side.threads)], data_loader=[part.feed(values)]
+        )
         return {tensor: _in_float32(result[name]) for tensor, name in part.outputs.items()}
     except (RestoreError, MemoryError):
         raise

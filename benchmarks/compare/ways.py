@@ -26,8 +26,8 @@ from engine.backends.trt_library import PLAN_BACKENDS
 from engine.bundle.graphspec import Precision
 from engine.errors import BackendError, UsageError
 
-#: From a slice's model, a runner that is not activated yet.
-MakeRunner = Callable[[onnx.ModelProto], BaseRunner]
+#: From a slice's model and a number of CPU threads (0: one per core), a runner that is not activated yet.
+MakeRunner = Callable[[onnx.ModelProto, int], BaseRunner]
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,16 @@ class Way:
 
 
 def _onnxruntime(provider: str, *, as_written: bool) -> MakeRunner:
-    def make(model: onnx.ModelProto) -> BaseRunner:
-        return OnnxrtRunner(partial(_session, model, provider, as_written))
+    def make(model: onnx.ModelProto, threads: int) -> BaseRunner:
+        return OnnxrtRunner(partial(_session, model, provider, as_written, threads))
 
     return make
 
 
-def _session(model: onnx.ModelProto, provider: str, as_written: bool) -> onnxruntime.InferenceSession:
-    """Return a session; Polygraphy's own loader takes no options, and its threads would spin on other cores' time."""
+def _session(model: onnx.ModelProto, provider: str, as_written: bool, threads: int) -> onnxruntime.InferenceSession:
+    """Return a session; Polygraphy's own loader takes no options, and its threads would spin while they wait."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if as_written:
@@ -108,16 +109,19 @@ class OpenVinoRunner(BaseRunner):  # type: ignore[misc]
     Args:
         model: of ONNX.
         compute: the type that it computes in.
+        threads: of the CPU; 0 is one per core.
     """
 
-    def __init__(self, model: onnx.ModelProto, compute: Precision) -> None:
+    def __init__(self, model: onnx.ModelProto, compute: Precision, threads: int = 0) -> None:
         super().__init__(prefix="openvino-runner")
-        self._model, self._compute = model, compute
+        self._model, self._compute, self._threads = model, compute, threads
         self._request: Any = None
 
     def activate_impl(self) -> None:
         core = open_library("cpu").core
         hints = {"INFERENCE_PRECISION_HINT": OV_TYPES[self._compute], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        if self._threads:
+            hints["INFERENCE_NUM_THREADS"] = str(self._threads)
         read = core.read_model(BytesFromOnnx(self._model)())
         self._request = core.compile_model(read, "CPU", hints).create_infer_request()
 
@@ -140,7 +144,7 @@ class OpenVinoRunner(BaseRunner):  # type: ignore[misc]
 
 
 def _openvino(compute: Precision) -> MakeRunner:
-    return lambda model: OpenVinoRunner(model, compute)
+    return lambda model, threads: OpenVinoRunner(model, compute, threads)
 
 
 def _check_openvino(compute: Precision) -> Callable[[], None]:
@@ -156,7 +160,7 @@ def _check_openvino(compute: Precision) -> Callable[[], None]:
 
 
 def _tensorrt(name: str) -> MakeRunner:
-    def make(model: onnx.ModelProto) -> BaseRunner:
+    def make(model: onnx.ModelProto, threads: int) -> BaseRunner:
         polygraphy_config.USE_TENSORRT_RTX = name == "tensorrt-rtx"  # before the library is imported
         from polygraphy.backend.trt import EngineFromNetwork, NetworkFromOnnxBytes, TrtRunner
 
