@@ -183,5 +183,5 @@ def _not_run(graph: str, sliced: bool) -> UsageError | BackendError:
     return UsageError(
         "this restoration does not run the graph",
         where=graph,
-        fix="choose another graph; vae_encoder runs where --restoration-pull is on",
+        fix="choose another graph; vae_encoder runs where --restore-pull is given",
     )
