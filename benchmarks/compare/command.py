@@ -25,7 +25,7 @@ from benchmarks.compare.graphs import check_precision, check_same_network, load_
 from benchmarks.compare.layerwise import Limits, Side, compare_layers
 from benchmarks.compare.page import write_page
 from benchmarks.compare.table import table_lines, verdict_lines
-from benchmarks.compare.ways import WAYS, Way, check_pair, quiet_polygraphy
+from benchmarks.compare.ways import WAYS, Way, check_pair
 from engine.backends import MAX_THREADS
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.bundle.storage import atomic_write
@@ -70,7 +70,6 @@ def main(arguments: Sequence[str]) -> int:
         check_page(options.html, option="--html")
     if options.json is not None:
         _check_json(options.json)
-    quiet_polygraphy()
     first = open_bundle(options.bundle)
     second = first if options.other_bundle is None else open_bundle(options.other_bundle)
     pair = _Pair((first, second), (WAYS[options.ways[0]], WAYS[options.ways[1]]), options.threads)

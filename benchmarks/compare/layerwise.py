@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 from polygraphy.comparator import Comparator
+from polygraphy.logger import G_LOGGER
 
 from benchmarks.compare.findings import BOUNDS, LOCAL_BOUNDS, TYPE_NAMES, GraphReport, Layer, Spread, difference
 from benchmarks.compare.graphs import LayerGraph, precision_type, round_to
@@ -292,9 +293,10 @@ def run_layers(
     if not part.outputs:
         return {}
     try:
-        ((_, (result,)),) = Comparator.run(
-            [side.way.make_runner(part.model, side.threads)], data_loader=[part.feed(values)]
-        )
+        # What Polygraphy would print is told by this command, and its errors are exceptions.
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            runner = side.way.make_runner(part.model, side.threads)
+            ((_, (result,)),) = Comparator.run([runner], data_loader=[part.feed(values)])
         return {tensor: _in_float32(result[name]) for tensor, name in part.outputs.items()}
     except (RestoreError, MemoryError):
         raise

@@ -17,7 +17,6 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnx import BytesFromOnnx
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.logger import G_LOGGER
 
 from benchmarks.compare.slices import Form
 from engine.backends import make_backend
@@ -210,8 +209,3 @@ def check_pair(reference: Way, examined: Way) -> None:
             where=f"{reference.name}, {examined.name}",
             fix="compare each of them with onnxruntime-fp32",
         )
-
-
-def quiet_polygraphy() -> None:
-    """Let Polygraphy print nothing: what it finds is told by this command, and its errors are exceptions."""
-    G_LOGGER.module_severity = {"": G_LOGGER.CRITICAL + 1}
