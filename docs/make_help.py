@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": [("restoration-engine serve", ["triton_repo/serve.py"])],
     "render": [("restoration-engine render", ["triton_repo/render.py"])],
     "client": [("restoration-engine client", ["triton_repo/client.py"])],
+    "compare": [("restoration-engine compare", ["-m", "benchmarks.compare"])],
     "benchmark": [
         ("restoration-engine benchmark latency", ["benchmarks/latency.py"]),
         ("restoration-engine benchmark serving", ["benchmarks/serving.py"]),

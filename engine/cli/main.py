@@ -41,6 +41,7 @@ COMMANDS = {
     "serve": Command("triton_repo.serve", "serve a bundle with Triton Inference Server", "triton"),
     "render": Command("triton_repo.render", "write a model repository for Triton", "triton"),
     "client": Command("triton_repo.client", "restore a photo through a server", "triton"),
+    "compare": Command("benchmarks.compare.command", "find the layer where two ways of computing differ", "compare"),
 }
 BENCHMARKS = {
     "latency": Command("benchmarks.latency", "time by stage, against PyTorch and the device's floor", "benchmark"),

@@ -23,7 +23,7 @@ from PIL import Image
 from engine.bundle.storage import APP_NAME, atomic_write
 from engine.cli.batch import Outcome
 from engine.cli.summary import RunSummary, reason
-from engine.errors import OutputError
+from engine.errors import OutputError, from_os_error
 from engine.units import format_duration
 
 _ENDINGS = (".html", ".htm")
@@ -48,11 +48,15 @@ style="aspect-ratio: $width / $height; width: min(max(${width}px, 12rem), 80vh *
 </div>""")
 
 
-def check_page(path: Path, *, overwrite: bool = False) -> None:
+def check_page(path: Path, *, overwrite: bool = False, option: str = "--report") -> None:
     """Find out, before the work, whether a page could be written; one of an earlier run is replaced.
 
+    Args:
+        path: of the page.
+        overwrite: whether a file that is something else is replaced, too.
+        option: that the page was named with.
     Raises:
-        OutputError: another ending, a file that is something else, or a folder that is missing.
+        OutputError: another ending, a file that is something else, or a folder that is missing or read-only.
     """
     if path.suffix.lower() not in _ENDINGS:
         found = path.suffix or "no ending"
@@ -60,7 +64,16 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     if not path.parent.is_dir():
         raise OutputError("no such folder", where=path.parent, fix="create it first")
     if path.is_dir() or (path.exists() and not overwrite and not _is_ours(path)):
-        raise OutputError("exists already", where=path, fix="choose another name for --report")
+        raise OutputError("exists already", where=path, fix=f"choose another name for {option}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise from_os_error(error, path.parent, "write the page") from error
+
+
+def page_style() -> str:
+    """Return the style that all pages of commands share."""
+    return (files("engine.cli") / "report.css").read_text("utf-8")
 
 
 class ReportPage:
@@ -99,6 +112,7 @@ class ReportPage:
         marker = "<!-- cards -->"
         head, tail = page.substitute(
             title="Restored photos",
+            style=page_style(),
             generator=APP_NAME,
             script=_SCRIPT,
             script_hash=f"sha256-{digest}",
