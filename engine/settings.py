@@ -26,6 +26,12 @@ NEGATIVE_WORDS = (
     "drawing, render, oversharpened, washed out, low resolution"
 )
 
+#: Likewise, for a face that fills the picture.
+FACE_WORDS = (
+    "close-up photograph of a person's face, sharp eyes with clear irises, natural skin with pores, "
+    "fine hair and eyebrows, even teeth, true skin colours"
+)
+
 #: Characters; hundreds of chunks, each of which makes every step slower.
 MAX_TEXT = 16_000
 
@@ -131,6 +137,20 @@ class Settings(BaseModel):
             UsageError: a name is unknown or a value out of bounds; all of them are listed.
         """
         return validated({**self.model_dump(), **changes})
+
+
+class FaceSettings(BaseModel):
+    """How the faces of a photo are restored, besides the settings of the photo itself.
+
+    They are not among `Settings`: what restores faces is a pass over a restored photo, which servers do not offer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    words: str = Field(FACE_WORDS, max_length=MAX_TEXT, description="what a face shows, in place of the prompt")
+    leave: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="numbers of faces that are left as the photo's own restoration made them"
+    )
 
 
 def validated(values: dict[str, Any]) -> Settings:
