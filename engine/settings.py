@@ -153,6 +153,24 @@ class FaceSettings(BaseModel):
     )
 
 
+def validated_faces(values: Any, where: str) -> FaceSettings:
+    """Return `FaceSettings` from plain values, whoever gave them.
+
+    Args:
+        values: by the settings' names.
+        where: they come from, for the error.
+    Raises:
+        UsageError: one is unknown, of another type or out of bounds.
+    """
+    try:
+        return FaceSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([where, *map(str, first["loc"])])
+        found = f"{first['msg'].lower()} (got {_short(first['input'])})"
+        raise UsageError("impossible settings of faces", where=place, found=found) from error
+
+
 def validated(values: dict[str, Any]) -> Settings:
     """Return `Settings` from plain values.
 

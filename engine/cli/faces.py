@@ -17,13 +17,10 @@ from engine.bundle.manifest import read_manifest
 from engine.cli.options import path_option, whole_number
 from engine.errors import UsageError
 from engine.image.photo import Photo, Size
-from engine.pipeline.faces import FaceRestorer, FoundFaces, asked_of
+from engine.pipeline.faces import MOST, FaceRestorer, FoundFaces, asked_of
 from engine.pipeline.host import OnStage, OnTile, ignore
 from engine.pipeline.restorer import Restored, Restorer
-from engine.settings import FaceSettings
-
-#: More faces than this in one photo are not left out one by one.
-_MAX_NUMBER = 10_000
+from engine.settings import FaceSettings, validated_faces
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def add_faces(parser: argparse.ArgumentParser, *, only_bundle: bool = False) -> 
         )
         group.add_argument(
             "--leave-face",
-            type=whole_number(1, _MAX_NUMBER),
+            type=whole_number(1, MOST),
             action="append",
             metavar="N",
             help="leave a face as it is, by its number in --report; may be given several times",
@@ -162,8 +159,10 @@ def face_request(
     same = before if like is not None and len(photos) == 1 and _is_same(photos[0], like) else {}
     words = options.face_words if options.face_words is not None else before.get("words")
     leave = options.leave_face if options.leave_face is not None else same.get("leave", ())
-    given = {"leave": tuple(sorted(set(leave))), **({} if words is None else {"words": words})}
-    return FaceRequest(FaceSettings.model_validate(given), options.faces_bundle, same or None)
+    given = {"leave": leave, **({} if words is None else {"words": words})}
+    settings = validated_faces(given, "faces")
+    settings = settings.model_copy(update={"leave": tuple(sorted(set(settings.leave)))})
+    return FaceRequest(settings, options.faces_bundle, same or None)
 
 
 def _is_same(photo: Path, like: Mapping[str, Any]) -> bool:

@@ -9,9 +9,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.base import Component
-from pydantic import ValidationError
 
-from engine.errors import UsageError
 from engine.image.files import read_photo
 from engine.image.photo import Photo
 from engine.image.preview import preview
@@ -19,7 +17,7 @@ from engine.page import fragments
 from engine.page.sessions import Result
 from engine.pipeline.faces import FaceRestorer
 from engine.pipeline.restorer import Restorer
-from engine.settings import FaceSettings, Settings
+from engine.settings import FaceSettings, Settings, validated_faces
 
 #: Longer side in pixels of the picture that boxes are drawn on.
 _SHOWN_PX = 640
@@ -81,16 +79,7 @@ def asked(value: Any) -> FaceSettings | None:
     """
     if value is None or value is False:
         return None
-    try:
-        return FaceSettings.model_validate({} if value is True else value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            "cannot be read",
-            where=".".join(["faces", *map(str, first["loc"])]),
-            expected='true, or an object such as {"leave": [2]}',
-            found=first["msg"].lower(),
-        ) from error
+    return validated_faces({} if value is True else value, "faces")
 
 
 def found_in(path: Path, faces: FaceRestorer, restorer: Restorer, settings: Settings) -> dict[str, Any]:

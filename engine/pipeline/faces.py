@@ -31,6 +31,8 @@ from engine.timings import Timings
 LEAST_PX = 24
 #: A face is restored again if the networks see it at least this much larger than with the photo.
 LEAST_GAIN = 1.25
+#: Faces of one photo that are read from metadata.
+MOST = 10_000
 #: Faces that go through the networks together, where memory holds as many. More are no faster on a GPU: a step on four
 #: squares fills it.
 _MOST_AT_ONCE = 4
@@ -77,7 +79,7 @@ class FoundFaces:
     @classmethod
     def from_data(cls, data: Mapping[str, Any], size: Size) -> FoundFaces | None:
         """Return what `as_data` wrote; None where it is of a photo of another size, or no such data."""
-        if data.get("size_px") != list(size) or not isinstance(data.get("found"), list):
+        if data.get("size_px") != list(size) or not isinstance(data.get("found"), list) or len(data["found"]) > MOST:
             return None
         faces = []
         for found in data["found"]:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.seams import SEAMLESS, face_seams
 from engine import FaceRestorer, FaceSettings, Restorer
 from engine.backends import face_detector
 from engine.errors import BackendError, UsageError
@@ -315,6 +316,18 @@ def test_the_mean_colour_around_a_face_stays(restorer, plain, gain):
     square = Box(*of(result, "square_px")[0])
     before, after = (square.of(each.photo.rgb).mean(axis=(0, 1)) for each in (plain, result))
     assert after == pytest.approx(before, abs=0.02)
+
+
+def test_no_seams(restorer, plain, gain):
+    """The mask hides the border; the same squares without it would show, and the measure must tell."""
+    result = with_faces(restorer, plain, *BOXES)
+    squares = [Box(*square) for square in of(result, "square_px")[:3]]
+    seams = face_seams(result.photo.rgb, plain.photo.rgb, squares, band=8)
+    assert max(seams["ratio"], seams["ratio_of_steps"]) <= SEAMLESS
+    hard = plain.photo.rgb.copy()
+    for square in squares:
+        square.of(hard)[...] = square.of(hard) * 0.5 + 0.25 * square.of(result.photo.rgb)
+    assert face_seams(hard, plain.photo.rgb, squares, band=1)["ratio_of_steps"] > SEAMLESS
 
 
 def test_two_hundred_faces_go_in_batches(restorer, plain, gain, monkeypatch):
