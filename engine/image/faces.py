@@ -118,6 +118,8 @@ def _ramps(start: int, end: int, face_start: int, face_end: int, limit: int) -> 
 class Paste:
     """A picture into which squares are pasted; overlapping ones are blended.
 
+    It takes 16 bytes a pixel beside the base: less than the arrays of a restoration, which are gone by then.
+
     Args:
         base: f32[H, W, 3], which is not changed.
         squares: in it.

