@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from given_faces import GivenFaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -226,19 +227,6 @@ def test_another_network_is_refused_and_a_missing_one_says_what_to_install(tmp_p
 # -- the pass -------------------------------------------------------------------------------------------
 
 
-class Finds:
-    """A detector that finds given boxes of a photo, on its stage 1."""
-
-    name = "given boxes"
-
-    def __init__(self, *boxes, size):
-        self.boxes, self.size = boxes, size
-
-    def find(self, rgb):
-        new_size = rgb.shape[1], rgb.shape[0]
-        return [Face(Box(*box).scaled(self.size, new_size), 0.9) for box in self.boxes]
-
-
 WIDTH, HEIGHT = 192, 128
 PHOTO = np.clip(
     np.linspace(0.2, 0.8, WIDTH, dtype=np.float32)[None, :, None] + RNG.normal(0, 0.1, (HEIGHT, WIDTH, 3)), 0, 1
@@ -253,7 +241,7 @@ def plain(restorer):
 
 
 def with_faces(restorer, plain, *boxes, leave=(), **changes):
-    faces = FaceRestorer(restorer, Finds(*boxes, size=(WIDTH, HEIGHT)))
+    faces = FaceRestorer(restorer, GivenFaces(*boxes, size=(WIDTH, HEIGHT)))
     return faces.restore(PHOTO, plain, settings=FaceSettings(leave=leave, **changes))
 
 
@@ -351,7 +339,7 @@ def test_two_hundred_faces_go_in_batches(restorer, plain, gain, monkeypatch):
     monkeypatch.setattr(restorer, "restore_batch", restore_batch)
     monkeypatch.setattr("engine.pipeline.faces.LEAST_PX", 8)
     boxes = [(left, top, left + 8, top + 8) for top in range(0, 80, 8) for left in range(0, 160, 8)]
-    faces = FaceRestorer(restorer, Finds(*boxes, size=(WIDTH, HEIGHT)))
+    faces = FaceRestorer(restorer, GivenFaces(*boxes, size=(WIDTH, HEIGHT)))
     result = faces.restore(PHOTO, plain, on_tile=lambda *told: steps.append(told))
     assert batches == [4] * 50
     assert steps[-1] == ("face step", 100, 100)
@@ -377,7 +365,7 @@ def test_another_bundle_restores_the_faces_and_gives_its_memory_back(bundle_fp32
     with Restorer.open(bundle_fp32, threads=1) as photos:
         done = photos.restore(PHOTO, seed=3, steps=2, min_size=128)
         own = with_faces(photos, done, BOXES[0])
-        detector = Finds(BOXES[0], size=(WIDTH, HEIGHT))
+        detector = GivenFaces(BOXES[0], size=(WIDTH, HEIGHT))
         with FaceRestorer(photos, detector, Restorer.open(bundle_fp32, threads=1)) as faces:
             other = faces.restore(PHOTO, done)
             assert other.provenance["faces"]["bundle"] == done.provenance["bundle"]
