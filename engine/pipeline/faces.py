@@ -8,6 +8,7 @@ its own. A bundle's LoRAs are merged into its weights, so a face LoRA at its ful
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -199,7 +200,7 @@ class FaceRestorer:
                 expected=f"1 to {len(found.faces)}" if found.faces else "none: no faces were found",
                 found=", ".join(map(str, unknown)),
             )
-        seen = networks_px[0] / found.size[0]
+        seen = math.sqrt(math.prod(networks_px) / math.prod(found.size))  # sides are rounded, each by itself
         decisions = []
         for number, face in enumerate(found.faces, start=1):
             square = square_around(face.box, found.size)

