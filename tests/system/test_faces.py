@@ -149,7 +149,7 @@ def test_metadata_of_strangers_is_no_setting(run, results, person, tmp_path, mon
             run(person, "-o", tmp_path / "made.png", "--like", results[1])
 
 
-@pytest.mark.parametrize(("left_px", "top_px"), [(0, 0), (85, 0)])
+@pytest.mark.parametrize(("left_px", "top_px"), [(0, 0), (110, 0)])
 def test_a_real_face_is_found_on_stage_1_of_a_damaged_photo(demo_bundle, left_px, top_px):
     """Whole, and cut by the edge."""
     pytest.importorskip("skimage", reason="needs scikit-image: pip install scikit-image")
