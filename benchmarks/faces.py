@@ -27,7 +27,7 @@ from benchmarks.machine import describe_machine
 from engine import Restorer
 from engine.backends.face_detector import FaceDetector
 from engine.cli.console import run_command
-from engine.cli.options import path_option
+from engine.cli.options import command_parser, path_option
 from engine.image.files import read_photo
 from engine.image.photo import Pixels
 from engine.image.preview import shrunk
@@ -162,7 +162,7 @@ def measure(photos: Sequence[tuple[Pixels, int]], restorer: Restorer | None) -> 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("python benchmarks/faces.py", __doc__)
     parser.add_argument("--photo", type=_counted, action="append", default=[], metavar="FILE=N", help="with N faces")
     parser.add_argument("--bundle", type=path_option, metavar="DIR", help="for the damaged photos' stage 1")
     parser.add_argument("--json", type=path_option, metavar="FILE")

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.machine import describe_device, describe_machine
 from engine.bundle.storage import plain_name
 from engine.cli.console import run_command
+from engine.cli.options import command_parser
 from engine.device.cuda import CudaDevice
 from engine.errors import UsageError
 
@@ -123,11 +124,7 @@ def _reason(report: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpu_session.py",
-        allow_abbrev=False,
-        description=(__doc__ or "").split("\n\n")[0],
-    )
+    parser = command_parser("python benchmarks/gpu_session.py", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME-DATE.json")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, default=[], help="options for pytest, such as -k memory")
     return parser

@@ -35,6 +35,7 @@ from engine.backends import BACKENDS, default_backend, gpu_index
 from engine.backends.ov_library import COMPUTES
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
+from engine.cli.options import command_parser
 from engine.errors import BackendError, UsageError
 from engine.sampling.guidance import is_unguided
 
@@ -166,12 +167,7 @@ def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/latency.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python benchmarks/latency.py", __doc__)
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--backend", choices=BACKENDS, help="default: the one that the bundle was built for")
     parser.add_argument(

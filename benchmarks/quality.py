@@ -25,6 +25,7 @@ from benchmarks.images import PHOTOS, Rgb, contact_sheet, load_images
 from benchmarks.machine import describe_machine
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
+from engine.cli.options import command_parser
 from engine.errors import BackendError, UsageError
 from engine.image.photo import resize
 from export.demo.degrade import TABLE_1, Degradation, degrade
@@ -211,12 +212,7 @@ def _published(scores: paper.Scores | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/quality.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python benchmarks/quality.py", __doc__)
     parser.add_argument(
         "--bundle", type=Path, action="append", metavar="DIR", help=f"repeatable; default: {default_bundle_dir()}"
     )

@@ -10,7 +10,6 @@ way, so that one slope is about one way.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import RestoreError
 from engine.units import format_memory
 
@@ -81,7 +80,7 @@ def measure(size: tuple[int, int], image: Path, options: Sequence[str], folder: 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("python benchmarks/scaling.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR")
     parser.add_argument("--image", type=path_option, default=Path("tests/data/coffee.jpg"), metavar="FILE")
     parser.add_argument("--megapixels", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8, 12], metavar="MP")

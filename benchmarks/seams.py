@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe_machine
 from engine import FaceRestorer, Restorer
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import ImageError
 from engine.image.faces import Box
 from engine.image.preprocess import load_photo, preprocess
@@ -175,7 +175,7 @@ def measure_faces(restorer: Restorer, image: Path, steps: int) -> dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("python benchmarks/seams.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR")
     parser.add_argument("--image", type=path_option, required=True, metavar="FILE")
     parser.add_argument("--size", type=whole_number(64, 8192), metavar="PX", help="default: twice the bundle's tile")

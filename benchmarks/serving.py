@@ -31,7 +31,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.summary import aim_text, percentile
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.image.decoding import decode_photo
 from engine.image.encoding import encode_photo
 from engine.pipeline.restorer import Restorer
@@ -286,11 +286,7 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/serving.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python benchmarks/serving.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--photo", type=path_option, metavar="IMG", default=PHOTO, help="default: the damaged sample")
     parser.add_argument("--clients", type=whole_number(1, 16), nargs="+", default=[1, 2, 4, 8, 16], metavar="N")

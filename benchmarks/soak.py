@@ -42,7 +42,7 @@ from benchmarks.plot import check_matplotlib
 from benchmarks.serving import PHOTO, Direct
 from engine.bundle.manifest import default_bundle_dir, open_bundle
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import RestoreError
 from engine.pipeline.restorer import Restorer
 from triton_repo.server import Ports, free_ports
@@ -414,12 +414,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/soak.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python benchmarks/soak.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--minutes", type=whole_number(2, 10_000), default=30, metavar="N", help="default: 30")
     parser.add_argument(

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.cli.console import run_command
-from engine.cli.options import add_settings, given_settings, path_option, whole_number
+from engine.cli.options import add_settings, command_parser, given_settings, path_option, whole_number
 from engine.errors import ImageError, OutputError, UsageError, from_os_error
 from engine.image.files import check_output, write_file
 from triton_repo.connection import (
@@ -105,12 +105,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python triton_repo/client.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python triton_repo/client.py", __doc__)
     parser.add_argument("image", type=path_option, metavar="IMG")
     parser.add_argument("-o", "--output", type=path_option, metavar="FILE", help="default: IMG.restored.png beside IMG")
     parser.add_argument("--overwrite", action="store_true", help="replace a result that exists")

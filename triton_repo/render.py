@@ -24,7 +24,7 @@ from google.protobuf import text_format
 from engine.backends.trt_library import PLAN_BACKENDS
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
-from engine.cli.options import gibibytes, path_option, whole_number
+from engine.cli.options import command_parser, gibibytes, path_option, whole_number
 from engine.errors import BundleError, OutputError, UsageError, from_os_error
 from engine.memory.budget import MemoryBudget
 from engine.memory.residency import host_weights
@@ -190,12 +190,7 @@ def _emptied(output: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python triton_repo/render.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python triton_repo/render.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--output", type=path_option, metavar="REPO", required=True, help="the model repository")
     parser.add_argument(

@@ -22,7 +22,7 @@ from typing import Any
 
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import BackendError, RestoreError
 from triton_repo.environment import find_programs
 from triton_repo.render import add_layout, render, request_of
@@ -155,12 +155,7 @@ def _as_interrupt(*_: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python triton_repo/serve.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python triton_repo/serve.py", __doc__)
     parser.add_argument("--bundle", type=path_option, metavar="DIR", help=f"default: {default_bundle_dir()}")
     parser.add_argument("--repository", type=path_option, metavar="REPO", help="keep the model repository there")
     parser.add_argument("--log", type=path_option, metavar="FILE", help="keep the server's log there")

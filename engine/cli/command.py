@@ -33,7 +33,7 @@ from engine.cli.jobs import (
     plan_jobs,
     raws_left_out,
 )
-from engine.cli.options import add_settings, given_settings, path_option, whole_number
+from engine.cli.options import add_settings, command_parser, given_settings, path_option, whole_number
 from engine.cli.progress import StepBar
 from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
@@ -197,13 +197,7 @@ def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> No
 
 def _parser() -> argparse.ArgumentParser:
     defaults = "Defaults are the bundle's. --like takes another result's settings; options override them."
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.restore",
-        allow_abbrev=False,
-        description=__doc__,
-        epilog=defaults,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m engine.restore", __doc__, epilog=defaults)
     parser.add_argument(
         "images",
         type=path_option,

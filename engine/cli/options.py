@@ -16,6 +16,23 @@ from pydantic.fields import FieldInfo
 from engine.settings import Option, ScaleRange, Settings, parse_scale
 
 
+def command_parser(prog: str, description: str | None, *, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return a command's parser: options by their whole names only, texts with their lines as they are written.
+
+    Args:
+        prog: how the command is called, such as "python -m engine.restore".
+        description: what it does, usually the module's docstring.
+        epilog: what stands below the options.
+    """
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on a command line, by name; the others are the bundle's."""
     given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}

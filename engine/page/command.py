@@ -23,7 +23,7 @@ from engine.backends.face_detector import INSTALL_DETECTOR, has_detector
 from engine.cli.captions import Captioner, add_captions, make_captioner
 from engine.cli.engine_options import add_engine, engine_arguments
 from engine.cli.faces import add_faces
-from engine.cli.options import path_option, whole_number
+from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import BackendError, UsageError, from_os_error, printable
 from engine.pipeline.faces import FaceRestorer
 from engine.pipeline.restorer import Restorer
@@ -217,12 +217,7 @@ def _check_gradio() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.web",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m engine.web", __doc__)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--address",

@@ -22,6 +22,7 @@ from engine.backends import BACKENDS
 from engine.bundle.graphspec import PRECISION_DTYPES
 from engine.bundle.manifest import Graph, default_bundle_dir
 from engine.bundle.verification import Verification
+from engine.cli.options import command_parser
 from engine.errors import BuildError, CheckpointError, UsageError, printable
 from engine.units import format_bytes
 from export.build.presets import PRESETS
@@ -113,12 +114,11 @@ def _plan_of(graph: Graph) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_engines.py",
-        allow_abbrev=False,
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="With no checkpoint named, the demo is built into the place where engine.restore looks, "
-        "with the LoRAs that --lora names, or else with its own where the preset merges some.",
+    parser = command_parser(
+        "python export/build_engines.py",
+        (__doc__ or "").split("\n\n")[0],
+        epilog="With no checkpoint named, the demo is built into the place where engine.restore looks, with the\n"
+        "LoRAs that --lora names, or else with its own where the preset merges some.",
     )
     files = parser.add_argument_group("checkpoints")
     files.add_argument("--sdxl", type=Path, metavar="FILE|DIR", help="base: one file, or a diffusers folder")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from engine.bundle.storage import atomic_write
 from engine.cli.console import run_command
+from engine.cli.options import command_parser
 from engine.errors import UsageError
 from export.checkpoint.tokenizer import END_TOKEN, FILE
 from export.demo.curves import draw_losses
@@ -215,9 +216,7 @@ def _learning_rate(stage: Stage, step: int, steps: int) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export.demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m export.demo.train", __doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-training"), metavar="DIR")
     parser.add_argument("--only", choices=list(STAGES), help="train this stage alone")
     parser.add_argument(

@@ -6,7 +6,6 @@ figure. For SDXL's size that takes about half an hour on two cores, 16 GB of mem
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import onnx
 from engine.bundle.graphspec import PRECISION_DTYPES
 from engine.bundle.verification import Agreement
 from engine.cli.console import run_command
+from engine.cli.options import command_parser
 from engine.errors import UsageError
 from engine.memory.host_memory import release_free_memory, return_large_blocks_at_once
 from export.build.trial import try_graph
@@ -43,11 +43,7 @@ from export.graphs.traces import (
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises RestoreError where it fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.graphs.make_traces",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m export.graphs.make_traces", __doc__)
     parser.add_argument(
         "folders",
         nargs="*",
