@@ -146,7 +146,7 @@ def faces(picture: str, found: Mapping[str, Any]) -> str:
         found: the faces, as a result's provenance has them.
     """
     boxes = Markup(boxes_html(found))  # which has escaped what it shows
-    return _FACES.render(picture=picture, boxes=boxes, told=_sentence(told(found)))
+    return _FACES.render(picture=picture, boxes=boxes, told=_sentence(told(found, is_done=False)))
 
 
 def caption(made: Result, defaults: Settings) -> str:

@@ -254,7 +254,7 @@ class FaceRestorer:
         times.outside_ms["find faces"] = found.took_ms
         notes = list(restored.notes)
 
-        def told(note: str) -> None:
+        def keep_note(note: str) -> None:
             notes.append(note)
             on_note(note)
 
@@ -262,7 +262,7 @@ class FaceRestorer:
         if chosen:
             on_stage("faces")
             started, before_ms = time.perf_counter(), sum(times.graphs_ms.values())
-            pixels = self._pasted(source, restored, chosen, settings, on_tile, told, times)
+            pixels = self._pasted(source, restored, chosen, settings, on_tile, keep_note, times)
             inside_ms = sum(times.graphs_ms.values()) - before_ms
             times.outside_ms["faces"] = (time.perf_counter() - started) * 1e3 - inside_ms
         provenance = {**restored.provenance, "faces": self.provenance(settings, found, decisions)}
@@ -356,17 +356,26 @@ def asked_of(settings: FaceSettings, bundle: Bundle | None) -> dict[str, Any]:
     return {**settings.model_dump(mode="json"), "bundle": named}
 
 
-def told(faces: Mapping[str, Any]) -> str:
-    """Return one line about the faces of a result, from its provenance."""
+def told(faces: Mapping[str, Any], *, is_done: bool = True) -> str:
+    """Return one line about the faces of a result.
+
+    Args:
+        faces: from its provenance.
+        is_done: whether they are restored already; else only what will be left is told.
+    """
     found = faces["found"]
     if not found:
         return "no faces found"
     groups: dict[str, list[str]] = {}
     for face in found:
+        if face["done"] == "restored" and not is_done:
+            continue
         groups.setdefault(face["done"], []).append(str(face["number"]))
     count = f"{len(found)} face{'s' * (len(found) != 1)} found"
     if list(groups) == ["restored"]:
         return f"{count} and restored"
+    if not groups:
+        return count
     return f"{count}: " + "; ".join(f"{_numbers(numbers)} {_TOLD[done]}" for done, numbers in groups.items())
 
 
