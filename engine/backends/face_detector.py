@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engine.backends.ort import translated
 from engine.bundle.onnx_file import with_free_shapes
 from engine.errors import BackendError, first_line
 from engine.image.faces import Box, Face
@@ -97,7 +98,10 @@ class FaceDetector:
         height, width = rgb.shape[:2]
         padding = [(0, -side % _MULTIPLE_PX) for side in (height, width)]
         pixels = np.pad(rgb, (*padding, (0, 0)), mode="edge").transpose(2, 0, 1)[None] * np.float32(255.0)
-        heat, log_size, offset = self._session.run(list(_OUTPUTS), {self._input: np.ascontiguousarray(pixels)})
+        try:
+            heat, log_size, offset = self._session.run(list(_OUTPUTS), {self._input: np.ascontiguousarray(pixels)})
+        except Exception as error:
+            raise translated(error, self.name) from error
         rows, columns = np.nonzero(heat[0, 0] >= least)
         sizes = np.exp(log_size[0, :, rows, columns].astype(np.float64)) * _CELL_PX
         centers = (np.stack([rows, columns], 1) + offset[0, :, rows, columns] + 0.5) * _CELL_PX

@@ -123,23 +123,27 @@ class Paste:
     Args:
         base: f32[H, W, 3], which is not changed.
         squares: in it.
-        masks: f32[h, w] of each square, from `mask_of`.
+        faces: that they were cut out around, in it.
     """
 
-    def __init__(self, base: Pixels, squares: Sequence[Box], masks: Sequence[Pixels]) -> None:
-        self._base, self._squares, self._masks = base, squares, masks
+    def __init__(self, base: Pixels, squares: Sequence[Box], faces: Sequence[Box]) -> None:
+        self._base, self._squares, self._faces = base, squares, faces
         self.pixels = base.copy()
         self._total = np.zeros(base.shape[:2], np.float32)
-        for square, mask in zip(squares, masks, strict=True):
-            square.of(self._total)[...] += mask
+        for index, square in enumerate(squares):
+            square.of(self._total)[...] += self._mask(index)
 
     def weights(self, index: int) -> Pixels:
         """Return what a square counts, f32[h, w]; at a pixel, all squares and the picture itself add up to 1."""
         total = self._squares[index].of(self._total)
-        return np.divide(self._masks[index], np.maximum(total, 1.0), dtype=np.float32)
+        return np.divide(self._mask(index), np.maximum(total, 1.0), dtype=np.float32)
 
     def add(self, index: int, pixels: Pixels) -> None:
         """Paste a square's new pixels, f32[h, w, 3]; each square once."""
         square = self._squares[index]
         part = square.of(self.pixels)
         part += self.weights(index)[:, :, None] * (pixels - square.of(self._base))
+
+    def _mask(self, index: int) -> Pixels:
+        size = self._base.shape[1], self._base.shape[0]
+        return mask_of(self._squares[index], self._faces[index], size)

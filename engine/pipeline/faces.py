@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from engine.bundle.manifest import Bundle
 from engine.errors import UsageError, close_after, close_all
-from engine.image.faces import Box, Face, Paste, mask_of, square_around
+from engine.image.faces import Box, Face, Paste, square_around
 from engine.image.photo import Photo, Pixels, Size, resize
 from engine.image.preprocess import PhotoLike, fix_colors, from_network, load_photo, to_network, working_size
 from engine.pipeline.host import OnNote, OnStage, OnTile, ignore
@@ -33,7 +33,7 @@ LEAST_PX = 24
 #: A face is restored again if the networks see it at least this much larger than with the photo.
 LEAST_GAIN = 1.25
 #: Faces of one photo that are read from metadata.
-MOST = 10_000
+MOST = 1_000
 #: Faces that go through the networks together, where memory holds as many. More are no faster on a GPU: a step on four
 #: squares fills it.
 _MOST_AT_ONCE = 4
@@ -296,11 +296,8 @@ class FaceRestorer:
         """Return the result's pixels with the chosen faces, which are restored in batches."""
         result = restored.photo
         squares = [decision.square.scaled(source.size, result.size) for decision in chosen]
-        masks = [
-            mask_of(square, decision.face.box.scaled(source.size, result.size), result.size)
-            for square, decision in zip(squares, chosen, strict=True)
-        ]
-        paste = Paste(result.rgb, squares, masks)
+        faces = [decision.face.box.scaled(source.size, result.size) for decision in chosen]
+        paste = Paste(result.rgb, squares, faces)
         new_squares = self._restored_squares(source, restored, chosen, settings, on_tile, on_note, times)
         for index, (square, pixels) in enumerate(zip(squares, new_squares, strict=True)):
             new = resize(pixels, (square.width, square.height))

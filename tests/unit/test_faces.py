@@ -99,22 +99,21 @@ def test_squares_and_picture_add_up_to_one_whatever_their_order(case, seed):
     size, boxes = case
     rng = np.random.default_rng(seed)
     squares = [square_around(face, size) for face in boxes]
-    masks = [mask_of(square, face, size) for square, face in zip(squares, boxes, strict=True)]
     base = rng.random((size[1], size[0], 3), np.float32)
     news = [rng.random((square.height, square.width, 3), np.float32) for square in squares]
-    paste = Paste(base, squares, masks)
+    paste = Paste(base, squares, boxes)
     total = np.zeros((size[1], size[0]), np.float32)
     for index, square in enumerate(squares):
         assert paste.weights(index).min() >= 0
         square.of(total)[...] += paste.weights(index)
     assert total.max() <= 1 + 1e-6
-    backwards = Paste(base, squares, masks)
+    backwards = Paste(base, squares, boxes)
     for index in range(len(squares)):
         paste.add(index, news[index])
         backwards.add(len(squares) - 1 - index, news[len(squares) - 1 - index])
     assert np.allclose(paste.pixels, backwards.pixels, atol=1e-6)
     assert np.array_equal(paste.pixels[total == 0], base[total == 0])
-    flat = Paste(np.full_like(base, 0.25), squares, masks)
+    flat = Paste(np.full_like(base, 0.25), squares, boxes)
     for index, new in enumerate(news):
         flat.add(index, np.full_like(new, 0.25))  # what is everywhere the same stays the same
     assert np.allclose(flat.pixels, 0.25)
