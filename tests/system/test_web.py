@@ -358,6 +358,7 @@ def test_faces_are_found_chosen_and_restored(demo_bundle, window, tmp_path):
     try:
         page.open()
         page.drop(tmp_path / "person.png")
+        page.until(lambda: page.find("#more button"))
         page.set("steps", "2")
         page.press("find-faces")
         page.until(lambda: len(page.find("#faces-found .face")) == 1)
