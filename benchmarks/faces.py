@@ -11,6 +11,7 @@ at as the engine does, on the bundle's stage 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -132,12 +133,11 @@ def _lfw() -> Iterator[tuple[Pixels, int]]:
         yield canvas, int(index < 100)
 
 
-def measure(photos: Sequence[tuple[Pixels, int]], restorer: Restorer | None) -> list[dict[str, Any]]:
-    """Return, for each detector and kind of view, how many faces are found and how many are false, and the time.
+def measure(photos: Sequence[tuple[Pixels, int]], restorer: Restorer | None) -> Iterator[dict[str, Any]]:
+    """Yield, for each detector and kind of view, how many faces are found and how many are false, and the time.
 
     A view's findings beyond the number of its faces count as false.
     """
-    rows = []
     kinds = views(photos, restorer)
     for name, count in counters():
         for kind, pictures in kinds.items():
@@ -146,18 +146,15 @@ def measure(photos: Sequence[tuple[Pixels, int]], restorer: Restorer | None) -> 
             took_ms = (time.perf_counter() - started) * 1e3 / len(pictures)
             expected = [faces for _, faces in pictures]
             right = sum(map(min, found, expected))
-            rows.append(
-                {
-                    "detector": name,
-                    "view": kind,
-                    "faces": sum(expected),
-                    "found": right,
-                    "without": expected.count(0),
-                    "false": sum(found) - right,
-                    "ms": round(took_ms, 1),
-                }
-            )
-    return rows
+            yield {
+                "detector": name,
+                "view": kind,
+                "faces": sum(expected),
+                "found": right,
+                "without": expected.count(0),
+                "false": sum(found) - right,
+                "ms": round(took_ms, 1),
+            }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,16 +169,15 @@ def main(arguments: Sequence[str]) -> int:
     for path, faces in (*named, *options.photo):
         photo = read_photo(path)
         photos.append((shrunk(photo, _SIDE_PX / max(photo.size)).rgb, faces))
-    if options.bundle is None:
-        rows = measure(photos, None)
-    else:
-        with Restorer.open(options.bundle, threads=1) as restorer:
-            rows = measure(photos, restorer)
     print("| detector | view | found | false | ms a picture |\n|---|---|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['detector']} | {row['view']} | {row['found']} of {row['faces']} | {row['false']} | {row['ms']:g} |"
-        )
+    rows = []
+    with contextlib.ExitStack() as opened:
+        named_bundle = options.bundle is not None
+        restorer = opened.enter_context(Restorer.open(options.bundle, threads=1)) if named_bundle else None
+        for row in measure(photos, restorer):
+            cells = row["detector"], row["view"], f"{row['found']} of {row['faces']}", row["false"], f"{row['ms']:g}"
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            rows.append(row)
     if options.json is not None:
         report = {
             "machine": describe_machine(),
