@@ -28,6 +28,7 @@ COMMANDS = {
         ("restoration-engine benchmark serving", ["benchmarks/serving.py"]),
         ("restoration-engine benchmark quality", ["benchmarks/quality.py"]),
         ("restoration-engine benchmark seams", ["benchmarks/seams.py"]),
+        ("restoration-engine benchmark faces", ["benchmarks/faces.py"]),
         ("restoration-engine benchmark scaling", ["benchmarks/scaling.py"]),
         ("restoration-engine benchmark soak", ["benchmarks/soak.py"]),
         ("restoration-engine benchmark gpu", ["benchmarks/gpu_session.py"]),

@@ -48,6 +48,7 @@ BENCHMARKS = {
     "serving": Command("benchmarks.serving", "what serving costs against direct calls", "triton"),
     "quality": Command("benchmarks.quality", "PSNR and SSIM on degraded photos", "quality"),
     "seams": Command("benchmarks.seams", "what tiles change against the whole photo", "benchmark"),
+    "faces": Command("benchmarks.faces", "what face detectors find, and take for a face", "benchmark,faces"),
     "scaling": Command("benchmarks.scaling", "time and memory over a photo's size", "benchmark"),
     "soak": Command("benchmarks.soak", "a server among faults: answers, restarts, memory", "triton"),
     "gpu": Command("benchmarks.gpu_session", "every check that needs a GPU", "test"),
