@@ -29,7 +29,7 @@ from benchmarks.compare.ways import WAYS, Way, check_pair
 from engine.backends import MAX_THREADS
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.bundle.storage import atomic_write
-from engine.cli.options import add_settings, given_settings, path_option, whole_number
+from engine.cli.options import add_settings, command_parser, given_settings, path_option, whole_number
 from engine.cli.report_page import check_page
 from engine.errors import OutputError, UsageError, from_os_error, printable
 
@@ -181,12 +181,10 @@ def _bound(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     ways = "\n".join(f"  {way.name:<17} {way.summary}" for way in WAYS.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        allow_abbrev=False,
-        description=__doc__,
+    parser = command_parser(
+        "python -m benchmarks.compare",
+        __doc__,
         epilog=f"ways:\n{ways}\n\nExit status: 0 where no layer is beyond a bound, 1 where one is, or for an error.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("photo", type=path_option, metavar="IMG", help="the photo that is restored")
     parser.add_argument(
