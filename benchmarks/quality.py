@@ -1,11 +1,13 @@
 """How well a bundle restores: Table 1 and Table 2 of the paper, on pictures whose truth is known.
 
     python benchmarks/quality.py --bundle bundles/ours --bundle bundles/lightning --sheet sheet.png
+    python benchmarks/quality.py --runtime onnxruntime openvino-bf16
 
 Each image is degraded as in Table 1, by noise of its own seed, and restored with each bundle's own
 defaults. PSNR and SSIM are scikit-image's, on images in [0, 1], means over the images. Beside them
 stand the degraded image enlarged by bicubic interpolation, a classic (non-local means, told the
-noise's strength), and what the paper publishes for its own images, which are others.
+noise's strength), and what the paper publishes for its own images, which are others. Several bundles, or one
+in several runtimes, are also compared with the first of them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from tqdm import tqdm
 from benchmarks import paper
 from benchmarks.images import PHOTOS, Rgb, contact_sheet, load_images
 from benchmarks.machine import describe_machine
+from benchmarks.runtimes import ENGINES
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
 from engine.cli.options import command_parser
@@ -36,14 +40,12 @@ _NO_LPIPS = "needs --lpips"
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    from engine import Restorer
-
     options = _parser().parse_args(arguments)
     images = load_images(options.images, options.side)
     images = dict(list(images.items())[: options.limit])
     judge = _judge(options.lpips)
-    restorers = [Restorer.open(path) for path in options.bundle or [default_bundle_dir()]]
-    names = _variants(restorers)
+    restorers = _open(options.bundle or [default_bundle_dir()], options.runtime or [None])
+    names = list(restorers)
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "images": list(images),
@@ -51,18 +53,21 @@ def main(arguments: Sequence[str]) -> int:
         "seed": options.seed,
         "bundles": [
             {"variant": name, "digest": restorer.bundle.digest, "defaults": restorer.defaults.model_dump(mode="json")}
-            for name, restorer in zip(names, restorers, strict=True)
+            for name, restorer in restorers.items()
         ],
-        "round_trip": _means([judge(truth, _round_trip(restorers[0], truth)) for truth in images.values()]),
+        "round_trip": _means([judge(truth, _round_trip(restorers[names[0]], truth)) for truth in images.values()]),
         "rows": [],
     }
     rows, labels = [], []
     with tqdm(total=len(TABLE_1) * len(images), unit="image", file=sys.stderr, disable=options.quiet) as bar:
         for name, degradation in TABLE_1.items():
             scores: dict[str, list[dict[str, float | None]]] = {}
+            to_first: dict[str, list[float]] = {}
             for index, (image, truth) in enumerate(images.items()):
                 lq = degrade(truth, degradation, np.random.default_rng([options.seed, index]))
-                pictures = _restore_all(lq, degradation, truth, dict(zip(names, restorers, strict=True)))
+                pictures = _restore_all(lq, degradation, truth, restorers)
+                for method in names[1:]:
+                    to_first.setdefault(method, []).append(_psnr(pictures[names[0]], pictures[method]))
                 for method, picture in pictures.items():
                     if method != "truth":
                         scores.setdefault(method, []).append(judge(truth, picture))
@@ -71,7 +76,13 @@ def main(arguments: Sequence[str]) -> int:
                 labels.append(f"{image}: {name}")
                 bar.update()
             report["rows"] += [
-                {"degradation": name, "method": method, "per_image": found, **_means(found)}
+                {
+                    "degradation": name,
+                    "method": method,
+                    "per_image": found,
+                    **_means(found),
+                    **({"psnr_to_first": to_first[method]} if method in to_first else {}),
+                }
                 for method, found in scores.items()
             ]
     if options.json:
@@ -82,13 +93,26 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _variants(restorers: Sequence[Any]) -> list[str]:
-    """Return what to call each bundle: its preset, or its name where two have one preset."""
-    presets = [restorer.bundle.manifest.preset for restorer in restorers]
-    return [
-        preset if presets.count(preset) == 1 else restorer.bundle.manifest.name
-        for preset, restorer in zip(presets, restorers, strict=True)
-    ]
+def _open(bundles: Sequence[Path], runtimes: Sequence[str | None]) -> dict[str, Any]:
+    """Return each bundle's restorer in each runtime, by its preset, or its name where two have one preset."""
+    from engine import Restorer
+
+    opened = []
+    for bundle, runtime in product(bundles, runtimes):
+        if runtime is None:
+            restorer = Restorer.open(bundle)
+        else:
+            backend, compute = ENGINES[runtime]
+            restorer = Restorer.open(bundle, backend=backend, compute=compute)
+        opened.append((runtime, restorer))
+    manifests = {restorer.bundle.digest: restorer.bundle.manifest for _, restorer in opened}
+    presets = [manifest.preset for manifest in manifests.values()]
+    found = {}
+    for runtime, restorer in opened:
+        manifest = manifests[restorer.bundle.digest]
+        name = manifest.preset if presets.count(manifest.preset) == 1 else manifest.name
+        found[name if len(runtimes) == 1 else f"{name}, {runtime}"] = restorer
+    return found
 
 
 def _restore_all(lq: Rgb, degradation: Degradation, truth: Rgb, restorers: dict[str, Any]) -> dict[str, Rgb]:
@@ -134,18 +158,24 @@ def _non_local_means(lq: Rgb, degradation: Degradation) -> Rgb:
 
 
 def _judge(lpips: Path | None) -> Judge:
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from skimage.metrics import structural_similarity
 
     distance = _lpips_network(lpips) if lpips else None
 
     def judge(truth: Rgb, found: Rgb) -> dict[str, float | None]:
         return {
-            "psnr": float(peak_signal_noise_ratio(truth, found, data_range=1.0)),
+            "psnr": _psnr(truth, found),
             "ssim": float(structural_similarity(truth, found, data_range=1.0, channel_axis=2)),
             "lpips": None if distance is None else distance(truth, found),
         }
 
     return judge
+
+
+def _psnr(truth: Rgb, found: Rgb) -> float:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    return float(peak_signal_noise_ratio(truth, found, data_range=1.0))
 
 
 def _lpips_network(file: Path) -> Callable[[Rgb, Rgb], float]:
@@ -199,6 +229,14 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {method} | {_cells(_means(own))} |")
     for method, scores in paper.TABLE_2.items():
         lines.append(f"| *published, 60 other images:* {method} | {_published(scores)} |")
+    compared = [row for row in report["rows"] if "psnr_to_first" in row]
+    if compared:
+        first = report["bundles"][0]["variant"]
+        lines += ["", f"### Against {first}: PSNR between the results", "", "| degradation | method | least | most |"]
+        lines.append("| --- | --- | ---: | ---: |")
+    for row in compared:
+        least, most = min(row["psnr_to_first"]), max(row["psnr_to_first"])
+        lines.append(f"| {row['degradation']} | {row['method']} | {least:.1f} | {most:.1f} |")
     return "\n".join(lines)
 
 
@@ -233,6 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument(
         "--sheet", type=Path, metavar="PNG", help="write the pictures: degraded, stage 1, restored, truth"
+    )
+    parser.add_argument(
+        "--runtime", nargs="+", choices=list(ENGINES), help="each bundle in each; default: as python -m engine.restore"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -5,10 +5,14 @@ python benchmarks/seams.py --bundle bundles/ours --image photo.jpg --steps 4 --j
 At a size where both run, each part is done whole and in tiles, all else equal: the sampling, the
 VAE's decoder, its encoder, and the encoder for degraded photos; the VAE also a few rows at a time, which is exact. The
 error along the borders of tiles is set against the error elsewhere: above 1.1, a seam could be seen.
+
+With --faces, the faces of the photo are restored and pasted instead, and what the pass has changed, along the squares'
+borders and elsewhere in them, takes the place of the error.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -20,12 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe_machine
-from engine import Restorer
+from engine import FaceRestorer, Restorer
 from engine.cli.console import run_command
 from engine.cli.options import command_parser, path_option, whole_number
+from engine.errors import ImageError
+from engine.image.faces import Box
 from engine.image.preprocess import load_photo, preprocess
 from engine.memory.size_plan import SizePlan, default_tile
 from engine.memory.vae_slices import SlicedVae
+from engine.pipeline.faces import told
 from engine.sampling.tiling import Tiling
 
 #: How far from a border its error is looked at, in cells, or in as many pixels of the picture.
@@ -104,6 +111,68 @@ def measure(restorer: Restorer, image: Path, side: int, plan: SizePlan, steps: i
     }
 
 
+def face_seams(
+    found: NDArray[np.float32], plain: NDArray[np.float32], squares: Sequence[Box], band: int
+) -> dict[str, float]:
+    """Return what pasting has changed along the squares' borders, and elsewhere in them.
+
+    Args:
+        found, plain: f32[H,W,3], with faces and without.
+        squares: that were pasted.
+        band: in pixels, on either side of a border; the picture's own edge is none.
+    Returns:
+        The root mean square of the change in both places, their ratio, and the ratio of how much it changes from a
+        pixel to the next one: a paste without a mask has a small step everywhere but at the border.
+    """
+    height, width = plain.shape[:2]
+    border, inside = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    for square in squares:
+        square.of(inside)[...] = True
+        rows = slice(max(0, square.top - band), square.bottom + band)
+        columns = slice(max(0, square.left - band), square.right + band)
+        for side, limit in ((square.left, width), (square.right, width)):
+            if 0 < side < limit:
+                border[rows, max(0, side - band) : side + band] = True
+        for side, limit in ((square.top, height), (square.bottom, height)):
+            if 0 < side < limit:
+                border[max(0, side - band) : side + band, columns] = True
+    change = found.astype(np.float64) - plain
+    steps = np.zeros_like(change)
+    steps[:, 1:] += np.abs(np.diff(change, axis=1))
+    steps[1:] += np.abs(np.diff(change, axis=0))
+    elsewhere = inside & ~border
+    (along, rest), (along_steps, rest_steps) = (
+        [math.sqrt(np.mean(values[part] ** 2)) for part in (border, elsewhere)] for values in (change, steps)
+    )
+    return {
+        "rms_along_borders": along,
+        "rms_elsewhere": rest,
+        "ratio": along / max(rest, 1e-30),
+        "ratio_of_steps": along_steps / max(rest_steps, 1e-30),
+    }
+
+
+def measure_faces(restorer: Restorer, image: Path, steps: int) -> dict[str, Any]:
+    """Return the seams of a photo's faces.
+
+    Raises:
+        ImageError: it has none that are restored.
+    """
+    photo = load_photo(image)
+    plain = restorer.restore(photo, steps=steps)
+    with FaceRestorer.open(restorer) as faces:
+        done = faces.restore(photo, plain)
+    squares = [
+        Box(*face["square_px"]).scaled(photo.size, plain.photo.size)
+        for face in done.provenance["faces"]["found"]
+        if face["done"] == "restored"
+    ]
+    if not squares:
+        raise ImageError("no face of it is restored", where=image, found=told(done.provenance["faces"]))
+    seams = face_seams(done.photo.rgb, plain.photo.rgb, squares, _BAND_CELLS * restorer.bundle.pixels_per_cell)
+    return {"faces": len(squares), **seams}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
     parser = command_parser("python benchmarks/seams.py", __doc__)
@@ -113,8 +182,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tile", type=whole_number(64, 8192), metavar="PX", help="default: the bundle's tile")
     parser.add_argument("--vae-tile", type=whole_number(64, 8192), default=512, metavar="PX")
     parser.add_argument("--steps", type=whole_number(1, 1000), default=4, metavar="N")
+    parser.add_argument("--faces", action="store_true", help="measure the faces of the photo instead")
     parser.add_argument("--json", type=path_option, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.faces:
+        return _faces(options)
     with Restorer.open(options.bundle) as restorer:
         tile = options.tile or default_tile(restorer.bundle)
         side = options.size or 2 * tile
@@ -127,6 +199,19 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         report = {"machine": describe_machine(), "side_px": side, "tile_px": tile, "vae_tile_px": options.vae_tile}
         options.json.write_text(json.dumps({**report, "steps": options.steps, "parts": found}, indent=1) + "\n")
+    return 0
+
+
+def _faces(options: argparse.Namespace) -> int:
+    """Print, and write, the seams of a photo's faces."""
+    with Restorer.open(options.bundle) as restorer:
+        found = measure_faces(restorer, options.image, options.steps)
+    print(f"{found.pop('faces')} faces of {options.image.name}, {options.steps} steps\n")
+    print("| change along borders | elsewhere | ratio | ratio of steps |\n|---:|---:|---:|---:|")
+    print(f"| {' | '.join(f'{value:.3g}' for value in found.values())} |")
+    if options.json is not None:
+        report = {"machine": describe_machine(), "image": options.image.name, "steps": options.steps, "faces": found}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -23,11 +23,13 @@ COMMANDS = {
     "serve": [("restoration-engine serve", ["triton_repo/serve.py"])],
     "render": [("restoration-engine render", ["triton_repo/render.py"])],
     "client": [("restoration-engine client", ["triton_repo/client.py"])],
+    "compare": [("restoration-engine compare", ["-m", "benchmarks.compare"])],
     "benchmark": [
         ("restoration-engine benchmark latency", ["benchmarks/latency.py"]),
         ("restoration-engine benchmark serving", ["benchmarks/serving.py"]),
         ("restoration-engine benchmark quality", ["benchmarks/quality.py"]),
         ("restoration-engine benchmark seams", ["benchmarks/seams.py"]),
+        ("restoration-engine benchmark faces", ["benchmarks/faces.py"]),
         ("restoration-engine benchmark scaling", ["benchmarks/scaling.py"]),
         ("restoration-engine benchmark soak", ["benchmarks/soak.py"]),
         ("restoration-engine benchmark gpu", ["benchmarks/gpu_session.py"]),

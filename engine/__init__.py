@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Restored", "Restorer", "Settings", "__version__"]
+__all__ = ["FaceRestorer", "FaceSettings", "Restored", "Restorer", "Settings", "__version__"]
 
 if TYPE_CHECKING:
+    from engine.pipeline.faces import FaceRestorer
     from engine.pipeline.restorer import Restored, Restorer
-    from engine.settings import Settings
+    from engine.settings import FaceSettings, Settings
 
 
 def __getattr__(name: str) -> Any:
@@ -18,8 +19,12 @@ def __getattr__(name: str) -> Any:
         from engine.pipeline import restorer as pipeline
 
         return getattr(pipeline, name)
-    if name == "Settings":
-        from engine.settings import Settings
+    if name == "FaceRestorer":
+        from engine.pipeline.faces import FaceRestorer
 
-        return Settings
+        return FaceRestorer
+    if name in ("FaceSettings", "Settings"):
+        from engine import settings
+
+        return getattr(settings, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

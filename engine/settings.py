@@ -26,6 +26,12 @@ NEGATIVE_WORDS = (
     "drawing, render, oversharpened, washed out, low resolution"
 )
 
+#: Likewise, for a face that fills the picture.
+FACE_WORDS = (
+    "close-up photograph of a person's face, sharp eyes with clear irises, natural skin with pores, "
+    "fine hair and eyebrows, even teeth, true skin colours"
+)
+
 #: Characters; hundreds of chunks, each of which makes every step slower.
 MAX_TEXT = 16_000
 
@@ -131,6 +137,38 @@ class Settings(BaseModel):
             UsageError: a name is unknown or a value out of bounds; all of them are listed.
         """
         return validated({**self.model_dump(), **changes})
+
+
+class FaceSettings(BaseModel):
+    """How the faces of a photo are restored, besides the settings of the photo itself.
+
+    They are not among `Settings`: what restores faces is a pass over a restored photo, which servers do not offer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    words: str = Field(FACE_WORDS, max_length=MAX_TEXT, description="what a face shows, in place of the prompt")
+    leave: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="numbers of faces that are left as the photo's own restoration made them"
+    )
+
+
+def validated_faces(values: Any, where: str) -> FaceSettings:
+    """Return `FaceSettings` from plain values, whoever gave them.
+
+    Args:
+        values: by the settings' names.
+        where: they come from, for the error.
+    Raises:
+        UsageError: one is unknown, of another type or out of bounds.
+    """
+    try:
+        return FaceSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([where, *map(str, first["loc"])])
+        found = f"{first['msg'].lower()} (got {_short(first['input'])})"
+        raise UsageError("impossible settings of faces", where=place, found=found) from error
 
 
 def validated(values: dict[str, Any]) -> Settings:

@@ -154,12 +154,12 @@ def each_restorer(request, bundle_fp32):
 
 
 @pytest.fixture(scope="session")
-def matrix_units():
+def bf16_units():
     """Skip tests of bf16 where the processor would only imitate it, and nobody would use it."""
-    from engine.backends.ov_library import has_bf16_matrix_units
+    from engine.backends.ov_library import is_faster_in_bf16
 
-    if not has_bf16_matrix_units():
-        pytest.skip("cpu: needs matrix units for bf16 (amx_bf16 in /proc/cpuinfo)")
+    if not is_faster_in_bf16():
+        pytest.skip("cpu: needs units for bf16 (AMX, or AMD's AVX-512: amx_bf16, avx512_bf16 in /proc/cpuinfo)")
 
 
 @pytest.fixture

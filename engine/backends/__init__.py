@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from engine.backends.base import Backend
-from engine.backends.ov_library import Compute, has_bf16_matrix_units, is_installed
+from engine.backends.ov_library import Compute, is_faster_in_bf16, is_installed
 from engine.backends.trt_library import PLAN_BACKENDS, open_library
 from engine.bundle.manifest import Manifest
 from engine.device.interface import Device
@@ -30,7 +30,7 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0, compute: 
             CPU for ONNX Runtime and OpenVINO, else the first NVIDIA GPU.
         threads: that one operator may use on a CPU; 0 is one per core.
         compute: the type that OpenVINO computes in; "auto" is bf16 where the bundle is not in fp32 and the CPU has
-            matrix units for it (AMX), else fp32.
+            units that are faster in it (AMX, or AMD's AVX-512), else fp32.
     Raises:
         UsageError: there is no such backend or device, the two do not fit, or the number of threads is impossible.
         BackendError: a library, the driver or the device is missing, or it does not compute in that type.
@@ -69,15 +69,16 @@ def make_backend(name: str, *, device: str = "auto", threads: int = 0, compute: 
 def default_backend(manifest: Manifest, device: str = "auto") -> str:
     """Return the backend that a bundle runs on where none is named: the one that it was built for, but for one case.
 
-    For a 16-bit bundle on a CPU with matrix units for bf16, OpenVINO, if it is installed, takes about a third of ONNX
-    Runtime's time. In float32 the two are level. Source: benchmarks/results/latency-openvino-2026-11-29.json.
+    For a 16-bit bundle on a CPU that computes faster in bf16, OpenVINO, if it is installed, takes a third (AMX) to
+    three quarters (AMD's AVX-512) of ONNX Runtime's time. In float32 it takes as long, or longer.
+    Source: benchmarks/results/latency-openvino-2026-11-29.json, latency-cpu-bf16-2026-11-29.json.
 
     Args:
         manifest: of the bundle.
         device: as for `make_backend`.
     """
     in_16_bits = manifest.backend == "onnxruntime" and manifest.precision != "fp32"
-    if in_16_bits and device in ("auto", "cpu") and has_bf16_matrix_units() and is_installed():
+    if in_16_bits and device in ("auto", "cpu") and is_faster_in_bf16() and is_installed():
         return OPENVINO
     return manifest.backend
 

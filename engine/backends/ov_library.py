@@ -147,27 +147,34 @@ def compute_of(library: OvLibrary, compute: Compute, bundle: Precision, graph: P
         return cast(Precision, compute)
     if library.device != "CPU":
         return "fp32" if graph == "bf16" else graph
-    return "bf16" if bundle != "fp32" and has_bf16_matrix_units() else "fp32"
+    return "bf16" if bundle != "fp32" and is_faster_in_bf16() else "fp32"
 
 
-def has_bf16_matrix_units() -> bool:
-    """Tell whether bf16 is faster than fp32 on this processor: whether it has AMX's matrix units for it.
+def is_faster_in_bf16() -> bool:
+    """Tell whether this processor computes faster in bf16: with AMX's matrix units, or AMD's AVX-512 products.
 
-    OpenVINO lists BF16 as a capability of every processor with AVX-512. Measured without AMX (oneDNN kept from it
-    by ONEDNN_MAX_CPU_ISA): 1.3 times as long as fp32 with AVX512_BF16's products, and 3.3 to 3.7 times without.
+    OpenVINO lists BF16 as a capability of every processor with AVX-512. Measured against fp32: with AMX a third of the
+    time, on an AMD EPYC (family 25, model 17) with AVX512_BF16 two thirds. On an Intel Xeon whose AMX was hidden (by
+    ONEDNN_MAX_CPU_ISA) it was 1.3 times as long with AVX512_BF16, and 3.3 to 3.7 times without.
+    Source: benchmarks/results/latency-openvino-2026-11-29.json, latency-cpu-bf16-2026-11-29.json.
     """
-    return "amx_bf16" in cpu_flags()
+    return "amx_bf16" in cpu_flags() or ("avx512_bf16" in cpu_flags() and _cpu_fact("vendor_id") == "AuthenticAMD")
 
 
 def cpu_flags() -> frozenset[str]:
     """Return the processor's instruction sets by Linux's names; none where the system does not tell."""
+    return frozenset(_cpu_fact("flags").split())
+
+
+def _cpu_fact(name: str) -> str:
+    """Return what Linux tells of the first processor under a name; nothing where the system does not tell."""
     if not sys.platform.startswith("linux"):
-        return frozenset()
+        return ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")
 
 
 # -- errors ---------------------------------------------------------------------------------------

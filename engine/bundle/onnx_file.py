@@ -23,6 +23,7 @@ from engine.errors import BundleError
 _MESSAGES: dict[str, tuple[tuple[str, int, str], ...]] = {
     "StringStringEntryProto": (("key", 1, "string"), ("value", 2, "string")),
     "TensorProto": (
+        ("name", 8, "string"),
         ("raw_data", 9, "bytes"),
         ("external_data", 13, "*StringStringEntryProto"),
         ("data_location", 14, "int32"),
@@ -36,9 +37,15 @@ _MESSAGES: dict[str, tuple[tuple[str, int, str], ...]] = {
         ("sparse_tensors", 23, "*bytes"),
     ),
     "NodeProto": (("op_type", 4, "string"), ("domain", 7, "string"), ("attribute", 5, "*AttributeProto")),
+    "TensorTypeProto": (("shape", 2, "bytes"),),
+    "TypeProto": (("tensor_type", 1, "TensorTypeProto"),),
+    "ValueInfoProto": (("name", 1, "string"), ("type", 2, "TypeProto")),
     "GraphProto": (
         ("node", 1, "*NodeProto"),
         ("initializer", 5, "*TensorProto"),
+        ("input", 11, "*ValueInfoProto"),
+        ("output", 12, "*ValueInfoProto"),
+        ("value_info", 13, "*bytes"),
         ("sparse_initializer", 15, "*bytes"),
     ),
     "ModelProto": (("graph", 7, "GraphProto"), ("training_info", 20, "*bytes"), ("functions", 25, "*bytes")),
@@ -116,6 +123,30 @@ def with_weights(content: bytes, folder: Path, where: object) -> bytes:
             raise BundleError("ends before the weights do", where=folder / place["location"])
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
+    return bytes(model.SerializeToString())
+
+
+def with_free_shapes(content: bytes, where: object) -> bytes:
+    """Return a graph whose inputs and outputs have no shapes, so that it takes images of any size.
+
+    For graphs that were exported for one size though their operators take any. Weights that old exporters list among
+    the inputs are no inputs any more, so that the library folds them.
+
+    Args:
+        content: of an ONNX file.
+        where: it is, for errors.
+    Raises:
+        BundleError: as `parse`.
+    """
+    model = parse(content, where)
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    for index in reversed(range(len(graph.input))):
+        if graph.input[index].name in weights:
+            del graph.input[index]
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.ClearField("shape")
+    del graph.value_info[:]
     return bytes(model.SerializeToString())
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from engine.cli.captions import Caption, Captioner, ask_ahead, asked_of, caption_picture
 from engine.cli.claims import Claim, claim_photo, wait_for_photo
+from engine.cli.faces import FacePass
 from engine.cli.jobs import PhotoJob, file_stamp, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
@@ -22,6 +23,7 @@ from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
+from engine.pipeline.faces import told
 from engine.pipeline.host import OnEstimate, OnStage, ignore
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
@@ -94,6 +96,7 @@ class BatchRunner:
         any_size: whether photos are read whatever their size, instead of as the computer's memory allows.
         on_estimate, on_stage: as for `Restorer.restore`.
         captioner: who says what each photo shows; None asks nobody.
+        faces: what restores the faces of each photo once more; None leaves them.
     """
 
     restorer: Restorer
@@ -106,6 +109,7 @@ class BatchRunner:
     on_estimate: OnEstimate | None = None
     on_stage: OnStage = ignore
     captioner: Captioner | None = None
+    faces: FacePass | None = None
 
     def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
         """Take a photo on: claim it, see what of it another run has made by now, and read it.
@@ -193,7 +197,7 @@ class BatchRunner:
 
     def _is_made(self, job: PhotoJob, seed: int, output: Path) -> bool:
         provenance = provenance_of(self.restorer.bundle, self.settings.updated({"seed": seed}))
-        provenance |= asked_of(self.captioner)
+        provenance |= asked_of(self.captioner) | ({} if self.faces is None else self.faces.asked)
         return is_made(output, job.photo, provenance)
 
 
@@ -339,8 +343,12 @@ def _restore_one(
         watch.note(f"{job.photo}: {plan}", detail=True)
     if work.previews:
         current.pictures = [writer.submit(preview, photo, work.previews)]
+    found = None if work.faces is None else work.faces.find(photo, plan.size)
     for seed, output in job.outputs:
         result = work.restore(photo, plan, seed, watch)
+        if work.faces is not None and found is not None:
+            result = work.faces.restore(photo, result, found, watch.part, on_stage=work.on_stage)
+            watch.note(f"{job.photo}: {told(result.provenance['faces'])}", detail=True)
         made_with: dict[str, Any] = {"photo": taken.stamp}
         if caption is not None:
             made_with["caption"] = caption.as_data(work.settings.prompt)

@@ -23,6 +23,7 @@ from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
 from engine.cli.captions import Captioner, add_captions, as_asked, asked_of, make_captioner
 from engine.cli.claims import clean_stale_claims
 from engine.cli.engine_options import add_engine, engine_arguments
+from engine.cli.faces import FacePass, FaceRequest, add_faces, face_request
 from engine.cli.jobs import (
     PhotoJob,
     Placement,
@@ -55,14 +56,21 @@ def restore(arguments: Sequence[str]) -> int:
     check_options(placement, options.format, options.quality)
     found = find_photos(options.images, placement, recursive=options.recursive)
     check_folder(options.output)
+    faces = face_request(options, [item.photo for item in found], like)
     if options.report is not None:
         check_page(options.report, overwrite=options.overwrite)
     with ExitStack() as opened:
         restorer = opened.enter_context(Restorer.open(**engine_arguments(options))) if options.ray is None else None
         bundle = read_manifest(options.bundle) if restorer is None else restorer.bundle
+        face_pass = None
+        if faces is not None and restorer is not None:
+            face_pass = FacePass.open(restorer, faces, engine_arguments(options))
+            opened.enter_context(face_pass.restorer)
         settings = bundle.manifest.defaults.updated(changes)
         if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
+        if faces is not None and faces.is_of_another_bundle(like):
+            _warn(f"the faces of {options.like} were made with another bundle: they will differ")
         if bundle.manifest.notice and not options.quiet:
             print(f"note: {printable(bundle.manifest.notice)}", file=sys.stderr)
         if restorer is not None and not options.quiet and _backend_was_chosen(options, bundle):
@@ -76,7 +84,8 @@ def restore(arguments: Sequence[str]) -> int:
             print(f"note: camera raws in the folders were left out: {raws}; name one to restore it", file=sys.stderr)
 
         def provenance(seed: int) -> dict[str, Any]:
-            return provenance_of(bundle, settings.updated({"seed": seed})) | asked_of(captioner)
+            asked = asked_of(captioner) | ({} if faces is None else faces.asked)
+            return provenance_of(bundle, settings.updated({"seed": seed})) | asked
 
         jobs = plan_jobs(found, placement, settings.seed, provenance)
         for folder in {output.parent for job in jobs for output in (*job.done, *(output for _, output in job.outputs))}:
@@ -86,7 +95,7 @@ def restore(arguments: Sequence[str]) -> int:
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = RunSummary()
         reports: list[dict[str, Any]] = []
-        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, captioner, bar):
+        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, captioner, face_pass or faces, bar):
             if outcome.error is not None:
                 if len(jobs) == 1:
                     bar.drop()
@@ -97,7 +106,7 @@ def restore(arguments: Sequence[str]) -> int:
             if page is not None:
                 page.add(outcome)
         if page is not None:
-            page.write(tally, _facts(bundle, settings))
+            page.write(tally, _facts(bundle, settings, faces))
     _print_summary(tally, reports, options)
     return 0
 
@@ -110,6 +119,7 @@ def _outcomes(
     like: dict[str, Any] | None,
     options: argparse.Namespace,
     captioner: Captioner | None,
+    faces: FacePass | FaceRequest | None,
     watch: ProgressListener,
 ) -> Iterator[Outcome]:
     previews = REPORT_PX if options.report is not None else 0
@@ -117,10 +127,13 @@ def _outcomes(
     tiles = None if chosen else like  # what the command line says of tiles holds
     given = (options.overwrite, previews, tiles, options.quality, options.any_size)
     if restorer is not None:
-        return restore_all(jobs, BatchRunner(restorer, settings, *given, captioner=captioner), watch)
+        assert not isinstance(faces, FaceRequest), "it was opened with the restorer"
+        return restore_all(jobs, BatchRunner(restorer, settings, *given, captioner=captioner, faces=faces), watch)
+    assert not isinstance(faces, FacePass), "the cluster's actors open their own"
     engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
-    config = WorkerConfig(engine, settings, *given, captioner=captioner)
+    absolute = None if faces is None else faces.absolute()
+    config = WorkerConfig(engine, settings, *given, captioner=captioner, faces=absolute)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
 
 
@@ -149,9 +162,10 @@ def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: ar
         raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
 
 
-def _facts(bundle: Bundle, settings: Settings) -> dict[str, Any]:
+def _facts(bundle: Bundle, settings: Settings, faces: FaceRequest | None) -> dict[str, Any]:
     """Return what the report page says about a run."""
-    return {"bundle": bundle.manifest.name, **settings.model_dump(mode="json")}
+    told = {} if faces is None else {"face_words": faces.settings.words}
+    return {"bundle": bundle.manifest.name, **settings.model_dump(mode="json"), **told}
 
 
 def _warn(text: str) -> None:
@@ -237,4 +251,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_settings(parser)
     add_captions(parser)
+    add_faces(parser)
     return parser

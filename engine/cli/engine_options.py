@@ -37,8 +37,8 @@ def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--compute",
         choices=COMPUTES,
         default="auto",
-        help="type that openvino computes in on a CPU; default: bf16 if the bundle is in fp16 or bf16 and the CPU has "
-        "matrix units for it (AMX), else fp32",
+        help="type that openvino computes in on a CPU; default: bf16 if the bundle is in fp16 or bf16 and the CPU is "
+        "faster in it (AMX, or AMD's AVX-512), else fp32",
     )
     engine.add_argument(
         "--vram-budget",

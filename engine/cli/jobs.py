@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.cli.captions import SIDECAR, as_asked, sidecar_of
+from engine.cli.faces import faces_as_asked
 from engine.errors import ImageError, OutputError, RestoreError, UsageError, from_os_error
 from engine.image.files import check_name, check_output, list_images, read_provenance
 from engine.image.formats import RAW, READ_SUFFIXES, format_of_suffix, output_suffix
@@ -177,11 +178,12 @@ def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
     Args:
         output: the result's file.
         photo: its photo.
-        provenance: bundle, settings and, where captions are wanted, whose: see `engine.cli.captions.asked_of`.
+        provenance: bundle, settings and, where they are wanted, whose captions and which faces, as their `asked_of`
+            in `engine.cli.captions` and `engine.cli.faces`.
     """
     asked = json.loads(json.dumps(provenance))
     try:
-        now, noted = file_stamp(photo), as_asked(read_provenance(output))
+        now, noted = file_stamp(photo), faces_as_asked(as_asked(read_provenance(output)))
         made_ns = output.stat().st_mtime_ns
         takes_sidecar = (asked.get("caption") or {}).get("source") == SIDECAR and sidecar_of(photo).is_file()
         if takes_sidecar and made_ns < sidecar_of(photo).stat().st_mtime_ns:
@@ -192,7 +194,7 @@ def is_made(output: Path, photo: Path, provenance: dict[str, Any]) -> bool:
     is_newer = made_ns >= now["modified_ns"]
     if before != now and not (is_newer and isinstance(before, dict) and before.get("bytes") == now["bytes"]):
         return False
-    return all(noted.get(key) == asked.get(key) for key in ("bundle", "settings", "caption"))
+    return all(noted.get(key) == asked.get(key) for key in ("bundle", "settings", "caption", "faces"))
 
 
 def is_folder(target: Path | None) -> bool:

@@ -42,12 +42,14 @@ COMMANDS = {
     "serve": Command("triton_repo.serve", "serve a bundle with Triton Inference Server", "triton"),
     "render": Command("triton_repo.render", "write a model repository for Triton", "triton"),
     "client": Command("triton_repo.client", "restore a photo through a server", "triton"),
+    "compare": Command("benchmarks.compare.command", "find the layer where two ways of computing differ", "compare"),
 }
 BENCHMARKS = {
     "latency": Command("benchmarks.latency", "time by stage, against PyTorch and the device's floor", "benchmark"),
     "serving": Command("benchmarks.serving", "what serving costs against direct calls", "triton"),
     "quality": Command("benchmarks.quality", "PSNR and SSIM on degraded photos", "quality"),
     "seams": Command("benchmarks.seams", "what tiles change against the whole photo", "benchmark"),
+    "faces": Command("benchmarks.faces", "what face detectors find, and take for a face", "benchmark,faces"),
     "scaling": Command("benchmarks.scaling", "time and memory over a photo's size", "benchmark"),
     "soak": Command("benchmarks.soak", "a server among faults: answers, restarts, memory", "triton"),
     "gpu": Command("benchmarks.gpu_session", "every check that needs a GPU", "test"),

@@ -20,6 +20,7 @@ from typing import Any
 from engine.backends.trt_library import PLAN_BACKENDS
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
 from engine.cli.captions import Captioner
+from engine.cli.faces import FacePass, FaceRequest
 from engine.cli.jobs import PhotoJob
 from engine.errors import BackendError, UsageError
 from engine.pipeline.restorer import Restorer
@@ -36,6 +37,7 @@ class WorkerConfig:
     Attributes:
         engine: what `Restorer.open` is called with.
         settings, overwrite, previews, like, quality, any_size, captioner: as `engine.cli.batch.BatchRunner` has them.
+        faces: how faces are restored, which the actor makes its pass from; None leaves them.
     """
 
     engine: dict[str, Any]
@@ -46,6 +48,7 @@ class WorkerConfig:
     quality: int | None = None
     any_size: bool = False
     captioner: Captioner | None = None
+    faces: FaceRequest | None = None
 
 
 def restore_on_cluster(
@@ -142,7 +145,8 @@ class _Actor:
     def __init__(self, plan: WorkerConfig) -> None:
         restorer = Restorer.open(**plan.engine)
         options = (plan.overwrite, plan.previews, plan.like, plan.quality, plan.any_size)
-        self._work = BatchRunner(restorer, plan.settings, *options, captioner=plan.captioner)
+        faces = None if plan.faces is None else FacePass.open(restorer, plan.faces, plan.engine)
+        self._work = BatchRunner(restorer, plan.settings, *options, captioner=plan.captioner, faces=faces)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()

@@ -22,8 +22,10 @@ from PIL import Image
 
 from engine.bundle.storage import APP_NAME, atomic_write
 from engine.cli.batch import Outcome
+from engine.cli.faces import boxes_html, face_style
 from engine.cli.summary import RunSummary, reason
-from engine.errors import OutputError
+from engine.errors import OutputError, from_os_error
+from engine.pipeline.faces import told
 from engine.units import format_duration
 
 _ENDINGS = (".html", ".htm")
@@ -42,17 +44,21 @@ $pair
 # Shown no larger than it is, but wide enough for its labels, and no higher than a screen.
 _PAIR = Template("""<div class="pair"
 style="aspect-ratio: $width / $height; width: min(max(${width}px, 12rem), 80vh * $ratio)">
-<figure class="before"><img alt="$name before" src="$before"><figcaption>before</figcaption></figure>
+<figure class="before"><img alt="$name before" src="$before">$faces<figcaption>before</figcaption></figure>
 <figure class="after"><img alt="$name after" src="$after"><figcaption>after</figcaption></figure>
 <input type="range" min="0" max="100" value="50" aria-label="$name: where before ends and after begins, in percent">
 </div>""")
 
 
-def check_page(path: Path, *, overwrite: bool = False) -> None:
+def check_page(path: Path, *, overwrite: bool = False, option: str = "--report") -> None:
     """Find out, before the work, whether a page could be written; one of an earlier run is replaced.
 
+    Args:
+        path: of the page.
+        overwrite: whether a file that is something else is replaced, too.
+        option: that the page was named with.
     Raises:
-        OutputError: another ending, a file that is something else, or a folder that is missing.
+        OutputError: another ending, a file that is something else, or a folder that is missing or read-only.
     """
     if path.suffix.lower() not in _ENDINGS:
         found = path.suffix or "no ending"
@@ -60,7 +66,16 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     if not path.parent.is_dir():
         raise OutputError("no such folder", where=path.parent, fix="create it first")
     if path.is_dir() or (path.exists() and not overwrite and not _is_ours(path)):
-        raise OutputError("exists already", where=path, fix="choose another name for --report")
+        raise OutputError("exists already", where=path, fix=f"choose another name for {option}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise from_os_error(error, path.parent, "write the page") from error
+
+
+def page_style() -> str:
+    """Return the style that all pages of commands share."""
+    return (files("engine.cli") / "report.css").read_text("utf-8")
 
 
 class ReportPage:
@@ -99,6 +114,8 @@ class ReportPage:
         marker = "<!-- cards -->"
         head, tail = page.substitute(
             title="Restored photos",
+            style=page_style(),
+            face_style=face_style(),
             generator=APP_NAME,
             script=_SCRIPT,
             script_hash=f"sha256-{digest}",
@@ -123,6 +140,7 @@ def _card(outcome: Outcome, before: bytes, after: bytes) -> str:
         height=height,
         ratio=f"{width / height:.4g}",
         before=_data_url(before),
+        faces=boxes_html(_faces_of(outcome)),
         after=_data_url(after),
     )
     return _CARD.substitute(name=name, pair=pair, meta="<br>".join(map(escape, _meta(outcome))))
@@ -132,7 +150,14 @@ def _meta(outcome: Outcome) -> list[str]:
     lines = [f"{path}: was there already" for path in outcome.job.done]
     for report in outcome.reports:
         lines.append(f"{report['output']}: {sizes_and_time(report)}, seed {report['settings']['seed']}")
+    if (faces := _faces_of(outcome)) is not None:
+        lines.append(told(faces) + ("; --leave-face N leaves one out" if len(faces["found"]) > 0 else ""))
     return lines
+
+
+def _faces_of(outcome: Outcome) -> Mapping[str, Any] | None:
+    """Return what the first result's metadata says of the photo's faces; None where nobody looked for them."""
+    return outcome.reports[0].get("faces") if outcome.reports else None
 
 
 def sizes_and_time(report: Mapping[str, Any]) -> str:

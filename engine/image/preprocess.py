@@ -86,6 +86,11 @@ def to_network(rgb: Pixels) -> Pixels:
     return pixels
 
 
+def from_network(pixels: Pixels) -> Pixels:
+    """Return f32[H, W, 3] in [0, 1] for f32[3, H, W] in about [-1, 1]; what lies outside is clipped."""
+    return ((pixels.transpose(1, 2, 0) + np.float32(1.0)) * np.float32(0.5)).clip(0.0, 1.0)
+
+
 def postprocess(pixels: Pixels, source: Photo, size: Size) -> Photo:
     """Return f32[3, H, W] in [-1, 1] as a photo of (width, height) `size`, with its source's other data.
 

@@ -19,10 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.backends.face_detector import INSTALL_DETECTOR, has_detector
 from engine.cli.captions import Captioner, add_captions, make_captioner
 from engine.cli.engine_options import add_engine, engine_arguments
+from engine.cli.faces import add_faces
 from engine.cli.options import command_parser, path_option, whole_number
 from engine.errors import BackendError, UsageError, from_os_error, printable
+from engine.pipeline.faces import FaceRestorer
 from engine.pipeline.restorer import Restorer
 
 #: Addresses that only this computer reaches.
@@ -51,9 +54,24 @@ def serve(arguments: Sequence[str]) -> int:
             )
         if captioner is not None:
             print(f"note: where a visitor asks for it, a small picture is sent to {captioner.source}", file=sys.stderr)
-        with served(restorer, options, users, captioner) as app:
+        faces = _faces_of(restorer, options)
+        if faces is not None:
+            opened.enter_context(faces)
+        with served(restorer, options, users, captioner, faces) as app:
             _run(app, listening)
     return 0
+
+
+def _faces_of(restorer: Restorer, options: argparse.Namespace) -> FaceRestorer | None:
+    """Return what restores faces; None, which is told, where the extra is not installed.
+
+    Raises:
+        BackendError: a bundle for faces was named, and the extra is not installed.
+    """
+    if options.faces_bundle is None and not has_detector():
+        print(f"note: the page has no faces: {INSTALL_DETECTOR}", file=sys.stderr)
+        return None
+    return FaceRestorer.open(restorer, **{**engine_arguments(options), "bundle": options.faces_bundle})
 
 
 def read_users(path: Path) -> list[tuple[str, str]]:
@@ -104,7 +122,11 @@ def listen(address: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def served(
-    restorer: Restorer, options: argparse.Namespace, users: list[tuple[str, str]] | None, captioner: Captioner | None
+    restorer: Restorer,
+    options: argparse.Namespace,
+    users: list[tuple[str, str]] | None,
+    captioner: Captioner | None,
+    faces: FaceRestorer | None,
 ) -> Iterator[Any]:
     """Make the page's application; at the end its work is given up and its files are gone."""
     with tempfile.TemporaryDirectory(prefix="restoration-engine-web-", ignore_cleanup_errors=True) as folder:
@@ -123,8 +145,8 @@ def served(
         from engine.page.sessions import Sessions
 
         gr.set_static_paths([results])  # results are served from where they lie, not from copies
-        desk = Desk(restorer, options.queue)
-        page = Page(restorer.bundle, desk, Sessions(results, uploads), options.queue, captioner)
+        desk = Desk(restorer, options.queue, faces)
+        page = Page(restorer.bundle, desk, Sessions(results, uploads), options.queue, captioner, faces)
         stopped = threading.Event()
         threading.Thread(target=_reap, args=(page, stopped), name="reaper", daemon=True).start()
         blocks = page.build()
@@ -227,5 +249,6 @@ def _parser() -> argparse.ArgumentParser:
         help="photos of all visitors that may wait; default: 200",
     )
     add_captions(parser, "none|URL")
+    add_faces(parser, only_bundle=True)
     add_engine(parser)
     return parser

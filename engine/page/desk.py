@@ -18,11 +18,13 @@ from statistics import median
 from typing import Any, TypeVar
 
 from engine.cli.batch import BatchRunner, Outcome, restore_all
+from engine.cli.faces import FacePass, FaceRequest
 from engine.cli.jobs import PhotoJob
 from engine.errors import RestoreError, UnexpectedError, UsageError
 from engine.image.photo import Pixels
+from engine.pipeline.faces import FaceRestorer
 from engine.pipeline.restorer import Restorer
-from engine.settings import Settings
+from engine.settings import FaceSettings, Settings
 
 #: Longer side in pixels of the pictures that are compared on the page: sharp on a large screen.
 COMPARED_PX = 1600
@@ -67,6 +69,7 @@ class Ticket:
         photo: its file.
         output: where the result goes.
         settings: of the restoration.
+        faces: how faces are restored; None if they are not.
         on_change: called, from any thread, whenever `progress` or `outcome` is another.
         progress: how far it is.
         notes: what its owner must know, a sentence each.
@@ -81,6 +84,7 @@ class Ticket:
     progress: Progress = Progress()
     notes: list[str] = field(default_factory=list)
     outcome: Outcome | None = None
+    faces: FaceSettings | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def change(self, **values: object) -> None:
@@ -100,10 +104,11 @@ class Desk:
     Args:
         restorer: that does the work.
         limit: tickets of all owners that may wait.
+        faces: that restores faces; None where no ticket asks for it.
     """
 
-    def __init__(self, restorer: Restorer, limit: int) -> None:
-        self._restorer, self._limit = restorer, limit
+    def __init__(self, restorer: Restorer, limit: int, faces: FaceRestorer | None = None) -> None:
+        self._restorer, self._limit, self._faces = restorer, limit, faces
         self._changed = threading.Condition()
         #: Each owner's tickets; the first owner's first ticket is next, and then the owner goes to the end.
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
@@ -219,6 +224,10 @@ class Desk:
     def _restore(self, ticket: Ticket) -> Outcome:
         watch = _Watch(ticket)
         job = PhotoJob(ticket.photo, ((ticket.settings.seed, ticket.output),))
+        faces = None
+        if ticket.faces is not None:
+            assert self._faces is not None, "only pages that have it ask for it"
+            faces = FacePass(self._faces, FaceRequest(ticket.faces))
         work = BatchRunner(
             self._restorer,
             ticket.settings,
@@ -226,6 +235,7 @@ class Desk:
             previews=COMPARED_PX,
             on_estimate=watch.estimate,
             on_stage=watch.stage,
+            faces=faces,
         )
         (outcome,) = restore_all([job], work, watch)
         return outcome

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
 
+from engine.cli.faces import boxes_html
 from engine.cli.report_page import sizes_and_time
 from engine.cli.summary import reason
 from engine.errors import RestoreError
@@ -16,6 +20,7 @@ from engine.image.photo import Pixels
 from engine.page.controls import differences
 from engine.page.desk import Progress
 from engine.page.sessions import Result
+from engine.pipeline.faces import told
 from engine.settings import Settings
 from engine.units import format_duration
 
@@ -52,6 +57,15 @@ _RESULT = _TEMPLATES.from_string("""
 {% for note in notes %}
   <p class="detail">Note: {{ note }}</p>
 {% endfor %}
+{% if faces %}
+  <p class="detail">{{ faces }}</p>
+{% endif %}
+</div>
+""")
+_FACES = _TEMPLATES.from_string("""
+<div class="faces">
+  <div class="picture"><img src="{{ picture }}" alt="The photo, with a numbered box around each face">{{ boxes }}</div>
+  <p class="detail">{{ told }}</p>
 </div>
 """)
 _HINT = _TEMPLATES.from_string('<p class="detail">{{ text }}</p>')
@@ -120,7 +134,19 @@ def problem(error: RestoreError) -> str:
 
 def result(made: Result, defaults: Settings) -> str:
     """Return what a result is: sizes, time, and the settings that differ from the bundle's."""
-    return _RESULT.render(name=made.output.name, facts=caption(made, defaults), notes=made.notes)
+    faces = _sentence(told(made.report["faces"])) if "faces" in made.report else ""
+    return _RESULT.render(name=made.output.name, facts=caption(made, defaults), notes=made.notes, faces=faces)
+
+
+def faces(picture: str, found: Mapping[str, Any]) -> str:
+    """Return a photo with a numbered box around each face.
+
+    Args:
+        picture: its address.
+        found: the faces, as a result's provenance has them.
+    """
+    boxes = Markup(boxes_html(found))  # which has escaped what it shows
+    return _FACES.render(picture=picture, boxes=boxes, told=_sentence(told(found, is_done=False)))
 
 
 def caption(made: Result, defaults: Settings) -> str:
@@ -133,6 +159,10 @@ def data_url(picture: Pixels) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(buffer, "WEBP", quality=80, method=0)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _named(photo: str, place: str) -> str:

@@ -8,19 +8,23 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components.base import Component
 
+from engine.backends.face_detector import INSTALL_DETECTOR
 from engine.bundle.manifest import Bundle
 from engine.cli.captions import Captioner, caption_picture
+from engine.cli.faces import face_style
 from engine.errors import RestoreError, UsageError
 from engine.image.formats import READ_SUFFIXES
-from engine.page import fragments, runs
+from engine.page import faces, fragments, runs
 from engine.page.controls import FOLDED, IN_SIGHT, control_of, group_of, settings_from, values_of
 from engine.page.desk import CancellationError, Desk
 from engine.page.sessions import Result, Sessions
+from engine.pipeline.faces import FaceRestorer
 from engine.settings import Settings
 
 #: No fonts from elsewhere.
@@ -38,7 +42,7 @@ _PRESS_DOWNLOAD = "() => document.querySelector('#zip-file').click()"
 
 def css() -> str:
     """Return the page's style sheet."""
-    return (files("engine.page") / "page.css").read_text("utf-8")
+    return (files("engine.page") / "page.css").read_text("utf-8") + face_style()
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Page:
         sessions: of its visitors.
         most_photos: that may be dropped at once.
         captioner: who says what a photo shows, where a visitor asks; None asks nobody.
+        faces: that finds and restores faces; None leaves them out of the page.
     """
 
     bundle: Bundle
@@ -58,6 +63,7 @@ class Page:
     sessions: Sessions
     most_photos: int
     captioner: Captioner | None = None
+    faces: FaceRestorer | None = None
 
     @property
     def defaults(self) -> Settings:
@@ -89,6 +95,8 @@ class Page:
             gr.HTML(fragments.hint(f"Sends a small picture of the first photo to {self.captioner.source}"))
         with gr.Row(elem_id="in-sight"):
             parts |= {name: control_of(name, self.defaults) for name in IN_SIGHT[1:]}
+        if self.faces is not None:
+            parts |= faces.lay_out()
         with gr.Row():
             preset = self.bundle.manifest.preset
             parts["reset"] = gr.Button(f"Bundle's settings ({preset})", size="sm", elem_id="reset", min_width=120)
@@ -101,6 +109,9 @@ class Page:
                 gr.HTML(f"<h2>{group.capitalize()}</h2>")
                 with gr.Row():
                     parts |= {name: control_of(name, self.defaults) for name in names}
+            if self.faces is not None:
+                gr.HTML("<h2>Faces</h2>")
+                parts |= faces.lay_out_words()
         return parts
 
     def _given(self) -> dict[str, Component]:
@@ -161,11 +172,15 @@ class Page:
     ) -> tuple[str, dict[str, Any]]:
         try:
             session = self.sessions.of(_name_of(request))
-            chosen = settings_from(_mapping(settings), self.defaults)
+            values = _mapping(settings)
+            asked = faces.asked(values.pop("faces", None))
+            if asked is not None and self.faces is None:
+                raise UsageError("this page has no faces", where="faces", fix=INSTALL_DETECTOR)
+            chosen = settings_from(values, self.defaults)
             found = self.sessions.adopt(session, _paths([photo] if photo else None))
             if len(found) != 1:
                 raise UsageError("no photo", where="photo", fix="give one file")
-            async for event in runs.restore(self.desk, session, found, chosen):
+            async for event in runs.restore(self.desk, session, found, chosen, asked):
                 if event.error is not None:
                     raise event.error.at(found[0].name)
                 if event.result is not None:
@@ -184,8 +199,9 @@ class Page:
         failures: list[tuple[str, str]] = []
         made: list[Result] = []
         try:
-            settings = settings_from(values, self.defaults)
+            settings = settings_from({name: values[name] for name in (*IN_SIGHT, *FOLDED)}, self.defaults)
             found = self.sessions.adopt(session, _paths(photos))
+            asked = faces.settings_from(values, found)
             if not found:
                 raise UsageError("no photo yet", where="Photos", fix="drop one or more, or press to choose them")
             if len(found) > self.most_photos:
@@ -195,7 +211,7 @@ class Page:
                 )
             yield {"restore": gr.update(interactive=False), "cancel": gr.update(interactive=True)}
             cancelled = False
-            async for event in runs.restore(self.desk, session, found, settings):
+            async for event in runs.restore(self.desk, session, found, settings, asked):
                 name = event.ticket.photo.name
                 if event.result is not None:
                     made.append(event.result)
@@ -227,7 +243,8 @@ class Page:
         if not 0 <= index < len(results):
             return {}
         result = results[index]
-        return {"photos": [str(result.photo)], **values_of(result.settings)}
+        shown = {} if self.faces is None else faces.again(result)
+        return {"photos": [str(result.photo)], **values_of(result.settings), **shown}
 
     def reset(self) -> dict[str, Any]:
         """Put the bundle's settings back."""
@@ -246,6 +263,25 @@ class Page:
         except RestoreError as error:
             raise gr.Error(fragments.sentence(error), print_exception=False) from error
         return {"prompt": caption.text}
+
+    async def find_faces(self, photos: Any, values: Mapping[str, Any], request: gr.Request) -> dict[str, Any]:
+        """Show the faces of the first photo, to be chosen from."""
+        assert self.faces is not None, "without it there is no button"
+        face_restorer, session = self.faces, self.sessions.of(_name_of(request))
+        try:
+            settings = settings_from({name: values[name] for name in (*IN_SIGHT, *FOLDED)}, self.defaults)
+            found = self.sessions.adopt(session, _paths(photos)[:1])
+            if not found:
+                raise UsageError("no photo yet", where="Photos", fix="drop one, or press to choose it")
+            work = self.desk.call(lambda restorer: faces.found_in(found[0], face_restorer, restorer, settings))
+            return await asyncio.wrap_future(work)
+        except RestoreError as error:
+            raise gr.Error(fragments.sentence(error), print_exception=False) from error
+
+    def forget_faces(self, photos: Any, known: Any) -> dict[str, Any]:
+        """Hide the faces that were found in another photo."""
+        paths = [path for name in _paths(photos) if (path := Path(name)).is_file()]
+        return {} if faces.is_of(known, paths) else faces.hidden()
 
     async def zip(self, request: gr.Request) -> dict[str, Any]:
         """Write a visitor's results into one file."""
@@ -287,14 +323,17 @@ class Page:
 def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None:
     """Say what happens when something is pressed."""
     settings = {name: parts[name] for name in (*IN_SIGHT, *FOLDED)}
+    face_controls = {name: parts[name] for name in faces.CONTROLS if name in parts}
     told = [parts[name] for name in ("status", "compare", "result", "with_result", "download", "shown", "gallery")]
     shown = [parts[name] for name in ("compare", "result", "with_result", "download", "shown")]
 
     def updates(changes: dict[str, Any]) -> dict[Component, Any]:
         return {parts[name]: value for name, value in changes.items()}
 
+    face_view = [parts["faces_found"]] if face_controls else []
+
     async def restore(given: dict[Component, Any], request: gr.Request) -> AsyncIterator[dict[Component, Any]]:
-        values = {name: given[part] for name, part in settings.items()}
+        values = {name: given[part] for name, part in (settings | face_controls).items()}
         async for changes in page.restore(given[parts["photos"]], values, request):
             yield updates(changes)
 
@@ -316,15 +355,30 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     async def zip_results(request: gr.Request) -> dict[Component, Any]:
         return updates(await page.zip(request))
 
+    async def find_faces(given: dict[Component, Any], request: gr.Request) -> dict[Component, Any]:
+        values = {name: given[part] for name, part in settings.items()}
+        return updates(await page.find_faces(given[parts["photos"]], values, request))
+
+    def forget_faces(photos: Any, known: Any) -> dict[Component, Any]:
+        return updates(page.forget_faces(photos, known))
+
     working = [parts["restore"], parts["cancel"]]
-    parts["restore"].click(restore, {parts["photos"], *settings.values()}, [*told, *working], **_QUIET)
+    parts["restore"].click(
+        restore, {parts["photos"], *settings.values(), *face_controls.values()}, [*told, *working], **_QUIET
+    )
     parts["cancel"].click(cancel, None, [parts["cancel"]], **_QUIET)
     parts["gallery"].select(show, None, shown, **_QUIET)
-    parts["again"].click(again, [parts["shown"]], [parts["photos"], *settings.values()], **_QUIET)
+    parts["again"].click(
+        again, [parts["shown"]], [parts["photos"], *settings.values(), *face_controls.values(), *face_view], **_QUIET
+    )
     parts["reset"].click(reset, None, list(settings.values()), **_QUIET)
     parts["dice"].click(lambda: str(random.randrange(2**31)), None, parts["seed"], **_QUIET)
+    busy = {**_PRIVATE, "show_progress": "minimal"}
+    if face_view:
+        shows = [parts[name] for name in ("faces", "face_choice", "faces_of")]
+        parts["find_faces"].click(find_faces, {parts["photos"], *settings.values()}, [*shows, *face_view], **busy)
+        parts["photos"].change(forget_faces, [parts["photos"], parts["faces_of"]], [*shows[1:], *face_view], **_QUIET)
     if "describe" in parts:
-        busy = {**_PRIVATE, "show_progress": "minimal"}
         parts["describe"].click(describe, [parts["photos"]], [parts["prompt"]], **busy)
     zipped = parts["zip"].click(zip_results, None, [parts["zip_file"]], **_QUIET)
     zipped.success(None, None, None, js=_PRESS_DOWNLOAD, api_visibility="private")

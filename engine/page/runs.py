@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.errors import RestoreError
 from engine.page.desk import CancellationError, Desk, Ticket
 from engine.page.sessions import Result, Session
-from engine.settings import Settings
+from engine.settings import FaceSettings, Settings
 
 #: Seconds between two tellings of the same photo: a person reads no faster.
 _TELL_S = 0.2
@@ -35,7 +35,9 @@ class Event:
     error: RestoreError | None = None
 
 
-async def restore(desk: Desk, session: Session, photos: Sequence[Path], settings: Settings) -> AsyncIterator[Event]:
+async def restore(
+    desk: Desk, session: Session, photos: Sequence[Path], settings: Settings, faces: FaceSettings | None = None
+) -> AsyncIterator[Event]:
     """Restore photos with the same settings, one after the other, and yield what happens.
 
     Where nobody asks for more, or the run's name is cancelled at the desk, the rest is given up.
@@ -45,6 +47,7 @@ async def restore(desk: Desk, session: Session, photos: Sequence[Path], settings
         session: whose results they become.
         photos: their files.
         settings: of all of them.
+        faces: how their faces are restored; None if they are not.
     Raises:
         UsageError: too many photos are waiting.
     """
@@ -55,7 +58,7 @@ async def restore(desk: Desk, session: Session, photos: Sequence[Path], settings
             loop.call_soon_threadsafe(changed.set)
 
     run = secrets.token_hex(8)
-    tickets = [Ticket(run, photo, session.new_output(photo), settings, on_change) for photo in photos]
+    tickets = [Ticket(run, photo, session.new_output(photo), settings, on_change, faces=faces) for photo in photos]
     desk.submit(tickets)
     session.runs.add(run)
     try:
@@ -98,6 +101,7 @@ def _done(session: Session, ticket: Ticket, place: str) -> Event:
     except FileNotFoundError:  # the session has ended meanwhile
         return Event(ticket, place, error=CancellationError("cancelled"))
     (report,) = outcome.reports
-    result = Result(ticket.photo, ticket.output, before, after, ticket.settings, report, tuple(ticket.notes))
+    notes = tuple(ticket.notes)
+    result = Result(ticket.photo, ticket.output, before, after, ticket.settings, report, notes, ticket.faces)
     session.results.append(result)
     return Event(ticket, place, result=result)

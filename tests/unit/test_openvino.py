@@ -94,27 +94,47 @@ def test_an_old_library_is_refused(monkeypatch):
     assert caught.value.expected == "2026.4 or newer"
 
 
-AMX, AVX512, AVX2 = {"amx_bf16", "avx512_bf16"}, {"avx512_bf16"}, {"avx2"}
+AMX, AVX512, AVX2 = "fma amx_bf16 avx512_bf16", "fma avx512_bf16", "fma avx2"
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Have the system tell of another processor."""
+
+    def become(flags, vendor=INTEL):
+        told = {"flags": flags, "vendor_id": vendor}
+        monkeypatch.setattr(ov_library, "_cpu_fact", lambda name: told[name])
+
+    return become
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/cpuinfo")
+def test_the_processor_is_read():
+    assert "fpu" in ov_library.cpu_flags()
+    assert ov_library._cpu_fact("vendor_id") in (INTEL, AMD)
 
 
 @pytest.mark.parametrize(
-    ("flags", "bundle_precision", "asked", "computed"),
+    ("flags", "vendor", "bundle_precision", "asked", "computed"),
     [
-        (AMX, "fp32", "auto", "fp32"),
-        (AMX, "fp16", "auto", "bf16"),
-        (AMX, "bf16", "auto", "bf16"),
-        (AMX, "fp16", "fp32", "fp32"),
-        (AMX, "fp32", "bf16", "bf16"),
-        (AVX512, "bf16", "auto", "fp32"),
-        (AVX512, "bf16", "bf16", "bf16"),
-        (AVX2, "fp16", "auto", "fp32"),
-        (AVX2, "fp16", "bf16", None),
-        ((), "fp16", "auto", "fp32"),  # the system does not tell
-        ((), "fp16", "bf16", "bf16"),
+        (AMX, INTEL, "fp32", "auto", "fp32"),
+        (AMX, INTEL, "fp16", "auto", "bf16"),
+        (AMX, INTEL, "bf16", "auto", "bf16"),
+        (AMX, INTEL, "fp16", "fp32", "fp32"),
+        (AMX, INTEL, "fp32", "bf16", "bf16"),
+        (AVX512, INTEL, "bf16", "auto", "fp32"),
+        (AVX512, INTEL, "bf16", "bf16", "bf16"),
+        (AVX512, AMD, "bf16", "auto", "bf16"),
+        (AVX512, AMD, "fp32", "auto", "fp32"),
+        (AVX2, AMD, "fp16", "auto", "fp32"),
+        (AVX2, INTEL, "fp16", "bf16", None),
+        ("", "", "fp16", "auto", "fp32"),  # the system does not tell
+        ("", "", "fp16", "bf16", "bf16"),
     ],
 )
-def test_the_processor_and_the_bundle_choose_the_type(monkeypatch, flags, bundle_precision, asked, computed):
-    monkeypatch.setattr(ov_library, "cpu_flags", lambda: frozenset(flags))
+def test_the_processor_and_the_bundle_choose_the_type(processor, flags, vendor, bundle_precision, asked, computed):
+    processor(flags, vendor)
     library = SimpleNamespace(device="CPU", device_name="a processor")
     if computed is None:
         with pytest.raises(BackendError, match="no bf16 units"):
@@ -408,19 +428,19 @@ def test_segments_leave_no_files(bundle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("precision", "built_for", "device", "flags", "installed", "expected"),
     [
-        ("fp16", "onnxruntime", "auto", {"amx_bf16"}, True, "openvino"),
-        ("fp16", "onnxruntime", "cpu", {"amx_bf16"}, True, "openvino"),
-        ("fp16", "onnxruntime", "cuda", {"amx_bf16"}, True, "onnxruntime"),
-        ("fp16", "onnxruntime", "auto", {"avx512_bf16"}, True, "onnxruntime"),
-        ("fp16", "onnxruntime", "auto", {"amx_bf16"}, False, "onnxruntime"),
-        ("fp32", "onnxruntime", "auto", {"amx_bf16"}, True, "onnxruntime"),
-        ("fp16", "tensorrt-rtx", "auto", {"amx_bf16"}, True, "tensorrt-rtx"),
-        ("fp32", "openvino", "auto", set(), True, "openvino"),
+        ("fp16", "onnxruntime", "auto", AMX, True, "openvino"),
+        ("fp16", "onnxruntime", "cpu", AMX, True, "openvino"),
+        ("fp16", "onnxruntime", "cuda", AMX, True, "onnxruntime"),
+        ("fp16", "onnxruntime", "auto", AVX512, True, "onnxruntime"),
+        ("fp16", "onnxruntime", "auto", AMX, False, "onnxruntime"),
+        ("fp32", "onnxruntime", "auto", AMX, True, "onnxruntime"),
+        ("fp16", "tensorrt-rtx", "auto", AMX, True, "tensorrt-rtx"),
+        ("fp32", "openvino", "auto", "", True, "openvino"),
     ],
 )
 def test_the_default_is_the_fastest_that_is_installed(
-    monkeypatch, precision, built_for, device, flags, installed, expected
+    monkeypatch, processor, precision, built_for, device, flags, installed, expected
 ):
-    monkeypatch.setattr(ov_library, "cpu_flags", lambda: frozenset(flags))
+    processor(flags)
     monkeypatch.setattr(backends, "is_installed", lambda: installed)
     assert backends.default_backend(SimpleNamespace(precision=precision, backend=built_for), device) == expected

@@ -3,15 +3,19 @@
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from given_faces import GivenFaces
 from PIL import Image
 
 pytest.importorskip("gradio", reason="needs the web extra: pip install '.[web]'")
 
+from engine import FaceRestorer
 from engine.errors import UsageError
+from engine.page import faces
 from engine.page.command import listen, read_users
 from engine.page.controls import (
     FOLDED,
@@ -23,9 +27,9 @@ from engine.page.controls import (
     values_of,
 )
 from engine.page.desk import CancellationError, Desk, Ticket
-from engine.page.fragments import progress, sentence, summary
+from engine.page.fragments import progress, result, sentence, summary
 from engine.page.sessions import Result, Sessions
-from engine.settings import ScaleRange, Settings
+from engine.settings import FaceSettings, ScaleRange, Settings
 
 DEFAULTS = Settings()
 EVIL = "<script>alert(1)</script>.png"
@@ -242,6 +246,78 @@ def test_programs_that_do_not_come_back_are_forgotten(sessions):
     sessions._sessions["page"].has_page = True
     sessions._sessions["worker"].runs.add("run")
     assert sessions.forgotten() == ["program"]
+
+
+# -- faces ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def person(tmp_path):
+    path = tmp_path / "person.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def face_restorer(restorer):
+    return FaceRestorer(restorer, GivenFaces((20, 14, 44, 40), (80, 14, 104, 40), size=(128, 64)))
+
+
+def changed(update):
+    return update["value"] if isinstance(update, dict) else update
+
+
+def test_faces_are_found_and_those_without_a_tick_are_left_out(face_restorer, restorer, person):
+    shown = faces.found_in(person, face_restorer, restorer, restorer.defaults)
+    picture = changed(shown["faces_found"])
+    assert picture.count('<span class="face"') == 2
+    assert "2 faces found." in picture
+    assert "left:15.62%;top:21.88%;width:18.75%;height:40.62%" in picture
+    assert shown["face_choice"]["choices"] == ["1", "2"]
+    assert shown["faces"] is True
+    known = shown["faces_of"]
+    values = {"faces": True, "face_words": "a face", "face_choice": ["1"], "faces_of": known}
+    assert faces.settings_from(values, [person]) == FaceSettings(words="a face", leave=(2,))
+    assert faces.settings_from({**values, "faces": False}, [person]) is None
+    assert faces.settings_from({}, [person]) is None
+    other = person.with_name("other.png")
+    other.write_bytes(b"another photo")
+    for photos in ([other], [person, other]):  # whose faces have other numbers
+        assert faces.settings_from(values, photos) == FaceSettings(words="a face")
+    assert faces.is_of(known, [person])
+    assert not faces.is_of(known, [other])
+    assert not faces.is_of(None, [person])
+
+
+def test_a_ticket_with_faces_and_its_settings_again(face_restorer, restorer, person, counter):
+    desk = Desk(restorer, limit=6, faces=face_restorer)
+    try:
+        ticket = counter.ticket("one", "one", restorer.defaults.updated({"steps": 1}))
+        ticket.photo, ticket.faces = person, FaceSettings(leave=(2,))
+        desk.submit([ticket])
+        counter.wait(lambda: ticket.outcome is not None)
+    finally:
+        desk.close()
+    (report,) = ticket.outcome.reports
+    assert [face["done"] for face in report["faces"]["found"]] == ["restored", "left out"]
+    before = person.with_name("before.webp")
+    before.write_bytes(ticket.outcome.before)
+    made = Result(person, ticket.output, before, before, ticket.settings, report, (), ticket.faces)
+    assert "2 faces found: 1 restored; 2 left out." in result(made, restorer.defaults)
+    shown = faces.again(made)
+    assert shown["face_choice"]["value"] == ["1"]
+    assert 'class="face left"' in changed(shown["faces_found"])
+    assert faces.again(replace(made, faces=None))["faces"] is False
+
+
+def test_what_programs_ask_of_faces():
+    assert faces.asked(None) is None
+    assert faces.asked(False) is None
+    assert faces.asked(True) == FaceSettings()
+    assert faces.asked({"leave": [3]}) == FaceSettings(leave=(3,))
+    for wrong in (1, "yes", {"leave": [0]}, {"bundle": "/"}, {"words": None}):
+        with pytest.raises(UsageError, match="impossible settings of faces"):
+            faces.asked(wrong)
 
 
 # -- what is said ------------------------------------------------------------------------------------
