@@ -104,7 +104,7 @@ def test_python_on_a_page_is_python(page):
 def test_python_in_the_guide_runs(bundle_fp32, photo_path, monkeypatch):
     monkeypatch.setenv("RESTORE_BUNDLE", str(bundle_fp32))
     monkeypatch.chdir(ROOT)
-    whole, faces = re.findall(r"```python\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
+    faces, whole = re.findall(r"```python\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
     whole = whole.replace('"bundles/ours"', repr(str(bundle_fp32))).replace('"photo.jpg"', repr(str(photo_path)))
     names = {}
     exec(whole, names)
