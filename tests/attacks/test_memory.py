@@ -86,6 +86,5 @@ def test_a_photo_is_restored_or_refused(restore_within, bundle_fp32, kind, limit
 @pytest.mark.parametrize("gibibytes", [1, 2, 4])
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (2304, 1728), (4000, 3000)], ids=lambda size: f"{size}")
 def test_the_demo_in_containers(restore_within, demo_bundle, gibibytes, size):
-    refused = {1: 4_000_000, 2: 12_000_000, 4: 12_000_001}
     outcome = restore_within(demo_bundle, size, "group", gibibytes << 30, "--threads", "1", timeout=5500)
-    assert (outcome == "restored") == (size[0] * size[1] < refused[gibibytes]), outcome
+    assert outcome == "restored"  # the largest, in tiles, within an hour or two
