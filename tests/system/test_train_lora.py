@@ -229,7 +229,8 @@ def test_a_build_takes_it(trained, tiny, tmp_path, run_build):
 
 
 @pytest.mark.parametrize("supir", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_samples_are_drawn(supir, command, tiny, tmp_path):
+def test_samples_are_drawn(supir, command, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.training.samples.STEPS", 3)
     more = ("--supir", tiny.supir) if supir else ()
     arguments = command(tmp_path / "face.safetensors", "--steps", 1, "--batch", 1, "--held-out", 1, *more)
     arguments.remove("--no-samples")
