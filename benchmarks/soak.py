@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -88,7 +87,7 @@ class ServeCommand:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()  # Ctrl-C's signal would be ignored where a shell runs this in the background
         self.process.wait(120)
         self._reader.join()
 
