@@ -27,6 +27,7 @@ from engine.errors import BuildError, CheckpointError, UsageError, printable
 from engine.units import format_bytes
 from export.build.presets import PRESETS
 from export.build.request import VERIFY, BuildRequest, LoraRequest
+from export.checkpoint.tokenizer import tokenizer_place
 from export.trt.compile import DEFAULT_TARGETS
 
 #: What the extra `build` brings, and what only `export` does.
@@ -248,20 +249,11 @@ def _request(options: argparse.Namespace) -> BuildRequest:
                 expected="--sdxl and --supir together, or neither for the demo",
                 found=", ".join(f"--{name}" for name in named),
             )
-    tokenizer = options.tokenizer
-    if tokenizer is None:
-        if not options.sdxl.is_dir():
-            raise CheckpointError(
-                "a single file holds no tokenizer",
-                where=options.sdxl,
-                fix="give CLIP's tokenizer folder with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
-            )
-        tokenizer = options.sdxl
     return BuildRequest(
         sdxl=options.sdxl,
         unet=options.unet,
         supir=options.supir,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_place(options.tokenizer, options.sdxl),
         loras=tuple(options.lora),
         **common,
     )

@@ -18,6 +18,24 @@ START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 PAD_ID_2 = 0
 
 
+def tokenizer_place(named: Path | None, sdxl: Path) -> Path:
+    """Return the folder in which a command looks for the tokenizer: the one that was named, or the base's own.
+
+    Args:
+        named: by the user.
+        sdxl: the base, one file or a diffusers folder.
+    Raises:
+        CheckpointError: none was named, and a single file holds none.
+    """
+    if named is None and not sdxl.is_dir():
+        raise CheckpointError(
+            "a single file holds no tokenizer",
+            where=sdxl,
+            fix="give CLIP's tokenizer folder with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
+        )
+    return sdxl if named is None else named
+
+
 def find_tokenizer(folder: Path) -> Path:
     """Return the folder itself or its `tokenizer/`, whichever holds a vocabulary.
 

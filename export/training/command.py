@@ -16,8 +16,9 @@ from dataclasses import asdict
 from engine.bundle.storage import cache_dir
 from engine.cli.captions import SIDECAR, add_captions
 from engine.cli.options import command_parser, path_option, whole_number
-from engine.errors import CheckpointError, RestoreError, UsageError, printable
+from engine.errors import RestoreError, UsageError, printable
 from engine.units import format_duration
+from export.checkpoint.tokenizer import tokenizer_place
 from export.training.request import FORMATS, LAYERS, TrainRequest
 
 #: What the extra `train` brings beside the engine.
@@ -64,15 +65,6 @@ def _say(line: str) -> None:
 
 
 def _request(options: argparse.Namespace) -> TrainRequest:
-    tokenizer = options.tokenizer
-    if tokenizer is None:
-        if not options.sdxl.is_dir():
-            raise CheckpointError(
-                "a single file holds no tokenizer",
-                where=options.sdxl,
-                fix="give CLIP's tokenizer folder with --tokenizer, such as `tokenizer/` of a diffusers SDXL folder",
-            )
-        tokenizer = options.sdxl
     if options.size % _MULTIPLE_PX:
         raise UsageError(
             "impossible size", where="--size", expected=f"a multiple of {_MULTIPLE_PX}", found=options.size
@@ -81,7 +73,7 @@ def _request(options: argparse.Namespace) -> TrainRequest:
         sdxl=options.sdxl,
         unet=options.unet,
         supir=options.supir,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_place(options.tokenizer, options.sdxl),
         images=options.images,
         recursive=options.recursive,
         output=options.output,
