@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -262,7 +262,8 @@ class FaceRestorer:
         if chosen:
             on_stage("faces")
             started, before_ms = time.perf_counter(), sum(times.graphs_ms.values())
-            pixels = self._pasted(source, restored, chosen, settings, on_tile, keep_note, times)
+            squares = self._restored_squares(source, restored, chosen, settings, on_tile, keep_note, times)
+            pixels = _pasted(source.size, restored, chosen, squares)
             inside_ms = sum(times.graphs_ms.values()) - before_ms
             times.outside_ms["faces"] = (time.perf_counter() - started) * 1e3 - inside_ms
         provenance = {**restored.provenance, "faces": self.provenance(settings, found, decisions)}
@@ -282,30 +283,6 @@ class FaceRestorer:
         return {**self.asked(settings), "detector": self._detector.name, "side_px": self.side_px, **data}
 
     # -- the pass ---------------------------------------------------------------------------------
-
-    def _pasted(
-        self,
-        source: Photo,
-        restored: Restored,
-        chosen: Sequence[Decision],
-        settings: FaceSettings,
-        on_tile: OnTile,
-        on_note: OnNote,
-        times: Timings,
-    ) -> Pixels:
-        """Return the result's pixels with the chosen faces, which are restored in batches."""
-        result = restored.photo
-        squares = [decision.square.scaled(source.size, result.size) for decision in chosen]
-        faces = [decision.face.box.scaled(source.size, result.size) for decision in chosen]
-        paste = Paste(result.rgb, squares, faces)
-        new_squares = self._restored_squares(source, restored, chosen, settings, on_tile, on_note, times)
-        for index, (square, pixels) in enumerate(zip(squares, new_squares, strict=True)):
-            new = resize(pixels, (square.width, square.height))
-            # The surroundings' colours: the square was encoded at another scale, and for itself.
-            surroundings = to_network(square.of(result.rgb))[None]
-            fixed = fix_colors(to_network(new)[None], surroundings, restored.settings.color_fix)
-            paste.add(index, from_network(fixed[0]))
-        return paste.pixels
 
     def _restored_squares(
         self,
@@ -340,6 +317,21 @@ class FaceRestorer:
                 results = self._faces.restore_batch(photos, on_step=on_step, on_note=on_note, **asked.model_dump())
                 _add(times, results[0].timings)
                 yield from (result.photo.rgb for result in results)
+
+
+def _pasted(photo_size: Size, restored: Restored, chosen: Sequence[Decision], new_squares: Iterable[Pixels]) -> Pixels:
+    """Return the result's pixels with the chosen faces' squares, which are taken one by one, as they are restored."""
+    result = restored.photo
+    squares = [decision.square.scaled(photo_size, result.size) for decision in chosen]
+    faces = [decision.face.box.scaled(photo_size, result.size) for decision in chosen]
+    paste = Paste(result.rgb, squares, faces)
+    for index, (square, pixels) in enumerate(zip(squares, new_squares, strict=True)):
+        new = resize(pixels, (square.width, square.height))
+        # The surroundings' colours: the square was encoded at another scale, and for itself.
+        surroundings = to_network(square.of(result.rgb))[None]
+        fixed = fix_colors(to_network(new)[None], surroundings, restored.settings.color_fix)
+        paste.add(index, from_network(fixed[0]))
+    return paste.pixels
 
 
 def asked_of(settings: FaceSettings, bundle: Bundle | None) -> dict[str, Any]:
