@@ -33,6 +33,21 @@ LORAS = ("landscape", "face")
 _SQRT_12 = np.float32(12.0**0.5)
 
 
+#: The UNet, as diffusers builds it.
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 1, 2),
+    "cross_attention_dim": 192,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1664,
+}
+
+
 @dataclass(frozen=True)
 class TinyFiles:
     """The checkpoints, as a user would name them on the command line."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic import TINY_UNET
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("peft", reason="needs the train extra")
@@ -159,18 +160,7 @@ def diffusers_unet(tiny):
     from diffusers import UNet2DConditionModel
 
     tensors = open_sdxl(tiny.sdxl).tensors
-    unet = UNet2DConditionModel(
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 1, 2),
-        cross_attention_dim=192,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=1664,
-    )
+    unet = UNet2DConditionModel(**TINY_UNET)
     state = {
         name.removeprefix("unet."): torch.from_numpy(tensor.read().copy())
         for name, tensor in tensors.items()

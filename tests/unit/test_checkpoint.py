@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+from synthetic import TINY_UNET
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
@@ -111,18 +112,7 @@ def test_diffusers_names_are_those_of_diffusers(sdxl):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(32, 64, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
-            attention_head_dim=(1, 1, 2),
-            cross_attention_dim=192,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=1664,
-        )
+        unet = UNet2DConditionModel(**TINY_UNET)
         vae = AutoencoderKL(
             block_out_channels=(32, 64, 128, 128),
             down_block_types=("DownEncoderBlock2D",) * 4,
