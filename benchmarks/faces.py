@@ -32,7 +32,7 @@ from engine.cli.options import command_parser, path_option
 from engine.image.files import read_photo
 from engine.image.photo import Pixels
 from engine.image.preview import shrunk
-from export.demo.degrade import TABLE_1, degrade
+from export.training.degrade import TABLE_1, degrade
 
 #: Packages' photos, and how many faces they have.
 _PHOTOS = {

@@ -32,7 +32,7 @@ from engine.cli.console import run_command
 from engine.cli.options import command_parser
 from engine.errors import BackendError, UsageError
 from engine.image.photo import resize
-from export.demo.degrade import TABLE_1, Degradation, degrade
+from export.training.degrade import TABLE_1, Degradation, degrade
 
 Judge = Callable[[Rgb, Rgb], dict[str, float | None]]
 _NO_LPIPS = "needs --lpips"

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from engine.image.photo import resize
-from export.demo.degrade import degrade, random_degradation
 from export.demo.pictures import Family, make_picture
+from export.training.degrade import degrade, random_degradation
 
 PICTURE_PX = 256
 #: Pairs from here on are never trained on.

@@ -26,10 +26,10 @@ from engine.image.preprocess import to_network
 from engine.pipeline.text import PromptTokenizer, SpecialIds, join_context, join_vector
 from export.checkpoint.architecture import sinusoid_frequencies
 from export.checkpoint.tokenizer import PAD_ID_2, START_TOKEN
-from export.demo.degrade import TABLE_1, degrade
 from export.graphs.nets.text import TextEncoder2Graph, TextEncoderGraph
 from export.graphs.nets.vae import DenoiseEncoderGraph, VaeEncoderGraph
 from export.training.dataset import Crop, Picture
+from export.training.degrade import TABLE_1, degrade
 from export.training.networks import Base, load
 
 Arrays = dict[str, NDArray[Any]]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.sampling.schedule import TRAIN_STEPS, train_sigmas
-from export.demo.degrade import TABLE_1
 from export.training.adapters import squared_norm
+from export.training.degrade import TABLE_1
 from export.training.encode import Sample, Text
 from export.training.loop import Losses
 from export.training.precision import half_products

@@ -22,7 +22,7 @@ from engine.bundle.storage import atomic_write
 from engine.sampling.noise import noise_field
 from engine.sampling.sampler import Step, StepTable, edm_table, sample
 from engine.sampling.schedule import nearest_level, trailing_sigmas
-from export.demo.degrade import TABLE_1
+from export.training.degrade import TABLE_1
 from export.training.encode import Sample
 from export.training.objective import Network
 from export.training.precision import half_products

@@ -14,7 +14,7 @@ pytest.importorskip("skimage", reason="needs the quality extra")
 from benchmarks.images import contact_sheet, load_images
 from benchmarks.paper import TABLE_1 as PUBLISHED
 from engine.errors import ImageError, UsageError
-from export.demo.degrade import TABLE_1
+from export.training.degrade import TABLE_1
 
 
 def run(*arguments):

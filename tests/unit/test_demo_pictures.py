@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs the train extra")
 
-from export.demo.degrade import TABLE_1, Degradation, degrade, random_degradation
 from export.demo.pictures import make_picture
+from export.training.degrade import TABLE_1, Degradation, degrade, random_degradation
 
 FAMILIES = ("leaves", "landscape", "portrait")
 
