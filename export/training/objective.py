@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.schedule import TRAIN_STEPS, train_sigmas
@@ -139,9 +141,8 @@ class Objective:
 
     def _draw(self, step: int, place: int) -> Draw:
         epoch, index = divmod(step * self.batch + place, len(self.samples))
-        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.samples))
+        sample = self.samples[_order(self.seed, epoch, len(self.samples))[index]]
         rng = np.random.default_rng([self.seed, _DRAW, step, place])
-        sample = self.samples[order[index]]
         level = int(rng.integers(TRAIN_STEPS))
         return Draw(sample, self.no_text if rng.random() < self.no_text_share else sample.text, level, rng)
 
@@ -149,6 +150,12 @@ class Objective:
         sample = self.held_out[index]
         rng = np.random.default_rng([self.seed, _HELD_OUT, index, part])
         return Draw(sample, sample.text, int((part + 0.5) * TRAIN_STEPS / HELD_OUT_LEVELS), rng)
+
+
+@lru_cache(maxsize=2)  # a step may reach into the next round
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the order of the samples in one round over all of them."""
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
 
 
 def _groups(draws: Sequence[Draw], at_once: int) -> Iterator[list[Draw]]:
