@@ -53,6 +53,7 @@ _LOOK_EVERY_S = 5.0
 _FAULT_S = 20.0
 _DISK_MIB = 64
 _READY_S = 600.0
+_STOP_S = 120.0
 _FAULT_COLORS = {
     "model killed": "#b07aa1",
     "server killed": "#d62728",
@@ -88,7 +89,11 @@ class ServeCommand:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.terminate()  # Ctrl-C's signal would be ignored where a shell runs this in the background
-        self.process.wait(120)
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # which its exit status tells
+        self.process.wait()
         self._reader.join()
 
     def _read(self) -> None:
@@ -278,7 +283,7 @@ def soak(options: argparse.Namespace, folder: Path, disk: Path | None) -> dict[s
     """Run everything, and return what goes into the report."""
     random, ports, seconds = Random(options.seed), free_ports(), options.minutes * 60
     bundle = folder / "bundle"
-    shutil.copytree(options.bundle or default_bundle_dir(), bundle)
+    shutil.copytree(open_bundle(options.bundle or default_bundle_dir()).path, bundle)
     other = another_bundle(bundle, folder / "other")
     image = PHOTO.read_bytes()
     with Restorer.open(bundle) as restorer:
