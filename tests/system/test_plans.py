@@ -133,10 +133,14 @@ def test_weights_in_int8_are_so_in_the_plan(library, tmp_path):
     assert sizes[1] - sizes[0] > 0.9 * 2048 * 1024
 
 
-def test_float32_is_compiled_too_and_the_oldest_target_has_no_bfloat16(build_plans):
+@pytest.mark.slow
+def test_float32_is_compiled_too(build_plans):
     wide = open_bundle(build_plans(precision="fp32", shapes="64"))  # one size: what is asked is the type
     assert {graph.plan.audit.share_16_bit for graph in wide.manifest.graphs.values()} == {0.0}
-    old = make_plan(_request(wide.path.parent / "old", targets=("7.5",)))
+
+
+def test_the_oldest_target_has_no_bfloat16(tmp_path):
+    old = make_plan(_request(tmp_path / "old", targets=("7.5",)))
     assert old.graphs["vae_decoder"].definition.spec.precision == "fp32"
     assert old.graphs["unet"].definition.spec.precision == "fp16"
 

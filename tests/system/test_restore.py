@@ -220,10 +220,10 @@ def test_more_threads_than_cores_give_the_same(restore, photo, tmp_path):
 def test_openvino_gives_the_same_whatever_its_threads_and_the_result_says_how_it_was_made(restore, photo, tmp_path):
     openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
     options = ("--steps", 1, "--backend", "openvino", "--compute", "fp32", "--quiet")
-    for threads in (1, 2, 4 * os.cpu_count()):
+    for threads in (1, 4 * os.cpu_count()):
         assert restore(photo, "-o", tmp_path / f"{threads}.png", "--threads", threads, *options)[0] == 0
-    first, *others = (path.read_bytes() for path in sorted(tmp_path.glob("*.png")))
-    assert all(other == first for other in others)
+    first, other = (path.read_bytes() for path in tmp_path.glob("*.png"))
+    assert other == first
     made = read_provenance(tmp_path / "1.png")
     assert made["backend"] == {"library": f"openvino {openvino.__version__.split('-')[0]}", "compute": "fp32"}
     # Another backend takes its settings, and gives the same picture but for the last bit.

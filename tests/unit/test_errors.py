@@ -88,14 +88,21 @@ def test_a_file_that_has_vanished_is_not_to_be_created(capsys, tmp_path):
     assert "create" not in error
 
 
-def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(capsys):
+@pytest.fixture
+def usual():
+    """Python's own answer to Ctrl-C, whatever a library in this process has made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(capsys, usual):
     def main(arguments):
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt as error:
             raise ImportError("Importing the numpy C-extensions failed") from error
 
-    usual = signal.getsignal(signal.SIGINT)
     assert run_command(main, []) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "\ninterrupted\n"
     assert signal.getsignal(signal.SIGINT) is usual

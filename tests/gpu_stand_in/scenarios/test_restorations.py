@@ -22,7 +22,7 @@ KINDS = {
     "dpmpp2m, pulled": {"steps": 4, "sampler": "dpmpp2m", "restore_pull": 2.0, "eta": 0.5},
     "one step": {"steps": 1},
 }
-ORDERS = (("lazy", 0), ("eager", 0), ("random", 1), ("random", 2))
+ORDERS = (("lazy", 0), ("eager", 0), ("random", 1), pytest.param("random", 2, marks=pytest.mark.slow))
 
 
 #: The others restore photos in the suite where restorers are closed, and with budgets.
