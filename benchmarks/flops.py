@@ -29,7 +29,7 @@ class GraphCost:
 
     Attributes:
         flops: multiplications and additions of convolutions and matrix products, attention's included,
-            by the precision of the graph that they are in.
+            by the precision that they are computed in.
         bytes_moved: weights, inputs and outputs of each launch: what it reads and writes at least.
         launches: of graphs.
     """
@@ -58,8 +58,13 @@ class WorkCounter:
         self._builders = builders
         self._counted: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[int, int]] = {}
 
-    def work(self, launches: Iterable[Launch]) -> GraphCost:
-        """Return what some launches do together."""
+    def work(self, launches: Iterable[Launch], computed_in: Mapping[str, Precision] | None = None) -> GraphCost:
+        """Return what some launches do together.
+
+        Args:
+            launches: of the graphs.
+            computed_in: the precision that each graph is computed in; None is that of its builder.
+        """
         flops: dict[Precision, int] = {}
         moved = total = 0
         for launch in launches:
@@ -68,7 +73,7 @@ class WorkCounter:
             if key not in self._counted:
                 self._counted[key] = graph_flops(builder, launch.symbols), graph_bytes(builder, launch.symbols)
             each_flops, each_bytes = self._counted[key]
-            precision = builder.spec.precision
+            precision = builder.spec.precision if computed_in is None else computed_in[launch.graph]
             flops[precision] = flops.get(precision, 0) + launch.count * each_flops
             moved += launch.count * each_bytes
             total += launch.count

@@ -6,7 +6,8 @@ Every combination of --size, --batch, --steps and --cfg is measured. Each runtim
 own, so its peak memory and its cold start are its own. They take turns, restoration by restoration, so
 that what else the machine does falls on all. The first restorations are warm-up and not counted: they
 open the graphs, or compile them. Figures are medians. FLOPs are counted over the bundle's networks; the
-floor is what they take at the device's matrix rate, which is measured before and after.
+floor is what they take at the device's matrix rate in the precision that they are computed in, which is
+measured after each combination; the fastest counts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from benchmarks.stages import UNET, Launch
 from benchmarks.summary import summarize, works_of
 from engine.backends import BACKENDS, default_backend, gpu_index
 from engine.backends.ov_library import COMPUTES
+from engine.bundle.graphspec import Precision
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
 from engine.cli.console import run_command
 from engine.cli.options import command_parser
@@ -58,15 +60,17 @@ def main(arguments: Sequence[str]) -> int:
     _check(grid, bundle)
     runtimes = [ENGINE, *dict.fromkeys(options.baseline)]
     counts = RepeatCounts(options.warmup, options.repeats)
-    rate = _matrix_rate(bundle, setup, options.matrix_tflops)
+    rate: MatrixRate | None = None
     measured: list[tuple[Configuration, dict[str, dict[str, Any]]]] = []
     try:
         for configuration in grid:
-            measured.append((configuration, measure(runtimes, setup, configuration, counts, quiet=options.quiet)))
-        # A shared machine, or a GPU that has warmed up, has another speed by now; a floor is the faster.
-        rate = rate.or_faster(_matrix_rate(bundle, setup, options.matrix_tflops))
+            found = measure(runtimes, setup, configuration, counts, quiet=options.quiet)
+            measured.append((configuration, found))
+            # A shared machine, or a GPU that has warmed up, has another speed each time; a floor is the fastest.
+            again = _matrix_rate(bundle, setup, options.matrix_tflops, [each["computed_in"] for each in found.values()])
+            rate = again if rate is None else rate.or_faster(again)
     finally:  # an error at one size is no reason to lose the others
-        if measured:
+        if rate is not None:
             _write(_report(bundle, setup, counts, rate, measured), options)
     return 0
 
@@ -91,8 +95,16 @@ def _check(grid: Sequence[Configuration], bundle: Bundle) -> None:
         )
 
 
-def _matrix_rate(bundle: Bundle, setup: RunSetup, given_tflops: float | None) -> MatrixRate:
-    precisions = list(dict.fromkeys(graph.spec.precision for graph in bundle.manifest.graphs.values()))
+def _matrix_rate(
+    bundle: Bundle,
+    setup: RunSetup,
+    given_tflops: float | None,
+    computed_in: Sequence[Mapping[str, Precision] | None],
+) -> MatrixRate:
+    """Return the device's rates in what the runtimes compute in: as they tell it, or as graphs are written."""
+    written = {name: graph.spec.precision for name, graph in bundle.manifest.graphs.items()}
+    used = [written if told is None else told for told in computed_in]
+    precisions: list[Precision] = list(dict.fromkeys(itertools.chain.from_iterable(each.values() for each in used)))
     if setup.gpu is not None and "fp16" in precisions:
         precisions.append("bf16")  # a baseline's VAE
     if given_tflops is not None:
@@ -120,7 +132,8 @@ def _report(
         figures = {}
         for name, runtime in runtimes.items():
             launches = [Launch(**launch) for launch in runtime["launches"]]
-            works = works_of(launches, baseline if name.startswith("torch") else engine)
+            counter = baseline if name.startswith("torch") else engine
+            works = works_of(launches, counter, runtime["computed_in"])
             figures[name] = summarize(runtime, works, rate.tflops, configuration.batch)
         steps = [launch for launch in launches if launch.graph == UNET]
         guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch)

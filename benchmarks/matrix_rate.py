@@ -1,8 +1,8 @@
 """A device's matrix rate: what it reaches on one large product, which no network will go beyond.
 
-It is measured by the library at hand, in a process of its own: ONNX Runtime on CPUs, in float32, which
-is what its CPU provider computes fp16 graphs in too; on GPUs torch, or ONNX Runtime's CUDA provider
-where torch has no CUDA.
+It is measured by the library at hand, in a process of its own. On CPUs that is ONNX Runtime in float32, which
+is what its CPU provider computes fp16 graphs in too, and torch in bfloat16; on GPUs torch, or ONNX Runtime's CUDA
+provider where torch has no CUDA.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class MatrixRate:
     how: str
 
     def or_faster(self, other: MatrixRate) -> MatrixRate:
-        """Return, for each precision, the faster of two measurements."""
-        faster = {precision: max(rate, other.tflops[precision]) for precision, rate in self.tflops.items()}
-        return MatrixRate(faster, self.how)
+        """Return, for each precision of either, the faster of two measurements."""
+        names = dict.fromkeys([*self.tflops, *other.tflops])
+        both = {name: [each.tflops[name] for each in (self, other) if name in each.tflops] for name in names}
+        longer = max((self, other), key=lambda each: len(each.tflops))
+        return MatrixRate({name: max(rates) for name, rates in both.items()}, longer.how)
 
 
 def given_rate(tflops: float, precisions: Sequence[Precision]) -> MatrixRate:
@@ -50,15 +52,14 @@ def measure_rate(precisions: Sequence[Precision], gpu: int | None, threads: int 
     """Measure the matrix rate of a device; the fastest of several runs counts.
 
     Args:
-        precisions: of the graphs that are to be compared with it.
+        precisions: that the graphs are computed in which are to be compared with it.
         gpu: its number, None for the CPU.
         threads: of the CPU; 0 is one per core.
     Raises:
         BackendError: no library at hand can use the GPU.
     """
     if gpu is None:
-        rate = _fastest_tflops(_onnx_product("float32", _CPU_SIDE, 1, None, threads), _CPU_SIDE, 1)
-        return MatrixRate(dict.fromkeys(precisions, rate), f"ONNX Runtime, float32, {_CPU_SIDE} × {_CPU_SIDE}")
+        return _cpu_rate(precisions, threads)
     library, product = _gpu_library(gpu)
     rates = {
         precision: _fastest_tflops(product(_DTYPES[precision]), _GPU_SIDE, _GPU_CHAIN)
@@ -66,6 +67,23 @@ def measure_rate(precisions: Sequence[Precision], gpu: int | None, threads: int 
     }
     types = ", ".join(_DTYPES[precision] for precision in rates)
     return MatrixRate(rates, f"{library}, {types}, {_GPU_SIDE} × {_GPU_SIDE}")
+
+
+def _cpu_rate(precisions: Sequence[Precision], threads: int) -> MatrixRate:
+    rates: dict[Precision, float] = {}
+    how = []
+    if wide := [precision for precision in precisions if precision != "bf16"]:
+        rate = _fastest_tflops(_onnx_product("float32", _CPU_SIDE, 1, None, threads), _CPU_SIDE, 1)
+        rates, how = dict.fromkeys(wide, rate), ["ONNX Runtime, float32"]
+    if "bf16" in precisions:
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        product = _torch_product("bfloat16", torch.device("cpu"), _CPU_SIDE, 1)
+        rates["bf16"] = _fastest_tflops(product, _CPU_SIDE, 1)
+        how.append("torch, bfloat16")
+    return MatrixRate(rates, f"{' and '.join(how)}, {_CPU_SIDE} × {_CPU_SIDE}")
 
 
 _DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -78,7 +96,8 @@ def _gpu_library(gpu: int) -> tuple[str, Callable[[str], Callable[[], None]]]:
         pass
     else:
         if torch.cuda.is_available():
-            return "torch", lambda dtype: _torch_product(dtype, gpu)
+            place = torch.device("cuda", gpu)
+            return "torch", lambda dtype: _torch_product(dtype, place, _GPU_SIDE, _GPU_CHAIN)
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -103,18 +122,19 @@ def _fastest_tflops(product: Callable[[], None], side: int, chain: int) -> float
     return chain * 2 * side**3 / min(seconds) / 1e12
 
 
-def _torch_product(dtype: str, gpu: int) -> Callable[[], None]:
+def _torch_product(dtype: str, place: Any, side: int, chain: int) -> Callable[[], None]:
+    """Return a call that multiplies matrices `chain` times on a `torch.device`, and waits for the result."""
     import torch
 
-    place = torch.device("cuda", gpu)
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32, as in the engine
-    left, right = (torch.randn(_GPU_SIDE, _GPU_SIDE, device=place).to(getattr(torch, dtype)) for _ in range(2))
+    left, right = (torch.randn(side, side, device=place).to(getattr(torch, dtype)) for _ in range(2))
     result = torch.empty_like(left)
 
     def product() -> None:
-        for _ in range(_GPU_CHAIN):
+        for _ in range(chain):
             torch.matmul(left, right, out=result)
-        torch.cuda.synchronize(place)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
 
     return product
 

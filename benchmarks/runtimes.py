@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.backends.ov_library import Compute
+from engine.bundle.graphspec import Precision
 from engine.errors import BackendError, RestoreError
 
 ENGINE = "engine"
@@ -102,7 +103,8 @@ def measure(
 
     Returns:
         By runtime: "runs", the counted restorations, each with "graphs_ms", "outside_ms", "device_ms",
-        "total_ms"; "launches", of one restoration; "cold_start_ms", its parts, and "warm_start_ms";
+        "total_ms"; "launches", of one restoration; "computed_in", the precision that each graph is computed in,
+        None on a GPU, where it is the graph's; "cold_start_ms", its parts, and "warm_start_ms";
         "peak_memory_bytes", "gpu_peak_bytes" and "gpu", None where there is none.
     Raises:
         BackendError: a runtime cannot run it, or its process ends.
@@ -142,6 +144,7 @@ def _starts_and_peaks(found: dict[str, Any]) -> dict[str, Any]:
     gpu_peaks = [run["gpu_peak_bytes"] for run in restorations if run["gpu_peak_bytes"] is not None]
     return {
         "gpu": found["gpu"],
+        "computed_in": found["computed_in"],
         "launches": first["launches"],
         "cold_start_ms": found["start_ms"] + first["total_ms"],
         "cold_start_parts_ms": {
@@ -180,7 +183,8 @@ def _work(connection: Connection, name: str, setup: RunSetup, configuration: Con
     try:
         runtime = _Runtime(name, setup, configuration)
         open_ms = runtime.open()
-        connection.send({"gpu": runtime.gpu, "import_ms": runtime.import_ms, "open_ms": open_ms})
+        told = {"gpu": runtime.gpu, "computed_in": runtime.computed_in, "import_ms": runtime.import_ms}
+        connection.send({**told, "open_ms": open_ms})
         while True:
             task = connection.recv()
             open_ms = runtime.reopen() if task["again"] else 0.0
@@ -212,10 +216,12 @@ class _Runtime:
         self._photos = [np.random.default_rng(seed).random(shape, dtype=np.float32) for seed in seeds]
         self._launches: list[Any] | None = None
         self.gpu: dict[str, Any] | None = None
+        self.computed_in: dict[str, Precision] | None = None
 
     def open(self) -> float:
         """Open the bundle and return the milliseconds that it took; graphs are opened as they are needed."""
         from benchmarks.memory import DeviceMemory
+        from engine.backends.base import ComputingBackend
         from engine.bundle.manifest import open_bundle
         from engine.pipeline.device_session import DeviceBackend
         from engine.pipeline.restorer import Restorer
@@ -229,6 +235,7 @@ class _Runtime:
             name, compute = ENGINES.get(self._name, (setup.backend, setup.compute))
             device = "cpu" if setup.gpu is None else f"cuda:{setup.gpu}"
             backend = make_backend(name, device=device, threads=setup.threads, compute=compute)
+            in_bf16 = False  # but where it says so itself
         else:
             from benchmarks.torch_backend import make_torch_backend
 
@@ -237,6 +244,10 @@ class _Runtime:
         budget = setup.vram_budget_gib if self._name == ENGINE else None
         self._restorer = Restorer(bundle, backend, vram_budget_bytes=None if budget is None else int(budget * 2**30))
         open_ms = (time.perf_counter() - started) * 1e3
+        if isinstance(backend, ComputingBackend):
+            self.computed_in = {graph: backend.computes_in(bundle, graph) for graph in bundle.manifest.graphs}
+        elif setup.gpu is None:
+            self.computed_in = dict.fromkeys(bundle.manifest.graphs, "bf16" if in_bf16 else "fp32")
         self._memory = None
         if isinstance(backend, DeviceBackend):
             from benchmarks.machine import describe_device

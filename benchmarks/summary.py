@@ -80,17 +80,20 @@ def summarize(
     }
 
 
-def works_of(launches: Sequence[Any], counter: Any) -> dict[str, Any]:
+def works_of(
+    launches: Sequence[Any], counter: Any, computed_in: Mapping[str, Precision] | None = None
+) -> dict[str, Any]:
     """Return the work of each stage, the loop's as a whole among them.
 
     Args:
         launches: `benchmarks.stages.Launch` of one restoration.
         counter: a `benchmarks.flops.WorkCounter`.
+        computed_in: the precision that each graph is computed in; None is that of the counter's.
     """
     names = dict.fromkeys(launch.stage for launch in launches)
-    works = {name: counter.work([launch for launch in launches if launch.stage == name]) for name in names}
-    works[STEPS] = counter.work([launch for launch in launches if launch.stage in (CONTROLNET, UNET)])
-    return works
+    stages = {name: [launch for launch in launches if launch.stage == name] for name in names}
+    stages[STEPS] = [launch for launch in launches if launch.stage in (CONTROLNET, UNET)]
+    return {name: counter.work(launches, computed_in) for name, launches in stages.items()}
 
 
 def _figures(values: Sequence[float]) -> dict[str, float]:

@@ -117,8 +117,8 @@ class ComputingBackend(Protocol):
     another compiled graph, whose kernels may give other last bits.
     """
 
-    def computes_in(self, bundle: Bundle) -> Precision:
-        """Return the type that a bundle's networks are computed in."""
+    def computes_in(self, bundle: Bundle, graph: str = "unet") -> Precision:
+        """Return the type that a graph is computed in; the UNet's is told as the bundle's."""
         ...
 
 

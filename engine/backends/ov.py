@@ -67,9 +67,9 @@ class OpenVinoBackend:
     def close(self) -> None:
         """Runners share nothing that has to be given back."""
 
-    def computes_in(self, bundle: Bundle) -> Precision:
-        """Return the type that a bundle's networks are computed in; see `ComputingBackend`."""
-        return compute_of(self.library, self._compute, bundle.manifest.precision, bundle.spec("unet").precision)
+    def computes_in(self, bundle: Bundle, graph: str = "unet") -> Precision:
+        """Return the type that a graph is computed in; see `ComputingBackend`."""
+        return self._graph_compute(bundle.spec(graph), bundle.manifest.precision)
 
     @contextmanager
     def open_segment(

@@ -149,11 +149,12 @@ def test_a_runtime_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_pa
     assert told[0]["gpu_peak_bytes"] > 2 * 3 * 64 * 64 * 4  # the photos alone
     assert told[-1]["gpu_peak_bytes"] == told[0]["gpu_peak_bytes"]  # what is taken once is kept
     bundle = open_bundle(bundle_fp32)
-    rate = _matrix_rate(bundle, setup, 700.0)
+    rate = _matrix_rate(bundle, setup, 700.0, [runtime.computed_in])
     launches = [Launch(**launch) for launch in told[0]["launches"]]
     works = works_of(launches, WorkCounter(bundle_builders(bundle)))
     measured = {
         "gpu": runtime.gpu,
+        "computed_in": runtime.computed_in,
         "cold_start_ms": 1.0,
         "warm_start_ms": 1.0,
         "peak_memory_bytes": 1,

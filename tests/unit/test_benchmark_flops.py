@@ -138,6 +138,7 @@ def test_launches_add_up_and_each_size_is_counted_once(small, monkeypatch):
     assert (work.flops, work.launches) == ({"fp16": 400}, 4)
     assert work.bytes_moved == 3 * graph_bytes(small, {"B": 1}) + graph_bytes(small, {"B": 2})
     assert counted == [{"B": 1}, {"B": 2}]
+    assert counter.work([Launch("text", "tiny", {"B": 1})], {"tiny": "bf16"}).flops == {"bf16": 100}
 
 
 def test_the_floor_takes_each_precision_at_its_own_rate():

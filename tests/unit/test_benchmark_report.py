@@ -34,7 +34,7 @@ LAUNCHES = [
 class Counter:
     """1 GFLOP and 1 MB for each launch."""
 
-    def work(self, launches):
+    def work(self, launches, computed_in=None):
         count = sum(launch.count for launch in launches)
         return GraphCost({"fp16": count * 10**9}, count * 10**6, count)
 
@@ -244,6 +244,8 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
 def test_the_faster_of_two_measurements_is_the_floor():
     first, second = MatrixRate({"fp16": 1.0, "fp32": 5.0}, "so"), MatrixRate({"fp16": 2.0, "fp32": 4.0}, "so")
     assert first.or_faster(second).tflops == {"fp16": 2.0, "fp32": 5.0}
+    third = MatrixRate({"fp16": 1.5, "bf16": 3.0, "fp32": 4.5}, "and so")
+    assert first.or_faster(third) == MatrixRate({"fp16": 1.5, "fp32": 5.0, "bf16": 3.0}, "and so")
     assert given_rate(790.0, ["fp16", "bf16"]).tflops == {"fp16": 790.0, "bf16": 790.0}
 
 
@@ -253,12 +255,15 @@ def test_a_rate_is_two_flops_for_each_product_over_the_fastest_time(monkeypatch)
     assert _fastest_tflops(lambda: None, 1000, 3) == pytest.approx(3 * 2 * 1000**3 / 1.0 / 1e12)
 
 
-def test_the_cpu_s_rate_is_measured_and_the_same_for_all_precisions(monkeypatch):
+def test_the_cpu_s_rate_is_measured_and_the_same_in_float32_and_float16(monkeypatch):
     monkeypatch.setattr("benchmarks.matrix_rate._LEAST_SECONDS", 0.0)
     monkeypatch.setattr("benchmarks.matrix_rate._CPU_SIDE", 256)
     rate = measure_rate(["fp32", "fp16"], None, 1)
     assert 1e-4 < rate.tflops["fp32"] == rate.tflops["fp16"] < 1e2
     assert "float32, 256 × 256" in rate.how
+    both = measure_rate(["fp32", "bf16"], None, 1)
+    assert 1e-4 < both.tflops["bf16"] < 1e3
+    assert both.how == "ONNX Runtime, float32 and torch, bfloat16, 256 × 256"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
