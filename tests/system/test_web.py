@@ -148,6 +148,15 @@ class Page:
     def value(self, name):
         return self.find(f"#setting-{name} input, #setting-{name} textarea")[0].get_property("value")
 
+    def press_choice(self, name, value):
+        """Choose one of several by its name."""
+        if not self.find("#setting-steps input"):  # what it changes is to be seen
+            self.find("#more button")[0].click()
+        self.find(f"#{name} input[value='{value}']")[0].click()
+
+    def choice(self, name):
+        return self.find(f"#{name} input:checked")[0].get_property("value")
+
     def status(self, text):
         """Wait for a status."""
         self.until(lambda: text in self.text("#status"))
@@ -270,6 +279,27 @@ def test_wrong_settings_are_told(page, photos):
     assert "control scale 1:0.5" in page.text("#result")
 
 
+def test_a_preset_fills_the_fields(page, photos):
+    page.drop(photos / "boat.png")
+    page.set("prompt", "a boat")
+    page.press_choice("preset", "lightning-8")
+    page.until(lambda: page.value("cfg_scale") == "2:1.5")
+    assert page.value("prompt") == "a boat"  # what a person wrote stays
+    page.set("steps", 2)
+    page.restore()
+    assert "preset lightning-8, prompt “a boat”, steps 2, seed 0" in page.text("#result")
+    file = photos / "made.png"
+    file.write_bytes(page.download("download", "boat.restored.png"))
+    assert read_provenance(file)["preset"] == "lightning-8"
+    assert read_provenance(file)["settings"]["sampler"] == "dpmpp2m"
+    page.press("reset")
+    page.until(lambda: page.value("cfg_scale") == "2")
+    assert page.choice("preset") == "lightning"
+    page.press("again")
+    page.until(lambda: page.choice("preset") == "lightning-8")
+    assert page.value("steps") == "2"
+
+
 def test_a_model_describes_the_photo(page, photos, model):
     page.drop(photos / "boat.png")
     assert model.asked == []  # nothing is sent before it is asked for
@@ -326,6 +356,15 @@ def test_programs_restore_through_the_api(served, photos, bundle_fp32, tmp_path)
         client.predict(handle_file(photos / "boat.png"), {"caption": "http://127.0.0.1"}, api_name="/restore")
     with pytest.raises(AppError, match="is not an image"):
         client.predict(handle_file(photos / "words.jpg"), {}, api_name="/restore")
+    named = {"preset": "lightning-8", "steps": 1}
+    _, report = client.predict(handle_file(photos / "boat.png"), named, api_name="/restore")
+    assert (report["preset"], report["settings"]["sampler"], report["settings"]["steps"]) == (
+        "lightning-8",
+        "dpmpp2m",
+        1,
+    )
+    with pytest.raises(AppError, match="no such preset.*lightning, lightning-8"):
+        client.predict(handle_file(photos / "boat.png"), {"preset": "fast"}, api_name="/restore")
     client.close()
 
 
