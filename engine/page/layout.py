@@ -19,7 +19,7 @@ from engine.bundle.manifest import Bundle, Manifest
 from engine.cli.captions import Captioner, caption_picture
 from engine.cli.faces import face_style
 from engine.errors import RestoreError, UsageError
-from engine.image.formats import READ_SUFFIXES
+from engine.image.formats import RAW, READ_SUFFIXES
 from engine.page import faces, fragments, presets, runs
 from engine.page.controls import FOLDED, IN_SIGHT, control_of, group_of, settings_from, values_of
 from engine.page.desk import CancellationError, Desk
@@ -36,6 +36,11 @@ THEME = gr.themes.Default(
 #: Events of the page are no one else's; programs have `restore` alone.
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "preprocess": False, "concurrency_limit": None}
 _QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden"}
+#: Shows how far the work is where the page is one column, and that lies below the buttons.
+_SHOW_STATUS = """() => {
+  const status = document.querySelector("#status");
+  if (status.getBoundingClientRect().top > innerHeight / 2) status.scrollIntoView({block: "start"});
+}"""
 #: Presses a button that downloads, once its file is there.
 _PRESS_DOWNLOAD = "() => document.querySelector('#zip-file').click()"
 
@@ -88,7 +93,7 @@ class Page:
 
     def _asked(self) -> dict[str, Component]:
         """Lay out what a person gives."""
-        types = [*READ_SUFFIXES, "image"]
+        types = [*READ_SUFFIXES, *RAW.suffixes, "image"]
         parts: dict[str, Component] = {
             "photos": gr.File(label="Photos", file_count="multiple", file_types=types, height=150, elem_id="photos")
         }
@@ -386,6 +391,7 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
 
     working = [parts["restore"], parts["cancel"]]
     parts["restore"].click(restore, {parts["photos"], *asked.values()}, [*told, *working], **_QUIET)
+    parts["restore"].click(None, None, None, js=_SHOW_STATUS, api_visibility="private")
     parts["cancel"].click(cancel, None, [parts["cancel"]], **_QUIET)
     parts["gallery"].select(show, None, shown, **_QUIET)
     parts["again"].click(again, [parts["shown"]], [parts["photos"], *asked.values(), *face_view], **_QUIET)

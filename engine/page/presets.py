@@ -17,13 +17,13 @@ def lay_out(manifest: Manifest) -> dict[str, Component]:
     """Lay out the chooser, by its name; nothing where the bundle has one set of settings only."""
     if not manifest.presets:
         return {}
-    sets = ", ".join(label_of(name) for name in _fields(manifest))
+    sets = ", ".join(map(_word, _fields(manifest)))
     return {
         "preset": gr.Radio(
             [manifest.preset, *manifest.presets],
             value=manifest.preset,
             label="Preset",
-            info=f"Sets {sets[:1].lower()}{sets[1:]}; they can be changed after",
+            info=f"Sets {sets}; each can be changed after",
             elem_id="preset",
         )
     }
@@ -47,6 +47,12 @@ def asked(manifest: Manifest, value: Any) -> str | None:
         raise UsageError("no preset", where="preset", expected="a name", found=repr(value))
     manifest.settings(value)
     return None if value == manifest.preset else value
+
+
+def _word(name: str) -> str:
+    """Return a setting's label as it stands within a sentence."""
+    label = label_of(name)
+    return label if label[1:2].isupper() else f"{label[:1].lower()}{label[1:]}"
 
 
 def _fields(manifest: Manifest) -> tuple[str, ...]:

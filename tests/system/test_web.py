@@ -323,6 +323,7 @@ def odd_photos(tmp_path):
 def test_photos_that_browsers_cannot_show(page, odd_photos, bundle_fp32, run_restore, tmp_path):
     """Both pictures are shown upright and in their colours, and the results are the command line's."""
     names = sorted(path.name for path in odd_photos.iterdir())
+    assert ".nef" in page.find("#photos input[type=file]")[0].get_attribute("accept")  # camera raws can be chosen too
     page.drop(*(odd_photos / name for name in names))
     page.set("steps", 1)
     page.restore(f"{len(names)} restored")
@@ -397,7 +398,12 @@ def test_a_phone(page, photos, window, width):
     window(width, 700)
     assert page.fits()
     page.drop(photos / "boat.png")
-    page.restore()
+    page.until(lambda: page.find("#restore")[0].is_enabled())
+    button = page.find("#restore")[0]
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", button)
+    button.click()
+    page.status("1 restored")
+    assert page.browser.execute_script("return document.querySelector('#status').getBoundingClientRect().top") < 600
     assert page.fits()
     image = page.until(lambda: page.find("#compare img"))[0]
     assert 0.75 * width <= image.rect["width"] <= width

@@ -101,7 +101,7 @@ def test_a_preset_sets_what_presets_differ_in(restorer):
     chooser = presets.lay_out(manifest)["preset"]
     assert [name for name, _ in chooser.choices] == ["lightning", "lightning-8"]
     assert chooser.value == "lightning"
-    assert chooser.info == "Sets sampler, CFG scale; they can be changed after"
+    assert chooser.info == "Sets sampler, CFG scale; each can be changed after"
     assert presets.chosen(manifest, "lightning-8") == {"sampler": "dpmpp2m", "cfg_scale": "2:1.5"}
     assert presets.chosen(manifest, "lightning") == {"sampler": "edm", "cfg_scale": "2"}
     assert presets.asked(manifest, "lightning-8") == "lightning-8"
