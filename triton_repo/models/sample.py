@@ -1,4 +1,4 @@
-"""`sample`: the loop, which an ensemble cannot hold: `Restorer.sample`, as the command line runs it.
+"""`sample`: the loop, which an ensemble cannot hold: `Restorer.stages.sample`, which is the command line's loop.
 
 ControlNet and UNet are the engine's own runners in this process, not models: a step's control features are ten
 tensors, 54 MB in fp16 for each text of a photo at 1024², which would go from process to process at every step.
