@@ -265,7 +265,7 @@ class HostBackend:
     def limit_weights(self, on_device) -> None:
         self.limits.append(dict(on_device))
 
-    def reserve(self, stream, nbytes) -> None:
+    def reserve(self, stream, nbytes, *, keep_larger=False) -> None:
         self.device.calls.append(("reserve", stream, nbytes))
 
     def open(self, bundle, graph) -> HostRunner:

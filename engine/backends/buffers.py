@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -94,6 +95,46 @@ class BufferRunner(Runner):
         return made[-1]
 
 
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """A backend whose runners share a device and its streams.
+
+    Attributes:
+        device: that everything is on.
+        streams: by the names of `engine.device.interface.STREAMS`.
+    """
+
+    device: Device
+    streams: dict[str, Stream]
+
+    def open(self, bundle: Bundle, graph: str) -> BufferRunner:
+        """Return a runner for one of a bundle's graphs, as `Backend.open`."""
+        ...
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
+        """Return what `BufferRunner.activations` would, or None if the graph has to be opened for it."""
+        ...
+
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Return the sizes, as what symbols stand for, at which a graph is run when it is opened, to check it."""
+        ...
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """Tell whether a part of a graph's weights may stay on the host."""
+        ...
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """Say how many bytes of weights the named graphs may have on the device, once they are opened again.
+
+        Graphs that are not named have all of them there.
+        """
+        ...
+
+    def reserve(self, stream: str, nbytes: int, *, keep_larger: bool = False) -> None:
+        """Set the memory for activations of a stream, or see that it has so much; nothing may be using it."""
+        ...
+
+
 class SelfAllocatingBackend:
     """A device's backend whose library takes its memory itself; see `DeviceBackend`.
 
@@ -121,7 +162,7 @@ class SelfAllocatingBackend:
         """Do nothing: there is nothing that could be limited."""
         assert not on_device, "no graph's weights can be streamed"
 
-    def reserve(self, stream: str, nbytes: int) -> None:
+    def reserve(self, stream: str, nbytes: int, *, keep_larger: bool = False) -> None:
         """Do nothing: the library takes its memory when it needs it."""
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
+from engine.pipeline.executor import OnEstimate, OnStage, ignore
 from engine.pipeline.faces import told
-from engine.pipeline.host import OnEstimate, OnStage, ignore
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer

@@ -60,20 +60,26 @@ def cuda_source() -> str:
     return f"{columns}#define COLUMNS {len(COLUMNS)}\n{source}"
 
 
-def pack_table(table: StepTable) -> NDArray[np.float32]:
-    """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`."""
+def pack_table(table: StepTable, *, keep_all: bool = False) -> NDArray[np.float32]:
+    """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`.
+
+    Args:
+        table: of the sampler.
+        keep_all: whether every step keeps its estimate, not only those whose next step needs it.
+    """
     draws = {index: draw for draw, index in enumerate(table.noisy_steps)}
-    return np.array([_row(table, step, draws.get(step.index, 0)) for step in table.steps], dtype=np.float32)
+    rows = [_row(table, step, draws.get(step.index, 0), keep_all) for step in table.steps]
+    return np.array(rows, dtype=np.float32)
 
 
-def _row(table: StepTable, step: Step, draw: int) -> list[float]:
+def _row(table: StepTable, step: Step, draw: int, keep_all: bool) -> list[float]:
     return [
         step.timestep,
         step.input_scale,
         step.control_scale,
         step.churn,
         draw,
-        table.keeps_denoised(step.index),
+        keep_all or table.keeps_denoised(step.index),
         *(getattr(step.denoised, term) for term in DENOISED_TERMS),
         *(getattr(step.update, term) for term in UPDATE_TERMS),
     ]

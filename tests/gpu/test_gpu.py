@@ -288,7 +288,7 @@ def test_two_streams_give_what_one_at_a_time_gives(on_gpu, photo, monkeypatch):
     """Whatever is missing between them shows when everything waits for everything."""
     changes = {"steps": 4, "restore_pull": 4.0}
     overlapped = [on_gpu.restore(photo, **changes).photo.rgb for _ in range(5)]
-    stream = type(on_gpu._session._streams["main"])
+    stream = type(on_gpu._session.streams["main"])
     record = stream.record
 
     def record_and_wait(self):

@@ -70,11 +70,21 @@ def photo():
 def test_stage_1_is_the_hosts_and_stages_are_told(on_device, on_host, photo):
     before = on_device.restore(photo, steps=1)
     assert np.array_equal(on_device.stage1(photo).rgb, on_host.stage1(photo).rgb)
-    stages, pictures = [], []
-    after = on_device.restore(photo, steps=1, on_estimate=pictures.append, on_stage=stages.append)
+    stages = []
+    after = on_device.restore(photo, steps=1, on_stage=stages.append)
     assert np.array_equal(before.photo.rgb, after.photo.rgb)
     assert stages[:3] == ["resize in", "denoise encoder", "text"]
-    assert pictures == []  # its latents stay on the device
+
+
+@pytest.mark.parametrize("sampler", ["edm", "dpmpp2m"])
+def test_pictures_on_the_way_are_the_hosts_and_change_nothing(on_device, on_host, photo, sampler):
+    pictures = [], []
+    for restorer, shown in zip((on_device, on_host), pictures, strict=True):
+        changes = {"sampler": sampler, "steps": 4, "restore_pull": 3.0}
+        found = restorer.restore(photo, on_estimate=shown.append, **changes).photo.rgb
+        assert np.array_equal(found, on_host.restore(photo, **changes).photo.rgb)
+    assert len(pictures[0]) == 4
+    assert all(np.array_equal(one, other) for one, other in zip(*pictures, strict=True))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
