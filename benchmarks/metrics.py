@@ -1,8 +1,8 @@
 """How like the truth a picture is, and how sharp: what PSNR, which rewards blur, does not see.
 
-HaarPSI, GMSD and MDSI are written here by their papers' formulas: the packages that have them (piq, pyiqa)
-import torchvision, and PyPI's builds of that do not import beside a CPU build of torch. The tests hold
-piq's values. All functions take f32[H, W, 3] in [0, 1], the truth first.
+HaarPSI, GMSD and MDSI are written here by their papers' formulas: piq, which has them, imports torchvision, and
+PyPI's builds of that do not import beside a CPU build of torch. The tests hold piq's values. All functions take
+f32[H, W, 3] in [0, 1], the truth first.
 """
 
 from __future__ import annotations
