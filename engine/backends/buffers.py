@@ -9,9 +9,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from engine.backends.base import Runner
-from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
+from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
+from engine.device.slab import Arrays, Slab
 from engine.errors import close_after, close_all
 from engine.memory.residency import Activations
 
@@ -72,10 +73,10 @@ class BufferRunner(Runner):
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._device.activate()
         symbols = self.spec.sizes_of({name: array.shape for name, array in inputs.items()})
-        made: list[Buffer] = []
+        slab = Slab(self._device, tensor_arrays(self.spec, symbols))
         try:
             sources, results = (
-                {tensor.name: self._buffer(tensor, symbols, made) for tensor in tensors}
+                {tensor.name: slab[tensor.name] for tensor in tensors}
                 for tensors in (self.spec.inputs, self.spec.outputs)
             )
             for name, array in inputs.items():
@@ -85,14 +86,15 @@ class BufferRunner(Runner):
             found = {name: download.result() for name, download in downloads.items()}
         except BaseException as error:
             # What is under way may still use the buffers, whatever has gone wrong.
-            close_after(error, self._stream.synchronize, *(buffer.close for buffer in made))
+            close_after(error, self._stream.synchronize, slab.close)
             raise
-        close_all(self._stream.synchronize, *(buffer.close for buffer in made))
+        close_all(self._stream.synchronize, slab.close)
         return found
 
-    def _buffer(self, tensor: TensorSpec, symbols: Mapping[str, int], made: list[Buffer]) -> Buffer:
-        made.append(self._device.buffer(resolve(tensor.shape, symbols), tensor.dtype))
-        return made[-1]
+
+def tensor_arrays(spec: GraphSpec, symbols: Mapping[str, int]) -> Arrays:
+    """Return the shapes and dtypes of a graph's inputs and outputs at a size, as what its symbols stand for."""
+    return {tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
 
 
 @runtime_checkable

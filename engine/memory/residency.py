@@ -30,7 +30,6 @@ class Workload:
         texts: 1, or 2 with a negative one.
         chunks: of 77 tokens that each text fills.
         passes: how often a step sees every photo: 1 where it is unguided, 2 where it is guided.
-        draws: fields of noise that the steps use.
         latent_tiles: tiles of the latent that UNet and ControlNet see one at a time; None is the whole latent.
         vae_tiles: tiles of the latent that the VAE sees one at a time; None is the whole latent.
         texts_by_tile: whether each tile has texts of its own.
@@ -43,7 +42,6 @@ class Workload:
     texts: int
     chunks: int
     passes: tuple[int, ...]
-    draws: int
     latent_tiles: Tiling | None = None
     vae_tiles: Tiling | None = None
     texts_by_tile: bool = False

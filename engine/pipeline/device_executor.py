@@ -27,7 +27,7 @@ from engine.memory.size_plan import VaeMode
 from engine.memory.vae_slices import SlicedVae
 from engine.pipeline.denoiser import rows_of_texts
 from engine.pipeline.device_loop import DeviceLoop, LoopInputs
-from engine.pipeline.device_session import LATENTS, PIXELS, DeviceSession
+from engine.pipeline.device_session import DeviceSession
 from engine.pipeline.executor import Listener, NoiseInput, OnNote, OnStep, OnTile
 from engine.pipeline.latent_colors import cell_colors, showing
 from engine.pipeline.plan import RestorationPlan
@@ -75,7 +75,6 @@ class DeviceExecutor(Stages):
             texts=context.shape[-3] // photos,
             chunks=context.shape[-2] // TOKENS,
             passes=given.table.passes,
-            draws=len(given.table.noisy_steps),
             latent_tiles=tiles,
             texts_by_tile=by_tile,
             graphs=STEP_GRAPHS,
@@ -85,7 +84,7 @@ class DeviceExecutor(Stages):
             stream, clock, buffers = session.streams[stream_of("unet")], Clock(), {}
             for name, value in (("z_lq", given.z_lq), ("z_center", given.center)):
                 if value is not None:
-                    buffers[name] = session.buffer(name, given.z_lq.shape)
+                    buffers[name] = session.buffer(name)
                     stream.upload(buffers[name], value)
             center = buffers.get("z_center")
             inputs = LoopInputs(buffers["z_lq"], context, vector, given.noise, center, tiles, given.estimates)
@@ -127,8 +126,6 @@ class _Run:
         self._executor, self._session, self._plan, self._lq = executor, executor.session, plan, lq
         self._noise, self._listener, self._times = noise, listener, times
         self._clock = Clock()
-        latent = (plan.photos, executor.bundle.latent_channels, *plan.latent)
-        self._shapes = {**dict.fromkeys(PIXELS, lq.shape), **dict.fromkeys(LATENTS, latent)}
         self._texts: Sequence[Conditioning] = ()
         #: The stream that has written a value last, and its event.
         self._written: dict[str, tuple[str, Event]] = {}
@@ -166,7 +163,7 @@ class _Run:
         return results
 
     def _buffer(self, name: str) -> Buffer:
-        return self._own.get(name) or self._session.buffer(name, self._shapes[name])
+        return self._own.get(name) or self._session.buffer(name)
 
     def _wait_for_reads(self, operation: Operation) -> None:
         """Have a stream wait for what the other one writes."""
@@ -188,8 +185,8 @@ class _Run:
         loop = session.open_loop()
         context, vector = rows_of_texts(session.bundle.spec("unet"), self._texts, plan.photos)
         center = self._buffer("z_center") if plan.table.uses_center else None
-        noise = self._noise.source(self._shapes["z"][1:])
         z_lq, on_step, shows = self._buffer("z_lq"), self._listener.on_step, self._listener.on_estimate is not None
+        noise = self._noise.source(z_lq.shape[1:])
         if shows:
             colors = cell_colors(self._lq, session.bundle.pixels_per_cell)
             on_step = showing(self._listener, stream.download(z_lq).result(), colors)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.backends.buffers import BufferRunner
-from engine.bundle.graphspec import GraphSpec, resolve
+from engine.bundle.graphspec import DType, GraphSpec, resolve
 from engine.device.interface import Array, Buffer, Device, Download, Event, Replay, Stream
 from engine.device.kernels import COLUMNS, pack_table
+from engine.device.slab import Slab
 from engine.errors import BackendError, OutOfMemoryError, ScheduleError, close_after, close_all
-from engine.pipeline.device_tiles import Arrays, TileTables
+from engine.pipeline.device_tiles import TileTables
 from engine.sampling.sampler import Latent, Step, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
 
@@ -67,8 +68,6 @@ class DeviceLoop:
         self._device, self._stream = device, stream
         self._controlnet, self._unet = controlnet, unet
         self._work: LoopBuffers | None = None
-        #: Where a step's noise goes, by the step's index, and what draws it.
-        self._draws: dict[int, int] = {}
         self._noise: Callable[[int], Latent] | None = None
         self._tells_estimates = False
 
@@ -116,11 +115,10 @@ class DeviceLoop:
 
     def _upload_noise(self, step: Step) -> None:
         """Draw and upload a step's noise, if it uses any, while the device is at the steps before it."""
-        place = self._draws.get(step.index)
-        if place is not None:
+        if step.uses_noise:
             assert self._work is not None
             assert self._noise is not None
-            self._stream.upload(self._work.noise.rows(place, place + 1), self._noise(1 + step.index)[None])
+            self._stream.upload(self._work.noise, self._noise(1 + step.index))
 
     def time_networks(self, repeats: int, *, guided: bool) -> float:
         """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
@@ -155,14 +153,12 @@ class DeviceLoop:
         return self._work.x
 
     def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
-        draws = table.noisy_steps
-        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.tiles)
+        key = (inputs.z_lq.shape, inputs.context.shape, inputs.tiles)
         if self._work is None or self._work.key != key:
             self.close()
             self._work = LoopBuffers(self._device, self._stream, self._controlnet, self._unet, key)
         work, stream = self._work, self._stream
         stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
-        self._draws = {index: place for place, index in enumerate(draws)}
         self._noise, self._tells_estimates = inputs.noise, inputs.estimates
         packed = np.zeros(work.table.shape, dtype=np.float32)
         packed[: len(table.steps)] = pack_table(table, keep_all=inputs.estimates)
@@ -197,40 +193,39 @@ class _Enqueued:
         return StepOutput(self.step, None, None if self.estimate is None else self.estimate.result())
 
 
-#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, tiles.
-LoopKey = tuple[tuple[int, ...], tuple[int, ...], int, Tiling | None]
+#: What buffers depend on: shapes of the latents and of the texts' context, and tiles.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], Tiling | None]
 
 
-def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
-    """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """Return the shapes and dtypes of what the loop keeps on the device: its own, and what the networks read and write.
 
     Args:
         unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
         key: of the size.
     """
-    latent, context, draws, tiles = key
+    latent, context, tiles = key
     part = latent[1:] if tiles is None else (latent[1], tiles.rows.size, tiles.columns.size)
     rows = context[-3]
     symbols = unet.sizes_of({"x": (rows, *part), "context": context[-3:]})
-    own: Arrays = {
+    arrays: dict[str, tuple[tuple[int, ...], DType]] = {
         "latent": (latent, "float32"),
         "previous": (latent, "float32"),
         "center": (latent, "float32"),
-        "noise": ((max(draws, 1), *latent), "float32"),
+        "noise": (latent, "float32"),
         "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
         "step": ((1,), "uint32"),
     }
     if tiles is not None:
-        own |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
-        own |= {**TileTables.arrays(tiles), "latent_tile": ((1,), "uint32")}
-    tensors: Arrays = {
-        tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
-    }
+        arrays |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
+        arrays |= {**TileTables.arrays(tiles), "latent_tile": ((1,), "uint32")}
+    for tensor in (*unet.inputs, *unet.outputs):
+        arrays[tensor.name] = (resolve(tensor.shape, symbols), tensor.dtype)
     if len(context) > 3:  # each tile's own
         for name in ("context", "vector"):
-            (_, *rest), dtype = tensors[name]
-            own[f"tiles' {name}"] = ((context[0] * rows, *rest), dtype)
-    return own, {**tensors, "lq": ((rows, *part), "float32")}
+            (_, *rest), dtype = arrays[name]
+            arrays[f"tiles' {name}"] = ((context[0] * rows, *rest), dtype)
+    return {**arrays, "lq": ((rows, *part), "float32")}
 
 
 class LoopBuffers:
@@ -245,7 +240,7 @@ class LoopBuffers:
         key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, _, tiles = key
+        latent, context, tiles = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
         self.photos, self.rows = latent[0], context[-3]
         #: Kinds that have run, so that libraries have allocated what they need.
@@ -254,24 +249,18 @@ class LoopBuffers:
         self.refusal: str | None = None
         self._recorded: dict[bool, Replay] = {}
         self._recorded_on = self._memory_version
-        self._made: dict[str, Buffer] = {}
-        own, tensors = loop_arrays(unet.spec, key)
-        try:
-            for name, (shape, dtype) in (*own.items(), *tensors.items()):
-                self._made[name] = device.buffer(shape, dtype)
-        except BaseException as error:
-            close_after(error, self.close)
-            raise
+        self._slab = Slab(device, loop_arrays(unet.spec, key))
+        self._made = self._slab.buffers
         named = ("latent", "previous", "center", "noise", "table", "step")
         self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
         self._tiles = None if tiles is None else TileTables(tiles, self._made)
         # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
-        self._tensors = {name: self._made[name] for name in tensors}
+        names = [tensor.name for runner in (controlnet, unet) for tensor in (*runner.spec.inputs, *runner.spec.outputs)]
+        self._tensors = {name: self._made[name] for name in names}
         self.context, self.vector = (self._made[name] for name in ("context", "vector"))
 
     def close(self) -> None:
-        made, self._made = self._made, {}
-        close_all(self._forget_recordings, *(buffer.close for buffer in made.values()))
+        close_all(self._forget_recordings, self._slab.close)
 
     @property
     def _memory_version(self) -> tuple[int, int]:

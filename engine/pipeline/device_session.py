@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
 
-from engine.backends.buffers import BufferRunner, DeviceBackend
+from engine.backends.buffers import BufferRunner, DeviceBackend, tensor_arrays
 from engine.backends.runners import Runners
-from engine.bundle.graphspec import DType, TensorSpec, resolve
+from engine.bundle.graphspec import DType, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Array, Buffer, Stream
+from engine.device.slab import Slab, slab_bytes
 from engine.errors import close_after, close_all
 from engine.memory.residency import (
     Activations,
@@ -24,7 +24,7 @@ from engine.memory.residency import (
     plan_residency,
 )
 from engine.pipeline.device_loop import DeviceLoop, loop_arrays
-from engine.pipeline.device_tiles import VaeTiles, tile_arrays
+from engine.pipeline.device_tiles import Arrays, VaeTiles, tile_arrays
 from engine.recipe import GRAPHS, STEP_GRAPHS, stream_of
 from engine.sampling.tiling import Tiling
 from engine.timings import Timings
@@ -56,7 +56,7 @@ class DeviceSession:
         self.streams = {name: backend.streams[name] for name in STREAMS}
         self.bundle, self._budget_bytes = bundle, budget_bytes
         self.free_bytes = backend.device.memory_bytes()[0]
-        self._buffers: dict[str, Buffer] = {}
+        self._slab: Slab | None = None
         self._loop: DeviceLoop | None = None
         self._tiles: VaeTiles | None = None
         self._workload: Workload | None = None
@@ -64,9 +64,9 @@ class DeviceSession:
 
     def close(self) -> None:
         """Give the buffers back; runners and streams are the caller's."""
-        buffers, self._buffers = self._buffers, {}
+        slab, self._slab = self._slab, None
         self._workload = self._tiles = None
-        close_all(self._close_loop, *(buffer.close for buffer in buffers.values()))
+        close_all(self._close_loop, *(() if slab is None else (slab.close,)))
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """Return what a workload needs of the device's memory, and what will stay there.
@@ -82,7 +82,9 @@ class DeviceSession:
         # What does not fit even without activations is told before anything is loaded.
         self._plan_residency(requirements)
         allowed = self.free_bytes if self._budget_bytes is None else min(self.free_bytes, self._budget_bytes)
-        everything_fits = sum(requirements.weights.values()) + requirements.buffers <= allowed
+        # While graphs are asked, what is there for another workload still is.
+        beside = max(requirements.buffers, self._bytes_beside_weights)
+        everything_fits = sum(requirements.weights.values()) + beside <= allowed
         activations = {}
         for graph in workload.graphs:
             at_opening = self._backend.sizes_at_opening(self.bundle, graph)
@@ -124,9 +126,7 @@ class DeviceSession:
             runner.enqueue(stream, {given.name: source}, {made.name: target})
             return
         if self._tiles is None:
-            arrays = tile_arrays(self.bundle, self._workload.photos, self._workload.vae_tiles)
-            self._buffers |= {name: self._device.buffer(shape, dtype) for name, (shape, dtype) in arrays.items()}
-            self._tiles = VaeTiles(self.bundle, self._workload.vae_tiles, self._buffers, stream)
+            self._tiles = VaeTiles(self.bundle, self._workload.vae_tiles, self._memory.buffers, stream)
         self._tiles.enqueue(stream, runner, source, target)
 
     def run_vae_in_tiles(self, graph: str, image: Array, tiles: Tiling, times: Timings) -> Array:
@@ -134,25 +134,21 @@ class DeviceSession:
         spec = self.bundle.spec(graph)
         (given,), (made,) = spec.inputs, spec.outputs
         shapes = [resolve(tensor.shape, spec.sizes_of({given.name: image.shape})) for tensor in (given, made)]
-        buffers: list[Buffer] = []
-
-        def buffer(shape: Sequence[int], dtype: DType) -> Buffer:
-            buffers.append(self._device.buffer(shape, dtype))
-            return buffers[-1]
-
         with self.working(times):
             stream, runner = self.streams[stream_of(graph)], self.runner(graph)
+            ends: dict[str, tuple[tuple[int, ...], DType]] = {
+                name: (shape, "float32") for name, shape in zip(("source", "target"), shapes, strict=True)
+            }
+            slab = Slab(self._device, {**ends, **tile_arrays(self.bundle, len(image), tiles)})
             try:
-                source, target = (buffer(shape, "float32") for shape in shapes)
-                arrays = tile_arrays(self.bundle, len(image), tiles)
-                tables = {name: buffer(shape, dtype) for name, (shape, dtype) in arrays.items()}
-                stream.upload(source, np.ascontiguousarray(image))
-                VaeTiles(self.bundle, tiles, tables, stream).enqueue(stream, runner, source, target)
-                found = stream.download(target).result()
+                stream.upload(slab["source"], np.ascontiguousarray(image))
+                in_tiles = VaeTiles(self.bundle, tiles, slab.buffers, stream)
+                in_tiles.enqueue(stream, runner, slab["source"], slab["target"])
+                found = stream.download(slab["target"]).result()
             except BaseException as error:
-                close_after(error, self.synchronize, *(each.close for each in buffers))
+                close_after(error, self.synchronize, slab.close)
                 raise
-            close_all(self.synchronize, *(each.close for each in buffers))
+            close_all(self.synchronize, slab.close)
         return found
 
     def _requirements(self, workload: Workload, activations: Mapping[str, Activations]) -> MemoryRequirements:
@@ -166,13 +162,20 @@ class DeviceSession:
         )
 
     @property
+    def _bytes_beside_weights(self) -> int:
+        """What arrays and activations of the present arrangement take."""
+        if self._workload is None or self._residency is None:
+            return 0
+        return buffer_bytes(self.bundle, self._workload) + sum(self._residency.arenas.values())
+
+    @property
     def _opening_bytes(self) -> int:
         """Bytes of the arrays that the run which checks a graph has beside a restoration's, at most."""
         needed = 0
         for graph in GRAPHS:
             spec = self.bundle.spec(graph)
             for size in self._backend.sizes_at_opening(self.bundle, graph):
-                needed = max(needed, sum(tensor_bytes(tensor, size) for tensor in (*spec.inputs, *spec.outputs)))
+                needed = max(needed, slab_bytes(tensor_arrays(spec, size)))
         return needed
 
     def _plan_residency(self, requirements: MemoryRequirements) -> Residency:
@@ -216,12 +219,16 @@ class DeviceSession:
             return self._residency.on_device[graph]
         return self.bundle.manifest.graphs[graph].weights_bytes
 
-    def buffer(self, name: str, shape: Sequence[int]) -> Buffer:
-        """Return a buffer that is kept from one restoration to the next, while sizes are the same."""
-        assert name in (*PIXELS, *LATENTS), name
-        if name not in self._buffers:
-            self._buffers[name] = self._device.buffer(shape, "float32")
-        return self._buffers[name]
+    def buffer(self, name: str) -> Buffer:
+        """Return the array of one of the recipe's values, which stays while sizes are the same."""
+        return self._memory[name]
+
+    @property
+    def _memory(self) -> Slab:
+        if self._slab is None:
+            assert self._workload is not None
+            self._slab = Slab(self._device, _arrays_between(self.bundle, self._workload))
+        return self._slab
 
     def closed_beside(self, graphs: Collection[str]) -> set[str]:
         """Return the graphs that there is no room for beside those of a phase."""
@@ -261,21 +268,23 @@ class DeviceSession:
 
 def buffer_bytes(bundle: Bundle, work: Workload) -> int:
     """Return what arrays between the graphs take on a device."""
-    decoder, unet = bundle.spec("vae_decoder"), bundle.spec("unet")
-    symbols = {"B": work.photos, "h": work.height, "w": work.width}
-    pixels, latent = (resolve(decoder.tensor(name).shape, symbols) for name in ("pixels", "z"))
+    unet = bundle.spec("unet")
+    latent = (work.photos, bundle.latent_channels, work.height, work.width)
     context = resolve(unet.tensor("context").shape, {"B": work.rows, "k": work.chunks})
     if work.texts_by_tile and work.latent_tiles is not None:
         context = (len(work.latent_tiles), *context)
-    own, tensors = loop_arrays(unet, (latent, context, work.draws, work.latent_tiles))
-    arrays = (*own.values(), *tensors.values(), *tile_arrays(bundle, work.photos, work.vae_tiles).values())
-    loop = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
-    floats = len(LATENTS) * math.prod(latent)
-    if set(work.graphs) - set(STEP_GRAPHS):
-        floats += len(PIXELS) * math.prod(pixels)
-    return loop + floats * np.dtype(np.float32).itemsize
+    return slab_bytes(loop_arrays(unet, (latent, context, work.latent_tiles))) + slab_bytes(
+        _arrays_between(bundle, work)
+    )
 
 
-def tensor_bytes(tensor: TensorSpec, symbols: Mapping[str, int]) -> int:
-    """Return what an array takes at a size."""
-    return math.prod(resolve(tensor.shape, symbols)) * np.dtype(tensor.dtype).itemsize
+def _arrays_between(bundle: Bundle, work: Workload) -> Arrays:
+    """Return the arrays of the recipe's values, and what a VAE in tiles needs."""
+    symbols = {"B": work.photos, "h": work.height, "w": work.width}
+    decoder = bundle.spec("vae_decoder")
+    pixels, latent = (resolve(decoder.tensor(name).shape, symbols) for name in ("pixels", "z"))
+    arrays: Arrays = dict.fromkeys(LATENTS, (latent, "float32"))
+    if set(work.graphs) <= set(STEP_GRAPHS):
+        return arrays
+    arrays |= dict.fromkeys(PIXELS, (pixels, "float32"))
+    return {**arrays, **tile_arrays(bundle, work.photos, work.vae_tiles)}

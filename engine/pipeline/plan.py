@@ -71,7 +71,6 @@ class RestorationPlan:
             len(self.texts),
             self.chunks,
             table.passes,
-            len(table.noisy_steps),
             latent_tiles,
             vae_tiles,
         )

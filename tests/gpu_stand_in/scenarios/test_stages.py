@@ -52,7 +52,7 @@ def test_a_step_is_the_command_lines(opened, photo):
 
     step = step_costs(sample)
     assert step == step_costs(lambda steps: opened.restore(photo, steps=steps, churn=0.0))
-    if opened._backend.label.startswith("TensorRT"):
+    if opened._backend.label.startswith("tensorrt"):
         assert step == STEP
 
 
