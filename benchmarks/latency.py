@@ -136,12 +136,14 @@ def _report(
             works = works_of(launches, counter, runtime["computed_in"])
             figures[name] = summarize(runtime, works, rate.tflops, configuration.batch)
         steps = [launch for launch in launches if launch.graph == UNET]
-        guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch)
+        tiles = sum(launch.count for launch in steps) // configuration.steps
+        guided = sum(launch.count for launch in steps if launch.symbols["B"] > configuration.batch) // tiles
         results.append(
             {
                 "configuration": str(configuration),
                 **asdict(configuration),
                 "guided_steps": guided,
+                "tiles": tiles,
                 "text_chunks": steps[0].symbols["k"],
                 "launches": [asdict(launch) for launch in launches],
                 "runtimes": figures,

@@ -35,7 +35,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += ["", f"## {result['configuration']}", ""]
         lines += [
             f"{result['guided_steps']} of {result['steps']} steps are guided; "
-            f"texts fill {_count(result['text_chunks'], 'chunk')} of 77 tokens.",
+            f"texts fill {_count(result['text_chunks'], 'chunk')} of 77 tokens"
+            + (f"; each step samples {result['tiles']} tiles." if result["tiles"] > 1 else "."),
             "",
         ]
         for name, runtime in result["runtimes"].items():

@@ -7,12 +7,12 @@ ControlNet and UNet are one stage there, "steps"; and stages on two streams over
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.memory.size_plan import SizePlan
-from engine.pipeline.plan import make_plan
+from engine.memory.vae_slices import SlicedVae
 from engine.pipeline.restorer import Restorer
+from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 
 TEXT, ENCODER, STAGE_1, STAGE_1_ENCODER = "text", "denoise encoder", "stage 1", "stage 1 encoder"
@@ -55,26 +55,32 @@ class Launch:
 def plan_launches(restorer: Restorer, settings: Settings, size_px: int, batch: int) -> list[Launch]:
     """Return what one restoration of square photos launches, with texts that were not encoded before.
 
+    A tile is a launch, also where a CPU takes several at once; slices count as the whole, of which they compute little
+    twice.
+
     Args:
         restorer: that restores them.
         settings: of the restoration.
         size_px: the side that the networks see.
         batch: how many photos go together.
     """
-    size = (size_px, size_px)
-    plan = make_plan(restorer.bundle, restorer.stages.prompts, size, settings, SizePlan(), batch)
+    plan = restorer.plan((size_px, size_px), settings, photos=batch)
+    if isinstance(plan.vae_mode, SlicedVae):
+        plan = replace(plan, vae_mode=Tiling.whole(*plan.latent))
+    assert isinstance(plan.vae_mode, Tiling)
     launches = []
     for operation in plan.operations:
         for graph in operation.graphs:
             spec = restorer.bundle.spec(graph)
             sizes = plan.workload.sizes(spec)
             if spec.role != "denoiser":
-                launches.append(Launch(operation.name, graph, sizes[0]))
+                tiles = len(plan.vae_mode) if spec.role == "vae" else 1
+                launches.append(Launch(operation.name, graph, sizes[0], tiles))
                 continue
             # A guided step passes twice: it sees every photo with both texts.
             for passes, symbols in zip(plan.workload.passes, sizes, strict=True):
                 steps = sum(step.guided == (passes == 2) for step in plan.table.steps)
-                launches.append(Launch(graph, graph, symbols, steps))
+                launches.append(Launch(graph, graph, symbols, steps * len(plan.latent_tiles)))
     return launches
 
 

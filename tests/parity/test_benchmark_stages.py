@@ -1,6 +1,7 @@
 """What the benchmark says is launched, against what is; and its runtimes on a device that is none."""
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -72,6 +73,23 @@ def test_what_is_planned_is_what_is_launched(recorded, name, batch):
         for _ in range(launch.count)
     ]
     assert sorted(planned) == found
+
+
+def test_tiles_are_counted_as_they_run(recorded):
+    """A CPU takes several tiles at once, so that rows are compared, not launches."""
+    restorer, launched = recorded
+    launched.clear()
+    restorer.stages.clear_prompt_cache()
+    photo = np.random.default_rng(0).random((192, 192, 3), dtype=np.float32)
+    done = restorer.restore(photo, min_size=192, steps=2, tile=64, vae_tiles="fast")
+    found, planned = Counter(), Counter()
+    for graph, symbols in launched:
+        found[graph, symbols[1:]] += dict(symbols)["B"]
+    for launch in plan_launches(restorer, done.settings, 192, 1):
+        symbols = tuple(sorted(launch.symbols.items()))
+        planned[launch.graph, symbols[1:]] += launch.count * launch.symbols["B"]
+    assert planned == found
+    assert any(launch.count > 2 for launch in plan_launches(restorer, done.settings, 192, 1))
 
 
 class HostMemory:
