@@ -1,7 +1,8 @@
-"""What restorations are judged on: scikit-image's photos, a folder of the user's, or made pictures."""
+"""What restorations are judged on: photos that packages install, a folder of the user's, or made pictures."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import get_args
 
@@ -15,39 +16,88 @@ from export.demo.data import HELD_OUT
 from export.demo.pictures import Family, make_picture
 
 Rgb = NDArray[np.float32]
-PHOTOS = "photos"
+#: Sources of images by name, with what a person is told of them.
+SOURCES = {
+    "photos": "eight colour photos that scikit-image installs",
+    "others": "twelve more photos, which no choice was made on",
+    "choices": "six more, to choose settings on",
+    "leaves": "made by program, as the demo's training pictures are",
+    "landscape": "likewise",
+    "portrait": "likewise",
+}
 _MADE = 16  # pictures of a family
+#: Photos by name: the package that installs each, and the file in it; black-and-white ones have three equal channels.
+_OTHERS = {
+    "grace hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    "pagoda": ("sklearn", "datasets/images/china.jpg"),
+    "dahlia": ("sklearn", "datasets/images/flower.jpg"),
+    "lion": ("gradio", "media_assets/images/lion.jpg"),
+    "cheetah's face": ("gradio", "media_assets/images/cheetah1.jpg"),
+    "running cheetah": ("gradio", "media_assets/images/cheetah.jpg"),
+    "tower": ("gradio", "media_assets/images/tower.jpg"),
+    "tissue": ("skimage", "data/ihc.png"),
+    "cameraman": ("skimage", "data/camera.png"),
+    "coins": ("skimage", "data/coins.png"),
+    "fields from the air": ("pywt", "data/aero.npz"),
+    "stairs": ("pywt", "data/ascent.npz"),
+}
+_CHOICES = {
+    "groot": ("gradio", "media_assets/images/groot.jpeg"),
+    "cheetah's cub": ("gradio", "test_data/cheetah2.jpg"),
+    "moon": ("skimage", "data/moon.png"),
+    "brick": ("skimage", "data/brick.png"),
+    "grass": ("skimage", "data/grass.png"),
+    "gravel": ("skimage", "data/gravel.png"),
+}
 
 
 def load_images(source: str, side: int) -> dict[str, Rgb]:
     """Return the images of a source by name, each the square in its middle.
 
     Args:
-        source: "photos", the colour photos that scikit-image installs; a family of pictures made by
-            program, of which those are taken that no training has seen; or a folder.
+        source: one of `SOURCES`, of whose families made by program those pictures are taken that no
+            training has seen; or a folder.
         side: in pixels; larger images are cut, smaller ones are refused.
     Returns:
         f32[side, side, 3] in [0, 1].
     Raises:
-        UsageError: no such source. ImageError: an image cannot be read or is too small.
+        UsageError: no such source, or a package with its photos is not installed. ImageError: an image
+            cannot be read or is too small.
     """
-    if source == PHOTOS:
-        return {name: _middle(rgb, side, name) for name, rgb in _scikit_photos().items()}
     if source in get_args(Family):
         pictures = (make_picture(source, 0, HELD_OUT + index, side).rgb for index in range(_MADE))  # type: ignore[arg-type]
         return {f"{source} {index}": _unit(rgb) for index, rgb in enumerate(pictures)}
+    if source == "photos":
+        return {name: _middle(rgb, side, name) for name, rgb in _scikit_photos().items()}
+    if source in SOURCES:
+        shipped = _OTHERS if source == "others" else _CHOICES
+        return {name: _middle(_shipped(*place), side, name) for name, place in shipped.items()}
     folder = Path(source)
     if not folder.is_dir():
-        raise UsageError(
-            "no such images",
-            where="--images",
-            expected=f"{PHOTOS}, {', '.join(get_args(Family))} or a folder",
-            found=source,
-        )
+        raise UsageError("no such images", where="--images", expected=f"{', '.join(SOURCES)} or a folder", found=source)
     found = {path.name: _middle(read_photo(path).rgb, side, str(path)) for path in list_images(folder)}
     if not found:
         raise ImageError("holds no images", where=folder)
     return found
+
+
+def _shipped(package: str, name: str) -> Rgb:
+    """Return a photo that a package installs; the package is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            "a package whose photos are wanted is not installed",
+            where=package,
+            fix="pip install 'restoration-engine[photos]'",
+        )
+    path = Path(spec.origin).parent / name
+    if not path.is_file():
+        raise ImageError("is not in the installed version of its package", where=path)
+    if path.suffix != ".npz":
+        return read_photo(path).rgb
+    with np.load(path) as arrays:
+        (plane,) = arrays.values()
+    return np.repeat(_unit(plane.astype(np.uint8))[:, :, None], 3, axis=2)
 
 
 def _scikit_photos() -> dict[str, Rgb]:

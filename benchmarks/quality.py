@@ -4,38 +4,51 @@
     python benchmarks/quality.py --runtime onnxruntime openvino-bf16
 
 Each image is degraded as in Table 1, by noise of its own seed, and restored with each bundle's own
-defaults. PSNR and SSIM are scikit-image's, on images in [0, 1], means over the images. Beside them
-stand the degraded image enlarged by bicubic interpolation, a classic (non-local means, told the
-noise's strength), and what the paper publishes for its own images, which are others. Several bundles, or one
-in several runtimes, are also compared with the first of them.
+defaults. All figures are means over the images, in [0, 1]; PSNR and SSIM are scikit-image's,
+`benchmarks/metrics.py` says what the others are. Beside the bundles stand the degraded image enlarged by bicubic
+interpolation; non-local means and BM3D, told the noise's strength; Real-ESRGAN; and what the paper
+publishes for its own images, which are others. Several bundles, or one in several runtimes, are also
+compared with the first of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import paper
-from benchmarks.images import PHOTOS, Rgb, contact_sheet, load_images
+from benchmarks import metrics, paper
+from benchmarks.classics import CLASSICS, Classic, installed_classics
+from benchmarks.images import SOURCES, Rgb, contact_sheet, load_images
 from benchmarks.machine import describe_machine
 from benchmarks.runtimes import ENGINES
 from engine.bundle.manifest import default_bundle_dir
 from engine.cli.console import run_command
-from engine.cli.options import command_parser
+from engine.cli.options import command_parser, parser_of, whole_number
 from engine.errors import BackendError, UsageError
 from engine.image.photo import resize
+from engine.settings import Settings
 from export.training.degrade import TABLE_1, Degradation, degrade
 
 Judge = Callable[[Rgb, Rgb], dict[str, float | None]]
 _NO_LPIPS = "needs --lpips"
+#: What the tables beyond the paper's show: by key, the column's head and its decimals.
+_COLUMNS = {
+    "haarpsi": ("HaarPSI ↑", 4),
+    "gmsd": ("GMSD ↓", 4),
+    "mdsi": ("MDSI ↓", 4),
+    "edges": ("edges, 1 is best", 3),
+    **{f"detail_{band}": (f"{band} detail, dB, 0 is best", 1) for band in metrics.BANDS},
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,15 +57,29 @@ def main(arguments: Sequence[str]) -> int:
     images = load_images(options.images, options.side)
     images = dict(list(images.items())[: options.limit])
     judge = _judge(options.lpips)
-    restorers = _open(options.bundle or [default_bundle_dir()], options.runtime or [None])
+    classics, missing = installed_classics()
+    wanted = CLASSICS if options.classics is None else options.classics
+    for name in wanted:
+        if name in missing and options.classics is not None:
+            raise UsageError("the package of a method is not installed", where=name, fix=missing[name])
+        if name in missing:
+            print(f"{name} is left out: {missing[name]}", file=sys.stderr)
+    classics = {name: method for name, method in classics.items() if name == "bicubic" or name in wanted}
+    given = dict(options.set or ())
+    restorers = _open(options.bundle or [default_bundle_dir()], options.runtime or [None], options.threads)
     names = list(restorers)
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "images": list(images),
+        "image_sha256": {name: hashlib.sha256(rgb.tobytes()).hexdigest() for name, rgb in images.items()},
         "side_px": options.side,
         "seed": options.seed,
         "bundles": [
-            {"variant": name, "digest": restorer.bundle.digest, "defaults": restorer.defaults.model_dump(mode="json")}
+            {
+                "variant": name,
+                "digest": restorer.bundle.digest,
+                "settings": restorer.defaults.updated(given).model_dump(mode="json"),
+            }
             for name, restorer in restorers.items()
         ],
         "round_trip": _means([judge(truth, _round_trip(restorers[names[0]], truth)) for truth in images.values()]),
@@ -65,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
             to_first: dict[str, list[float]] = {}
             for index, (image, truth) in enumerate(images.items()):
                 lq = degrade(truth, degradation, np.random.default_rng([options.seed, index]))
-                pictures = _restore_all(lq, degradation, truth, restorers)
+                pictures = _restore_all(lq, degradation, truth, classics, restorers, given)
                 for method in names[1:]:
                     to_first.setdefault(method, []).append(_psnr(pictures[names[0]], pictures[method]))
                 for method, picture in pictures.items():
@@ -93,17 +120,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _open(bundles: Sequence[Path], runtimes: Sequence[str | None]) -> dict[str, Any]:
+def _open(bundles: Sequence[Path], runtimes: Sequence[str | None], threads: int) -> dict[str, Any]:
     """Return each bundle's restorer in each runtime, by its preset, or its name where two have one preset."""
     from engine import Restorer
 
     opened = []
     for bundle, runtime in product(bundles, runtimes):
         if runtime is None:
-            restorer = Restorer.open(bundle)
+            restorer = Restorer.open(bundle, threads=threads)
         else:
             backend, compute = ENGINES[runtime]
-            restorer = Restorer.open(bundle, backend=backend, compute=compute)
+            restorer = Restorer.open(bundle, backend=backend, compute=compute, threads=threads)
         opened.append((runtime, restorer))
     manifests = {restorer.bundle.digest: restorer.bundle.manifest for _, restorer in opened}
     presets = [manifest.preset for manifest in manifests.values()]
@@ -115,13 +142,20 @@ def _open(bundles: Sequence[Path], runtimes: Sequence[str | None]) -> dict[str, 
     return found
 
 
-def _restore_all(lq: Rgb, degradation: Degradation, truth: Rgb, restorers: dict[str, Any]) -> dict[str, Rgb]:
+def _restore_all(
+    lq: Rgb,
+    degradation: Degradation,
+    truth: Rgb,
+    classics: dict[str, Classic],
+    restorers: dict[str, Any],
+    given: dict[str, Any],
+) -> dict[str, Rgb]:
     size = (truth.shape[1], truth.shape[0])
-    pictures = {"bicubic": resize(lq, size), "classic": resize(_non_local_means(lq, degradation), size)}
+    pictures = {name: resize(classic(lq, degradation), size) for name, classic in classics.items()}
     for name, restorer in restorers.items():
         if "stage 1" not in pictures:
             pictures["stage 1"] = _stage_1(restorer, pictures["bicubic"])
-        pictures[name] = restorer.restore(lq, upscale=float(degradation.factor)).photo.rgb
+        pictures[name] = restorer.restore(lq, **{**given, "upscale": float(degradation.factor)}).photo.rgb
     return {**pictures, "truth": truth}
 
 
@@ -143,20 +177,6 @@ def _at_working_size(restorer: Any, rgb: Rgb, encode: Callable[[Any], Any]) -> R
     return resize((decoded * 0.5 + 0.5).clip(0, 1).astype(np.float32), (rgb.shape[1], rgb.shape[0]))
 
 
-def _non_local_means(lq: Rgb, degradation: Degradation) -> Rgb:
-    from skimage.restoration import denoise_nl_means
-
-    sigma = degradation.noise_sigma / 255
-    if sigma == 0:
-        return lq
-    return np.asarray(
-        denoise_nl_means(
-            lq, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True, channel_axis=2
-        ),
-        dtype=np.float32,
-    )
-
-
 def _judge(lpips: Path | None) -> Judge:
     from skimage.metrics import structural_similarity
 
@@ -166,6 +186,11 @@ def _judge(lpips: Path | None) -> Judge:
         return {
             "psnr": _psnr(truth, found),
             "ssim": float(structural_similarity(truth, found, data_range=1.0, channel_axis=2)),
+            "haarpsi": metrics.haarpsi(truth, found),
+            "gmsd": metrics.gmsd(truth, found),
+            "mdsi": metrics.mdsi(truth, found),
+            "edges": metrics.edge_sharpness(truth, found),
+            **{f"detail_{band}": energy for band, energy in metrics.detail_energy(truth, found).items()},
             "lpips": None if distance is None else distance(truth, found),
         }
 
@@ -201,12 +226,12 @@ def _lpips_network(file: Path) -> Callable[[Rgb, Rgb], float]:
 def _means(found: list[dict[str, float | None]]) -> dict[str, float | None]:
     return {
         metric: None if found[0][metric] is None else float(np.mean([scores[metric] for scores in found]))
-        for metric in ("psnr", "ssim", "lpips")
+        for metric in ("psnr", "ssim", *_COLUMNS, "lpips")
     }
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """Return Table 1 and Table 2 for a person."""
+    """Return the paper's tables, and what PSNR does not see, for a person."""
     machine = report["machine"]
     lines = [
         f"{machine['date']}, {len(report['images'])} images of {report['side_px']} × {report['side_px']} px, "
@@ -229,6 +254,12 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {method} | {_cells(_means(own))} |")
     for method, scores in paper.TABLE_2.items():
         lines.append(f"| *published, 60 other images:* {method} | {_published(scores)} |")
+    heads = [head for head, _ in _COLUMNS.values()]
+    lines += ["", "### What PSNR does not see", "", f"| degradation | method | {' | '.join(heads)} |"]
+    lines.append(f"| --- | --- |{' ---: |' * len(heads)}")
+    for row in report["rows"]:
+        cells = [f"{row[key]:.{decimals}f}" for key, (_, decimals) in _COLUMNS.items()]
+        lines.append(f"| {row['degradation']} | {row['method']} | {' | '.join(cells)} |")
     compared = [row for row in report["rows"] if "psnr_to_first" in row]
     if compared:
         first = report["bundles"][0]["variant"]
@@ -256,9 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images",
-        default=PHOTOS,
+        default="photos",
         metavar="SOURCE",
-        help="photos (scikit-image's, the default), leaves, landscape or portrait (made by program), or a folder",
+        help=f"a folder, or: {'; '.join(f'{name}, {told}' for name, told in SOURCES.items())} (default: photos)",
     )
     parser.add_argument(
         "--side", type=int, default=256, metavar="PX", help="of the square in the middle (default: 256)"
@@ -275,8 +306,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runtime", nargs="+", choices=list(ENGINES), help="each bundle in each; default: as python -m engine.restore"
     )
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a setting instead of the bundle's, such as restore_pull=0.1; repeatable",
+    )
+    parser.add_argument(
+        "--classics",
+        nargs="*",
+        choices=CLASSICS,
+        metavar="NAME",
+        help=f"what else to compare with, beside bicubic interpolation: any of {', '.join(CLASSICS)}, or nothing; "
+        "default: all that are installed",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole_number(0, 1024),
+        default=0,
+        metavar="N",
+        help="of the bundles' networks; 0: one per core",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    known = sorted(set(Settings.model_fields) - {"upscale"})
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE with a NAME of {', '.join(known)}, got {text!r}")
+    annotation = Settings.model_fields[name].annotation
+    if value == "off" and NoneType in get_args(annotation):
+        return name, None
+    if get_origin(annotation) is Literal:
+        return name, value
+    try:
+        return name, parser_of(name)(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
 
 
 if __name__ == "__main__":

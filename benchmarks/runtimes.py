@@ -222,8 +222,8 @@ class _Runtime:
         """Open the bundle and return the milliseconds that it took; graphs are opened as they are needed."""
         from benchmarks.memory import DeviceMemory
         from engine.backends.base import ComputingBackend
+        from engine.backends.buffers import DeviceBackend
         from engine.bundle.manifest import open_bundle
-        from engine.pipeline.device_session import DeviceBackend
         from engine.pipeline.restorer import Restorer
 
         setup = self._setup

@@ -104,7 +104,7 @@ def split_times(
 def beside(stages: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
     """Return the stages that run beside others, so that their times do not add to the total.
 
-    On a device text and stage 1 have a stream of their own (`engine.pipeline.device_session`); only the
+    On a device text and stage 1 have a stream of their own (`engine.pipeline.device_executor`); only the
     restoration pull, whose center is encoded from stage 1, makes the steps wait for it.
     """
     if STEPS not in stages:

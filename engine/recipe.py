@@ -2,7 +2,7 @@
 
     resize in ─ denoise encoder ─ text ─ stage 1 ─ stage 1 encoder ─ steps ─ vae decoder ─ color fix ─ resize out
 
-Executors run the operations (`engine.pipeline.host` on a CPU, `engine.pipeline.device_session` on a GPU). Phases of
+Executors run the operations (`engine.pipeline.host` on a CPU, `engine.pipeline.device_executor` on a GPU). Phases of
 memory, streams, the launches that benchmarks count and the steps of Triton's ensemble are derived from them.
 
 Source: SPEC, "The pipeline"; the paper's Eq. 5 to 10.
@@ -96,6 +96,11 @@ def graphs_of_phase(phase: str) -> tuple[str, ...]:
     """Return the graphs that a phase keeps in memory together."""
     return tuple(graph for operation in RECIPE if operation.phase == phase for graph in operation.graphs)
 
+
+#: The graphs of the sampling loop.
+STEP_GRAPHS: tuple[str, ...] = tuple(
+    graph for operation in RECIPE if operation.kind == "steps" for graph in operation.graphs
+)
 
 #: The graphs of each phase that has any, in order.
 PHASES: tuple[tuple[str, ...], ...] = tuple(

@@ -91,6 +91,14 @@ class HostBuffer:
         assert not self.closed, "a view of memory that was given back"
         return HostBuffer(self.array[start:stop], self.device, self.owner or self)
 
+    def part(self, offset: int, shape: tuple[int, ...], dtype: str) -> HostBuffer:
+        assert not self.closed, "a view of memory that was given back"
+        assert offset % 256 == 0
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        inside = self.array.reshape(-1).view(np.uint8)[offset : offset + nbytes]
+        assert len(inside) == nbytes, "over the end of the memory"
+        return HostBuffer(inside.view(dtype).reshape(shape), self.device, self.owner or self)
+
     def close(self) -> None:
         assert not self.closed, "given back twice"
         self.closed = True
@@ -207,9 +215,8 @@ class HostDevice:
         return HostStream(self, next(self._streams))
 
     def buffer(self, shape: Any, dtype: str) -> HostBuffer:
-        array = np.full(shape, 77, dtype)  # memory of a device holds something
-        if np.issubdtype(array.dtype, np.floating):
-            array[...] = np.nan
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[...] = 0xFF  # memory of a device holds something: as floats, no numbers
         self.in_use += array.nbytes
         made = HostBuffer(array, self)
         self.calls.append(("allocate", made.number, array.nbytes))
@@ -265,7 +272,7 @@ class HostBackend:
     def limit_weights(self, on_device) -> None:
         self.limits.append(dict(on_device))
 
-    def reserve(self, stream, nbytes) -> None:
+    def reserve(self, stream, nbytes, *, keep_larger=False) -> None:
         self.device.calls.append(("reserve", stream, nbytes))
 
     def open(self, bundle, graph) -> HostRunner:

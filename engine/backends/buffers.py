@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from engine.backends.base import Runner
-from engine.bundle.graphspec import GraphSpec, TensorSpec, resolve
+from engine.bundle.graphspec import GraphSpec, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS, Array, Buffer, Device, Stream
+from engine.device.slab import Arrays, Slab
 from engine.errors import close_after, close_all
 from engine.memory.residency import Activations
 
@@ -71,10 +73,10 @@ class BufferRunner(Runner):
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._device.activate()
         symbols = self.spec.sizes_of({name: array.shape for name, array in inputs.items()})
-        made: list[Buffer] = []
+        slab = Slab(self._device, tensor_arrays(self.spec, symbols))
         try:
             sources, results = (
-                {tensor.name: self._buffer(tensor, symbols, made) for tensor in tensors}
+                {tensor.name: slab[tensor.name] for tensor in tensors}
                 for tensors in (self.spec.inputs, self.spec.outputs)
             )
             for name, array in inputs.items():
@@ -84,14 +86,55 @@ class BufferRunner(Runner):
             found = {name: download.result() for name, download in downloads.items()}
         except BaseException as error:
             # What is under way may still use the buffers, whatever has gone wrong.
-            close_after(error, self._stream.synchronize, *(buffer.close for buffer in made))
+            close_after(error, self._stream.synchronize, slab.close)
             raise
-        close_all(self._stream.synchronize, *(buffer.close for buffer in made))
+        close_all(self._stream.synchronize, slab.close)
         return found
 
-    def _buffer(self, tensor: TensorSpec, symbols: Mapping[str, int], made: list[Buffer]) -> Buffer:
-        made.append(self._device.buffer(resolve(tensor.shape, symbols), tensor.dtype))
-        return made[-1]
+
+def tensor_arrays(spec: GraphSpec, symbols: Mapping[str, int]) -> Arrays:
+    """Return the shapes and dtypes of a graph's inputs and outputs at a size, as what its symbols stand for."""
+    return {tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """A backend whose runners share a device and its streams.
+
+    Attributes:
+        device: that everything is on.
+        streams: by the names of `engine.device.interface.STREAMS`.
+    """
+
+    device: Device
+    streams: dict[str, Stream]
+
+    def open(self, bundle: Bundle, graph: str) -> BufferRunner:
+        """Return a runner for one of a bundle's graphs, as `Backend.open`."""
+        ...
+
+    def known_activations(self, bundle: Bundle, graph: str, sizes: Sequence[Mapping[str, int]]) -> Activations | None:
+        """Return what `BufferRunner.activations` would, or None if the graph has to be opened for it."""
+        ...
+
+    def sizes_at_opening(self, bundle: Bundle, graph: str) -> Sequence[Mapping[str, int]]:
+        """Return the sizes, as what symbols stand for, at which a graph is run when it is opened, to check it."""
+        ...
+
+    def can_stream_weights(self, bundle: Bundle, graph: str) -> bool:
+        """Tell whether a part of a graph's weights may stay on the host."""
+        ...
+
+    def limit_weights(self, on_device: Mapping[str, int]) -> None:
+        """Say how many bytes of weights the named graphs may have on the device, once they are opened again.
+
+        Graphs that are not named have all of them there.
+        """
+        ...
+
+    def reserve(self, stream: str, nbytes: int, *, keep_larger: bool = False) -> None:
+        """Set the memory for activations of a stream, or see that it has so much; nothing may be using it."""
+        ...
 
 
 class SelfAllocatingBackend:
@@ -121,7 +164,7 @@ class SelfAllocatingBackend:
         """Do nothing: there is nothing that could be limited."""
         assert not on_device, "no graph's weights can be streamed"
 
-    def reserve(self, stream: str, nbytes: int) -> None:
+    def reserve(self, stream: str, nbytes: int, *, keep_larger: bool = False) -> None:
         """Do nothing: the library takes its memory when it needs it."""
 
     def close(self) -> None:

@@ -127,9 +127,12 @@ class TrtBackend:
         """See `DeviceBackend`."""
         self._on_device = dict(on_device)
 
-    def reserve(self, stream: str, nbytes: int) -> None:
-        """Set the size of a stream's arena."""
-        self._arenas[stream].resize(nbytes)
+    def reserve(self, stream: str, nbytes: int, *, keep_larger: bool = False) -> None:
+        """Set the size of a stream's arena, or see that it has so much; see `DeviceBackend`."""
+        if keep_larger:
+            self._arenas[stream].at_least(nbytes)
+        else:
+            self._arenas[stream].resize(nbytes)
 
     def close(self) -> None:
         """Give the arenas and the device back."""

@@ -39,7 +39,7 @@ from engine.bundle.profiles import Profile
 from engine.bundle.storage import APP_NAME
 from engine.bundle.tokenizer import read_tokenizer
 from engine.bundle.verification import Verification
-from engine.errors import BundleError
+from engine.errors import BundleError, UsageError
 from engine.recipe import GRAPHS
 from engine.settings import Settings
 
@@ -47,6 +47,9 @@ FORMAT = 6
 #: Inputs of a segment with a norm: the map's mean, and 1 / √(variance + ε).
 STATISTICS = ("mean", "inverse")
 
+
+#: What a preset may be called: it is written on command lines and shown on pages.
+PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
 
 #: What takes part in 32-bit arithmetic somewhere.
 Int32 = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -205,7 +208,9 @@ class Manifest(_Model):
     Attributes:
         key: everything that the bundle was made from; a build with the same key changes nothing.
         notice: what everybody who uses the bundle should know; may be empty.
+        preset: name of the defaults.
         defaults: of a restoration.
+        presets: other settings that fit the networks, by name.
         frequencies: of the sinusoids that embed micro-conditioning, as the networks were trained
             with: torch's float32 exponentials. Another library's last bit, times 1024, shows in
             the sixth digit of the vector.
@@ -221,12 +226,29 @@ class Manifest(_Model):
     key: dict[str, Any]
     notice: str
     defaults: Settings
+    presets: Annotated[dict[PresetName, Settings], Field(max_length=50)] = {}
     weights: File
     tokenizer: TokenizerFile
     frequencies: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     graphs: dict[str, Graph]
     sources: tuple[Source, ...]
     loras: tuple[Lora, ...]
+
+    def settings(self, preset: str | None = None) -> Settings:
+        """Return the settings that a preset stands for.
+
+        Args:
+            preset: its name; None for the defaults.
+        Raises:
+            UsageError: the bundle has none of that name.
+        """
+        named = {**self.presets, self.preset: self.defaults}
+        if preset is None:
+            return self.defaults
+        if preset not in named:
+            known = ", ".join([self.preset, *self.presets])
+            raise UsageError("the bundle has no such preset", where="preset", expected=known, found=repr(preset))
+        return named[preset]
 
 
 @dataclass(frozen=True)
@@ -365,27 +387,19 @@ def read_manifest(path: Path) -> Bundle:
         raise BundleError("no bundle here", where=path, expected=MANIFEST, fix=rebuild) from None
     except OSError as error:
         raise BundleError(f"cannot be read: {error.strerror}", where=file) from error
+    found = _format_of(text)
+    if found is not None and found != FORMAT:
+        raise BundleError(
+            "made by another version", where=file, expected=f"format {FORMAT}", found=f"format {found}", fix=rebuild
+        )
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        found = _format_of(text)
-        if found is not None and found != FORMAT:
-            raise BundleError(
-                "made by another version", where=file, expected=f"format {FORMAT}", found=f"format {found}", fix=rebuild
-            ) from error
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise BundleError(
             "the manifest is damaged", where=file, found=f"{place}: {first['msg']}", fix=rebuild
         ) from error
-    if manifest.format != FORMAT:
-        raise BundleError(
-            "made by another version",
-            where=file,
-            expected=f"format {FORMAT}",
-            found=f"format {manifest.format}",
-            fix=rebuild,
-        )
     if set(manifest.graphs) != set(GRAPHS):
         raise BundleError("wrong set of graphs", where=file, expected=GRAPHS, found=sorted(manifest.graphs))
     problem = next(problems(manifest), None)

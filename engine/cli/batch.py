@@ -23,8 +23,8 @@ from engine.image.preprocess import result_size
 from engine.image.preview import preview
 from engine.memory.host_memory import peak_memory_bytes
 from engine.memory.size_plan import SizePlan
+from engine.pipeline.executor import OnEstimate, OnStage, ignore
 from engine.pipeline.faces import told
-from engine.pipeline.host import OnEstimate, OnStage, ignore
 from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
@@ -97,6 +97,7 @@ class BatchRunner:
         on_estimate, on_stage: as for `Restorer.restore`.
         captioner: who says what each photo shows; None asks nobody.
         faces: what restores the faces of each photo once more; None leaves them.
+        preset: whose settings they are, for the metadata; None for the bundle's own.
     """
 
     restorer: Restorer
@@ -110,6 +111,7 @@ class BatchRunner:
     on_stage: OnStage = ignore
     captioner: Captioner | None = None
     faces: FacePass | None = None
+    preset: str | None = None
 
     def take(self, job: PhotoJob, stop: threading.Event | None = None) -> Source | None:
         """Take a photo on: claim it, see what of it another run has made by now, and read it.
@@ -352,6 +354,8 @@ def _restore_one(
         made_with: dict[str, Any] = {"photo": taken.stamp}
         if caption is not None:
             made_with["caption"] = caption.as_data(work.settings.prompt)
+        if work.preset is not None:
+            made_with["preset"] = work.preset
         result = replace(result, provenance={**result.provenance, **made_with})
         if behind is not None:
             behind.wait()

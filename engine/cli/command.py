@@ -3,6 +3,7 @@
 python -m engine.restore photo.jpg                       writes photo.restored.png beside it
 python -m engine.restore photos/ -o out/ --upscale 2     every image of a folder; again: goes on where it was stopped
 python -m engine.restore photos/ -o out/ --format same   in each photo's own format
+python -m engine.restore photo.jpg --preset lightning-8  with other settings that the bundle has a name for
 python -m engine.restore photo.jpg --like other.png      with the settings that made other.png
 """
 
@@ -57,6 +58,8 @@ def restore(arguments: Sequence[str]) -> int:
     found = find_photos(options.images, placement, recursive=options.recursive)
     check_folder(options.output)
     faces = face_request(options, [item.photo for item in found], like)
+    if options.preset is not None:  # a wrong name is told before a bundle is opened, which may take minutes
+        read_manifest(options.bundle).manifest.settings(options.preset)
     if options.report is not None:
         check_page(options.report, overwrite=options.overwrite)
     with ExitStack() as opened:
@@ -66,7 +69,7 @@ def restore(arguments: Sequence[str]) -> int:
         if faces is not None and restorer is not None:
             face_pass = FacePass.open(restorer, faces, engine_arguments(options))
             opened.enter_context(face_pass.restorer)
-        settings = bundle.manifest.defaults.updated(changes)
+        settings = bundle.manifest.settings(options.preset).updated(changes)
         if like is not None and like["bundle"].get("digest") != bundle.digest:
             _warn(f"{options.like} was made with another bundle: the result will differ")
         if faces is not None and faces.is_of_another_bundle(like):
@@ -106,7 +109,7 @@ def restore(arguments: Sequence[str]) -> int:
             if page is not None:
                 page.add(outcome)
         if page is not None:
-            page.write(tally, _facts(bundle, settings, faces))
+            page.write(tally, _facts(bundle, options.preset, settings, faces))
     _print_summary(tally, reports, options)
     return 0
 
@@ -126,14 +129,15 @@ def _outcomes(
     chosen = options.tile is not None or options.vae_tiles is not None
     tiles = None if chosen else like  # what the command line says of tiles holds
     given = (options.overwrite, previews, tiles, options.quality, options.any_size)
+    named: dict[str, Any] = {"captioner": captioner, "preset": options.preset}
     if restorer is not None:
         assert not isinstance(faces, FaceRequest), "it was opened with the restorer"
-        return restore_all(jobs, BatchRunner(restorer, settings, *given, captioner=captioner, faces=faces), watch)
+        return restore_all(jobs, BatchRunner(restorer, settings, *given, **named, faces=faces), watch)
     assert not isinstance(faces, FacePass), "the cluster's actors open their own"
     engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
     uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     absolute = None if faces is None else faces.absolute()
-    config = WorkerConfig(engine, settings, *given, captioner=captioner, faces=absolute)
+    config = WorkerConfig(engine, settings, *given, **named, faces=absolute)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
 
 
@@ -162,10 +166,11 @@ def _print_summary(tally: RunSummary, reports: list[dict[str, Any]], options: ar
         raise RestoreError(f"{len(tally.failed)} of {tally.photos} photos could not be restored", fix="see above")
 
 
-def _facts(bundle: Bundle, settings: Settings, faces: FaceRequest | None) -> dict[str, Any]:
+def _facts(bundle: Bundle, preset: str | None, settings: Settings, faces: FaceRequest | None) -> dict[str, Any]:
     """Return what the report page says about a run."""
+    named = {"bundle": bundle.manifest.name, **({} if preset is None else {"preset": preset})}
     told = {} if faces is None else {"face_words": faces.settings.words}
-    return {"bundle": bundle.manifest.name, **settings.model_dump(mode="json"), **told}
+    return {**named, **settings.model_dump(mode="json"), **told}
 
 
 def _warn(text: str) -> None:
@@ -196,7 +201,7 @@ def _warn_of_idle_options(options: argparse.Namespace, settings: Settings) -> No
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = "Defaults are the bundle's. --like takes another result's settings; options override them."
+    defaults = "Defaults are the bundle's. --preset and --like take other settings; options override them."
     parser = command_parser("python -m engine.restore", __doc__, epilog=defaults)
     parser.add_argument(
         "images",
@@ -240,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="restore on a Ray cluster, whose machines have the same folders: auto, HOST:PORT, or local for a new one",
     )
-    parser.add_argument("--like", type=path_option, metavar="RESULT", help="use the settings that RESULT was made with")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--preset", metavar="NAME", help="use settings that the bundle has a name for")
+    others.add_argument("--like", type=path_option, metavar="RESULT", help="use the settings that RESULT was made with")
     parser.add_argument(
         "--samples", type=whole_number(1, 1000), default=1, metavar="N", help="results per photo, from successive seeds"
     )

@@ -17,8 +17,8 @@ from engine.bundle.manifest import read_manifest
 from engine.cli.options import path_option, whole_number
 from engine.errors import UsageError
 from engine.image.photo import Photo, Size
+from engine.pipeline.executor import OnStage, OnTile, ignore
 from engine.pipeline.faces import MOST, FaceRestorer, FoundFaces, asked_of
-from engine.pipeline.host import OnStage, OnTile, ignore
 from engine.pipeline.restorer import Restored, Restorer
 from engine.settings import FaceSettings, validated_faces
 

@@ -47,7 +47,7 @@ COMMANDS = {
 BENCHMARKS = {
     "latency": Command("benchmarks.latency", "time by stage, against PyTorch and the device's floor", "benchmark"),
     "serving": Command("benchmarks.serving", "what serving costs against direct calls", "triton"),
-    "quality": Command("benchmarks.quality", "PSNR and SSIM on degraded photos", "quality"),
+    "quality": Command("benchmarks.quality", "how like the truth restored photos are, and how sharp", "quality"),
     "seams": Command("benchmarks.seams", "what tiles change against the whole photo", "benchmark"),
     "faces": Command("benchmarks.faces", "what face detectors find, and take for a face", "benchmark,faces"),
     "scaling": Command("benchmarks.scaling", "time and memory over a photo's size", "benchmark"),

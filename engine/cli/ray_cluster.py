@@ -36,7 +36,8 @@ class WorkerConfig:
 
     Attributes:
         engine: what `Restorer.open` is called with.
-        settings, overwrite, previews, like, quality, any_size, captioner: as `engine.cli.batch.BatchRunner` has them.
+        settings, overwrite, previews, like, quality, any_size, captioner, preset: as `engine.cli.batch.BatchRunner` has
+            them.
         faces: how faces are restored, which the actor makes its pass from; None leaves them.
     """
 
@@ -49,6 +50,7 @@ class WorkerConfig:
     any_size: bool = False
     captioner: Captioner | None = None
     faces: FaceRequest | None = None
+    preset: str | None = None
 
 
 def restore_on_cluster(
@@ -146,7 +148,8 @@ class _Actor:
         restorer = Restorer.open(**plan.engine)
         options = (plan.overwrite, plan.previews, plan.like, plan.quality, plan.any_size)
         faces = None if plan.faces is None else FacePass.open(restorer, plan.faces, plan.engine)
-        self._work = BatchRunner(restorer, plan.settings, *options, captioner=plan.captioner, faces=faces)
+        named: dict[str, Any] = {"captioner": plan.captioner, "preset": plan.preset}
+        self._work = BatchRunner(restorer, plan.settings, *options, **named, faces=faces)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         notes = _Notes()

@@ -187,9 +187,13 @@ class CudaBuffer:
 
     def rows(self, start: int, stop: int) -> CudaBuffer:
         assert 0 <= start <= stop <= self.shape[0], f"rows {start} to {stop} of {self.shape}"
-        address = self.address + start * (self.nbytes // self.shape[0])
-        view = CudaBuffer(None, address, (stop - start, *self.shape[1:]), self.dtype, self._owner or self)
-        view.raw = cuda_core().Buffer.from_handle(address, view.nbytes, owner=self._owner or self)
+        return self.part(start * (self.nbytes // self.shape[0]), (stop - start, *self.shape[1:]), self.dtype)
+
+    def part(self, offset: int, shape: tuple[int, ...], dtype: DType) -> CudaBuffer:
+        owner = self._owner or self
+        view = CudaBuffer(None, self.address + offset, shape, dtype, owner)
+        assert offset + view.nbytes <= self.nbytes, f"{view.nbytes} bytes from {offset} on, of {self.nbytes}"
+        view.raw = cuda_core().Buffer.from_handle(view.address, view.nbytes, owner=owner)
         return view
 
     def close(self) -> None:

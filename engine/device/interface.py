@@ -49,6 +49,10 @@ class Buffer(Protocol):
         """Return a view of some of the first axis; the memory stays this buffer's."""
         ...
 
+    def part(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Buffer:
+        """Return a view of another array that lies in the memory from a byte on; it stays this buffer's."""
+        ...
+
     def close(self) -> None:
         """Give the memory back; no work that uses it may be under way."""
         ...

@@ -39,14 +39,12 @@ KERNELS = (
 #: Terms of a step's sums, in the order in which they are added.
 DENOISED_TERMS = ("x", "pos", "neg", "center")
 UPDATE_TERMS = ("x", "pos", "neg", "center", "noise", "previous")
-#: A row of the table. `draw` tells which of the uploaded noise fields the step uses, `keep` whether
-#: its estimate is needed later.
+#: A row of the table. `keep` tells whether the step's estimate is needed later.
 COLUMNS = (
     "timestep",
     "input_scale",
     "control_scale",
     "churn",
-    "draw",
     "keep",
     *(f"denoised_{term}" for term in DENOISED_TERMS),
     *(f"update_{term}" for term in UPDATE_TERMS),
@@ -60,20 +58,23 @@ def cuda_source() -> str:
     return f"{columns}#define COLUMNS {len(COLUMNS)}\n{source}"
 
 
-def pack_table(table: StepTable) -> NDArray[np.float32]:
-    """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`."""
-    draws = {index: draw for draw, index in enumerate(table.noisy_steps)}
-    return np.array([_row(table, step, draws.get(step.index, 0)) for step in table.steps], dtype=np.float32)
+def pack_table(table: StepTable, *, keep_all: bool = False) -> NDArray[np.float32]:
+    """Return f32[steps, len(COLUMNS)]; see `engine.device.kernels`.
+
+    Args:
+        table: of the sampler.
+        keep_all: whether every step keeps its estimate, not only those whose next step needs it.
+    """
+    return np.array([_row(table, step, keep_all) for step in table.steps], dtype=np.float32)
 
 
-def _row(table: StepTable, step: Step, draw: int) -> list[float]:
+def _row(table: StepTable, step: Step, keep_all: bool) -> list[float]:
     return [
         step.timestep,
         step.input_scale,
         step.control_scale,
         step.churn,
-        draw,
-        table.keeps_denoised(step.index),
+        keep_all or table.keeps_denoised(step.index),
         *(getattr(step.denoised, term) for term in DENOISED_TERMS),
         *(getattr(step.update, term) for term in UPDATE_TERMS),
     ]

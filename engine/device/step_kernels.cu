@@ -18,8 +18,7 @@ extern "C" __global__ void prepare_step(
     if (at >= count) return;
     float value = x[at];
     if (row[CHURN] != 0.0f) {
-        unsigned long long drawn = (unsigned long long)row[DRAW] * count + at;
-        value = __fadd_rn(value, __fmul_rn(row[CHURN], noise[drawn]));
+        value = __fadd_rn(value, __fmul_rn(row[CHURN], noise[at]));
         x[at] = value;
     }
     value = __fmul_rn(value, row[INPUT_SCALE]);
@@ -45,7 +44,7 @@ extern "C" __global__ void combine_step(
     add_term(updated, any, row[UPDATE_POS], pos, at);
     add_term(updated, any, row[UPDATE_NEG], neg, at);
     add_term(updated, any, row[UPDATE_CENTER], center, at);
-    add_term(updated, any, row[UPDATE_NOISE], noise, (unsigned long long)row[DRAW] * count + at);
+    add_term(updated, any, row[UPDATE_NOISE], noise, at);
     add_term(updated, any, row[UPDATE_PREVIOUS], previous, at);
     x[at] = updated;
     if (row[KEEP] != 0.0f) previous[at] = denoised;

@@ -6,7 +6,7 @@ All of it is arithmetic on bytes, so that it is known, and can be told, before a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.bundle.manifest import Bundle
 from engine.device.interface import STREAMS
 from engine.errors import BackendError, DoesNotFitError
 from engine.memory.budget import MemoryBudget
-from engine.recipe import PHASES, stream_of
+from engine.recipe import GRAPHS, PHASES, STEP_GRAPHS, stream_of
 from engine.sampling.tiling import Tiling
 from engine.units import format_memory
 
@@ -30,9 +30,10 @@ class Workload:
         texts: 1, or 2 with a negative one.
         chunks: of 77 tokens that each text fills.
         passes: how often a step sees every photo: 1 where it is unguided, 2 where it is guided.
-        draws: fields of noise that the steps use.
         latent_tiles: tiles of the latent that UNet and ControlNet see one at a time; None is the whole latent.
         vae_tiles: tiles of the latent that the VAE sees one at a time; None is the whole latent.
+        texts_by_tile: whether each tile has texts of its own.
+        graphs: that run, which for a stage on its own are a few.
     """
 
     photos: int
@@ -41,9 +42,16 @@ class Workload:
     texts: int
     chunks: int
     passes: tuple[int, ...]
-    draws: int
     latent_tiles: Tiling | None = None
     vae_tiles: Tiling | None = None
+    texts_by_tile: bool = False
+    graphs: tuple[str, ...] = GRAPHS
+
+    def covers(self, other: Workload) -> bool:
+        """Tell whether whoever has made room for this has room for another one."""
+        same = replace(other, graphs=self.graphs, vae_tiles=self.vae_tiles) == self
+        sees_vae = any(graph not in STEP_GRAPHS for graph in other.graphs)
+        return same and set(other.graphs) <= set(self.graphs) and not (sees_vae and other.vae_tiles != self.vae_tiles)
 
     @property
     def rows(self) -> int:

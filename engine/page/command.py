@@ -31,6 +31,8 @@ from engine.pipeline.restorer import Restorer
 #: Addresses that only this computer reaches.
 _OWN = ("127.0.0.1", "localhost", "::1")
 _REAP_S = 60.0
+#: Seconds between two looks for work that has come from a browser.
+_QUEUE_SLEEP_S = 0.02
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -151,6 +153,8 @@ def served(
         threading.Thread(target=_reap, args=(page, stopped), name="reaper", daemon=True).start()
         blocks = page.build()
         blocks.queue(max_size=None, default_concurrency_limit=None)
+        # Gradio looks for work a thousand times a second, which takes a twentieth of a core from the networks.
+        blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = _QUEUE_SLEEP_S, _QUEUE_SLEEP_S
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(Guard, folders=(uploads, results))
         if options.address in _OWN:  # else a page from elsewhere could call this one by a name of its own

@@ -70,6 +70,7 @@ class Ticket:
         output: where the result goes.
         settings: of the restoration.
         faces: how faces are restored; None if they are not.
+        preset: whose settings they are; None for the bundle's own.
         on_change: called, from any thread, whenever `progress` or `outcome` is another.
         progress: how far it is.
         notes: what its owner must know, a sentence each.
@@ -85,6 +86,7 @@ class Ticket:
     notes: list[str] = field(default_factory=list)
     outcome: Outcome | None = None
     faces: FaceSettings | None = None
+    preset: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def change(self, **values: object) -> None:
@@ -236,6 +238,7 @@ class Desk:
             on_estimate=watch.estimate,
             on_stage=watch.stage,
             faces=faces,
+            preset=ticket.preset,
         )
         (outcome,) = restore_all([job], work, watch)
         return outcome

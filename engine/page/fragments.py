@@ -12,6 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
+from engine.bundle.manifest import Manifest
 from engine.cli.faces import boxes_html
 from engine.cli.report_page import sizes_and_time
 from engine.cli.summary import reason
@@ -21,7 +22,6 @@ from engine.page.controls import differences
 from engine.page.desk import Progress
 from engine.page.sessions import Result
 from engine.pipeline.faces import told
-from engine.settings import Settings
 from engine.units import format_duration
 
 _TEMPLATES = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -132,10 +132,10 @@ def problem(error: RestoreError) -> str:
     return _STATUS.render(failures=[(error.where or "Not started", sentence(error))])
 
 
-def result(made: Result, defaults: Settings) -> str:
-    """Return what a result is: sizes, time, and the settings that differ from the bundle's."""
+def result(made: Result, manifest: Manifest) -> str:
+    """Return what a result is: sizes, time, its preset, and the settings that differ from that or the bundle's."""
     faces = _sentence(told(made.report["faces"])) if "faces" in made.report else ""
-    return _RESULT.render(name=made.output.name, facts=caption(made, defaults), notes=made.notes, faces=faces)
+    return _RESULT.render(name=made.output.name, facts=caption(made, manifest), notes=made.notes, faces=faces)
 
 
 def faces(picture: str, found: Mapping[str, Any]) -> str:
@@ -149,9 +149,11 @@ def faces(picture: str, found: Mapping[str, Any]) -> str:
     return _FACES.render(picture=picture, boxes=boxes, told=_sentence(told(found, is_done=False)))
 
 
-def caption(made: Result, defaults: Settings) -> str:
+def caption(made: Result, manifest: Manifest) -> str:
     """Return a result's sizes, time and settings in one line."""
-    return ", ".join([sizes_and_time(made.report), *differences(made.settings, defaults)])
+    preset = [] if made.preset is None else [f"preset {made.preset}"]
+    told = differences(made.settings, manifest.settings(made.preset))
+    return ", ".join([sizes_and_time(made.report), *preset, *told])
 
 
 def data_url(picture: Pixels) -> str:

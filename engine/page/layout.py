@@ -15,12 +15,12 @@ import gradio as gr
 from gradio.components.base import Component
 
 from engine.backends.face_detector import INSTALL_DETECTOR
-from engine.bundle.manifest import Bundle
+from engine.bundle.manifest import Bundle, Manifest
 from engine.cli.captions import Captioner, caption_picture
 from engine.cli.faces import face_style
 from engine.errors import RestoreError, UsageError
-from engine.image.formats import READ_SUFFIXES
-from engine.page import faces, fragments, runs
+from engine.image.formats import RAW, READ_SUFFIXES
+from engine.page import faces, fragments, presets, runs
 from engine.page.controls import FOLDED, IN_SIGHT, control_of, group_of, settings_from, values_of
 from engine.page.desk import CancellationError, Desk
 from engine.page.sessions import Result, Sessions
@@ -36,6 +36,11 @@ THEME = gr.themes.Default(
 #: Events of the page are no one else's; programs have `restore` alone.
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "preprocess": False, "concurrency_limit": None}
 _QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden"}
+#: Shows how far the work is where the page is one column, and that lies below the buttons.
+_SHOW_STATUS = """() => {
+  const status = document.querySelector("#status");
+  if (status.getBoundingClientRect().top > innerHeight / 2) status.scrollIntoView({block: "start"});
+}"""
 #: Presses a button that downloads, once its file is there.
 _PRESS_DOWNLOAD = "() => document.querySelector('#zip-file').click()"
 
@@ -66,14 +71,17 @@ class Page:
     faces: FaceRestorer | None = None
 
     @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
     def defaults(self) -> Settings:
-        return self.bundle.manifest.defaults
+        return self.manifest.defaults
 
     def build(self) -> gr.Blocks:
         """Return the page as Gradio's blocks."""
-        manifest = self.bundle.manifest
         with gr.Blocks(title="Restore photos", analytics_enabled=False, fill_width=True) as blocks:
-            gr.HTML(fragments.header(manifest.name, manifest.notice))
+            gr.HTML(fragments.header(self.manifest.name, self.manifest.notice))
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=300):
                     parts = self._asked()
@@ -85,7 +93,7 @@ class Page:
 
     def _asked(self) -> dict[str, Component]:
         """Lay out what a person gives."""
-        types = [*READ_SUFFIXES, "image"]
+        types = [*READ_SUFFIXES, *RAW.suffixes, "image"]
         parts: dict[str, Component] = {
             "photos": gr.File(label="Photos", file_count="multiple", file_types=types, height=150, elem_id="photos")
         }
@@ -95,11 +103,12 @@ class Page:
             gr.HTML(fragments.hint(f"Sends a small picture of the first photo to {self.captioner.source}"))
         with gr.Row(elem_id="in-sight"):
             parts |= {name: control_of(name, self.defaults) for name in IN_SIGHT[1:]}
+        parts |= presets.lay_out(self.manifest)
         if self.faces is not None:
             parts |= faces.lay_out()
         with gr.Row():
-            preset = self.bundle.manifest.preset
-            parts["reset"] = gr.Button(f"Bundle's settings ({preset})", size="sm", elem_id="reset", min_width=120)
+            reset = f"Bundle's settings ({self.manifest.preset})"
+            parts["reset"] = gr.Button(reset, size="sm", elem_id="reset", min_width=120)
             parts["dice"] = gr.Button("Another seed", size="sm", elem_id="dice", min_width=120)
         with gr.Row():
             parts["restore"] = gr.Button("Restore", variant="primary", elem_id="restore", min_width=120)
@@ -176,11 +185,12 @@ class Page:
             asked = faces.asked(values.pop("faces", None))
             if asked is not None and self.faces is None:
                 raise UsageError("this page has no faces", where="faces", fix=INSTALL_DETECTOR)
-            chosen = settings_from(values, self.defaults)
+            preset = presets.asked(self.manifest, values.pop("preset", None))
+            chosen = settings_from(values, self.manifest.settings(preset))
             found = self.sessions.adopt(session, _paths([photo] if photo else None))
             if len(found) != 1:
                 raise UsageError("no photo", where="photo", fix="give one file")
-            async for event in runs.restore(self.desk, session, found, chosen, asked):
+            async for event in runs.restore(self.desk, session, found, chosen, asked, preset):
                 if event.error is not None:
                     raise event.error.at(found[0].name)
                 if event.result is not None:
@@ -200,6 +210,7 @@ class Page:
         made: list[Result] = []
         try:
             settings = settings_from({name: values[name] for name in (*IN_SIGHT, *FOLDED)}, self.defaults)
+            preset = presets.asked(self.manifest, values.get("preset"))
             found = self.sessions.adopt(session, _paths(photos))
             asked = faces.settings_from(values, found)
             if not found:
@@ -211,7 +222,7 @@ class Page:
                 )
             yield {"restore": gr.update(interactive=False), "cancel": gr.update(interactive=True)}
             cancelled = False
-            async for event in runs.restore(self.desk, session, found, settings, asked):
+            async for event in runs.restore(self.desk, session, found, settings, asked, preset):
                 name = event.ticket.photo.name
                 if event.result is not None:
                     made.append(event.result)
@@ -244,11 +255,18 @@ class Page:
             return {}
         result = results[index]
         shown = {} if self.faces is None else faces.again(result)
-        return {"photos": [str(result.photo)], **values_of(result.settings), **shown}
+        return {"photos": [str(result.photo)], **values_of(result.settings), **self._preset(result.preset), **shown}
 
     def reset(self) -> dict[str, Any]:
         """Put the bundle's settings back."""
-        return values_of(self.defaults)
+        return {**values_of(self.defaults), **self._preset(None)}
+
+    def choose(self, preset: str) -> dict[str, Any]:
+        """Put a preset's settings into the fields."""
+        try:
+            return presets.chosen(self.manifest, preset)
+        except RestoreError as error:
+            raise gr.Error(fragments.sentence(error), print_exception=False) from error
 
     async def describe(self, photos: Any, request: gr.Request) -> dict[str, Any]:
         """Put what the first photo shows into the prompt."""
@@ -309,11 +327,15 @@ class Page:
         result = results[index]
         return {
             "compare": gr.update(value=(str(result.before), str(result.after)), visible=True),
-            "result": gr.update(value=fragments.result(result, self.defaults), visible=True),
+            "result": gr.update(value=fragments.result(result, self.manifest), visible=True),
             "with_result": gr.update(visible=True),
             "download": str(result.output),
             "shown": index,
         }
+
+    def _preset(self, name: str | None) -> dict[str, Any]:
+        """Return what the chooser of presets shows, where there is one."""
+        return {"preset": name or self.manifest.preset} if self.manifest.presets else {}
 
     def _gallery(self, session: Any) -> Any:
         pictures = [(str(each.after), each.photo.name) for each in session.results]
@@ -324,6 +346,8 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     """Say what happens when something is pressed."""
     settings = {name: parts[name] for name in (*IN_SIGHT, *FOLDED)}
     face_controls = {name: parts[name] for name in faces.CONTROLS if name in parts}
+    preset = {name: parts[name] for name in ("preset",) if name in parts}
+    asked = {**settings, **preset, **face_controls}
     told = [parts[name] for name in ("status", "compare", "result", "with_result", "download", "shown", "gallery")]
     shown = [parts[name] for name in ("compare", "result", "with_result", "download", "shown")]
 
@@ -333,7 +357,7 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     face_view = [parts["faces_found"]] if face_controls else []
 
     async def restore(given: dict[Component, Any], request: gr.Request) -> AsyncIterator[dict[Component, Any]]:
-        values = {name: given[part] for name, part in (settings | face_controls).items()}
+        values = {name: given[part] for name, part in asked.items()}
         async for changes in page.restore(given[parts["photos"]], values, request):
             yield updates(changes)
 
@@ -349,6 +373,9 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
     def reset() -> dict[Component, Any]:
         return updates(page.reset())
 
+    def choose(name: str) -> dict[Component, Any]:
+        return updates(page.choose(name))
+
     async def describe(photos: Any, request: gr.Request) -> dict[Component, Any]:
         return updates(await page.describe(photos, request))
 
@@ -363,15 +390,14 @@ def _connect(page: Page, blocks: gr.Blocks, parts: dict[str, Component]) -> None
         return updates(page.forget_faces(photos, known))
 
     working = [parts["restore"], parts["cancel"]]
-    parts["restore"].click(
-        restore, {parts["photos"], *settings.values(), *face_controls.values()}, [*told, *working], **_QUIET
-    )
+    parts["restore"].click(restore, {parts["photos"], *asked.values()}, [*told, *working], **_QUIET)
+    parts["restore"].click(None, None, None, js=_SHOW_STATUS, api_visibility="private")
     parts["cancel"].click(cancel, None, [parts["cancel"]], **_QUIET)
     parts["gallery"].select(show, None, shown, **_QUIET)
-    parts["again"].click(
-        again, [parts["shown"]], [parts["photos"], *settings.values(), *face_controls.values(), *face_view], **_QUIET
-    )
-    parts["reset"].click(reset, None, list(settings.values()), **_QUIET)
+    parts["again"].click(again, [parts["shown"]], [parts["photos"], *asked.values(), *face_view], **_QUIET)
+    parts["reset"].click(reset, None, [*settings.values(), *preset.values()], **_QUIET)
+    for chooser in preset.values():  # by a visitor; not when it shows what another button has put there
+        chooser.input(choose, [chooser], list(settings.values()), **_QUIET)
     parts["dice"].click(lambda: str(random.randrange(2**31)), None, parts["seed"], **_QUIET)
     busy = {**_PRIVATE, "show_progress": "minimal"}
     if face_view:

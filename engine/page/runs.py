@@ -36,7 +36,12 @@ class Event:
 
 
 async def restore(
-    desk: Desk, session: Session, photos: Sequence[Path], settings: Settings, faces: FaceSettings | None = None
+    desk: Desk,
+    session: Session,
+    photos: Sequence[Path],
+    settings: Settings,
+    faces: FaceSettings | None = None,
+    preset: str | None = None,
 ) -> AsyncIterator[Event]:
     """Restore photos with the same settings, one after the other, and yield what happens.
 
@@ -48,6 +53,7 @@ async def restore(
         photos: their files.
         settings: of all of them.
         faces: how their faces are restored; None if they are not.
+        preset: whose settings they are; None for the bundle's own.
     Raises:
         UsageError: too many photos are waiting.
     """
@@ -58,7 +64,10 @@ async def restore(
             loop.call_soon_threadsafe(changed.set)
 
     run = secrets.token_hex(8)
-    tickets = [Ticket(run, photo, session.new_output(photo), settings, on_change, faces=faces) for photo in photos]
+    tickets = [
+        Ticket(run, photo, session.new_output(photo), settings, on_change, faces=faces, preset=preset)
+        for photo in photos
+    ]
     desk.submit(tickets)
     session.runs.add(run)
     try:
@@ -101,7 +110,16 @@ def _done(session: Session, ticket: Ticket, place: str) -> Event:
     except FileNotFoundError:  # the session has ended meanwhile
         return Event(ticket, place, error=CancellationError("cancelled"))
     (report,) = outcome.reports
-    notes = tuple(ticket.notes)
-    result = Result(ticket.photo, ticket.output, before, after, ticket.settings, report, notes, ticket.faces)
+    result = Result(
+        photo=ticket.photo,
+        output=ticket.output,
+        before=before,
+        after=after,
+        settings=ticket.settings,
+        report=report,
+        notes=tuple(ticket.notes),
+        faces=ticket.faces,
+        preset=ticket.preset,
+    )
     session.results.append(result)
     return Event(ticket, place, result=result)

@@ -31,6 +31,7 @@ class Result:
         report: settings, times and sizes, as the command's --json has them.
         notes: what its owner must know, a sentence each.
         faces: how faces were restored; None if they were not.
+        preset: whose settings they are; None for the bundle's own.
     """
 
     photo: Path
@@ -41,6 +42,7 @@ class Result:
     report: dict[str, Any]
     notes: tuple[str, ...] = ()
     faces: FaceSettings | None = None
+    preset: str | None = None
 
 
 @dataclass

@@ -38,16 +38,7 @@ class CFGDenoiser:
     def __init__(self, run: RunGraph, spec: GraphSpec, z_lq: Latent, texts: Sequence[Conditioning]) -> None:
         self._run = run
         self._z_lq = z_lq
-        # Row by row as the batch has them: all photos with one text, then all with the other.
-        self._context, self._vector = (
-            np.concatenate(
-                [
-                    as_dtype(_for_each(getattr(text, name), spec.tensor(name), len(z_lq)), spec.tensor(name).dtype)
-                    for text in texts
-                ]
-            )
-            for name in ("context", "vector")
-        )
+        self._context, self._vector = rows_of_texts(spec, texts, len(z_lq))
 
     def __call__(self, x: Latent, step: Step) -> tuple[Latent, Latent | None]:
         """Return the predicted noise for the positive and, where guided, the negative text.
@@ -148,6 +139,28 @@ def _join_texts(tiles: Sequence[Sequence[Conditioning]], photos: int) -> list[Co
         )
         for same in zip(*tiles, strict=True)
     ]
+
+
+def rows_of_texts(spec: GraphSpec, texts: Sequence[Conditioning], photos: int) -> tuple[Array, Array]:
+    """Return a batch's texts, row by row as the networks take them: all photos with one text, then with the other.
+
+    Args:
+        spec: of `unet`, for the precision that text is read in.
+        texts: the same for all photos, or with a leading axis, one for each.
+        photos: how many.
+    Returns:
+        context f[P·B,77k,C] and vector f[P·B,V], for P texts.
+    """
+    context, vector = (
+        np.concatenate(
+            [
+                as_dtype(_for_each(getattr(text, name), spec.tensor(name), photos), spec.tensor(name).dtype)
+                for text in texts
+            ]
+        )
+        for name in ("context", "vector")
+    )
+    return context, vector
 
 
 def _for_each(array: Array, tensor: TensorSpec, count: int) -> Array:

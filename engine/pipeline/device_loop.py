@@ -9,19 +9,20 @@ the device keeps its number as well. StepOutput comes from events that the strea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.backends.buffers import BufferRunner
-from engine.bundle.graphspec import GraphSpec, resolve
-from engine.device.interface import Array, Buffer, Device, Event, Replay, Stream
+from engine.bundle.graphspec import DType, GraphSpec, resolve
+from engine.device.interface import Array, Buffer, Device, Download, Event, Replay, Stream
 from engine.device.kernels import COLUMNS, pack_table
+from engine.device.slab import Slab
 from engine.errors import BackendError, OutOfMemoryError, ScheduleError, close_after, close_all
-from engine.pipeline.device_tiles import Arrays, TileTables
+from engine.pipeline.device_tiles import TileTables
 from engine.sampling.sampler import Latent, Step, StepOutput, StepTable
 from engine.sampling.tiling import Tiling
 
@@ -38,10 +39,11 @@ class LoopInputs:
     Attributes:
         z_lq: f32[B,C,h,w], latents of the degraded photos, on the device.
         context: f[P·B,77k,C], and vector f[P·B,V], on the host: all photos with the positive text,
-            then, if P is 2, all with the negative one. In the networks' precision.
+            then, if P is 2, all with the negative one. In the networks' precision. With a leading axis, each tile's.
         noise: the field of a draw, f32[B,C,h,w], on the host: 0 is the start, 1 + i belongs to step i.
         center: f32[B,C,h,w], on the device; needed only if the table uses it.
         tiles: of the latent, which the networks see one at a time; None is the whole.
+        estimates: whether each step's estimate of the clean latent comes to the host.
     """
 
     z_lq: Buffer
@@ -50,6 +52,7 @@ class LoopInputs:
     noise: Callable[[int], Latent]
     center: Buffer | None = None
     tiles: Tiling | None = None
+    estimates: bool = False
 
 
 class DeviceLoop:
@@ -65,9 +68,8 @@ class DeviceLoop:
         self._device, self._stream = device, stream
         self._controlnet, self._unet = controlnet, unet
         self._work: LoopBuffers | None = None
-        #: Where a step's noise goes, by the step's index, and what draws it.
-        self._draws: dict[int, int] = {}
         self._noise: Callable[[int], Latent] | None = None
+        self._tells_estimates = False
 
     def close(self) -> None:
         """Give the buffers back."""
@@ -92,34 +94,31 @@ class DeviceLoop:
         """Run the table that was prepared, from noise to a clean latent.
 
         Yields:
-            StepOutput after each step, in order, without latents: they stay where they are. An
+            StepOutput after each step, in order, without latents, but for estimates that were asked for. An
             exception thrown in, or closing the generator, ends the run within `LOOK_AHEAD` steps.
         Raises:
             BackendError: a graph fails.
         """
         work = self._work
         assert work is not None, "nothing was prepared"
-        pending: list[tuple[Step, Event]] = []
+        pending: deque[_Enqueued] = deque()
         with self._drained_on_error():
             for step in table.steps:
                 self._upload_noise(step)
                 work.enqueue_step(step)
-                pending.append((step, self._stream.record()))
-                while pending and (len(pending) > LOOK_AHEAD or pending[0][1].is_done):
-                    done, event = pending.pop(0)
-                    event.synchronize()
-                    yield StepOutput(done, None, None)
-            for done, event in pending:
-                event.synchronize()
-                yield StepOutput(done, None, None)
+                estimate = self._stream.download(work.previous) if self._tells_estimates else None
+                pending.append(_Enqueued(step, self._stream.record(), estimate))
+                while pending and (len(pending) > LOOK_AHEAD or pending[0].event.is_done):
+                    yield pending.popleft().output()
+            while pending:
+                yield pending.popleft().output()
 
     def _upload_noise(self, step: Step) -> None:
         """Draw and upload a step's noise, if it uses any, while the device is at the steps before it."""
-        place = self._draws.get(step.index)
-        if place is not None:
+        if step.uses_noise:
             assert self._work is not None
             assert self._noise is not None
-            self._stream.upload(self._work.noise.rows(place, place + 1), self._noise(1 + step.index)[None])
+            self._stream.upload(self._work.noise, self._noise(1 + step.index))
 
     def time_networks(self, repeats: int, *, guided: bool) -> float:
         """Return the milliseconds that the networks alone take, at the size of the last run, for each step.
@@ -154,21 +153,18 @@ class DeviceLoop:
         return self._work.x
 
     def _prepare(self, table: StepTable, inputs: LoopInputs) -> None:
-        draws = table.noisy_steps
-        key = (inputs.z_lq.shape, inputs.context.shape, len(draws), inputs.tiles)
+        key = (inputs.z_lq.shape, inputs.context.shape, inputs.tiles)
         if self._work is None or self._work.key != key:
             self.close()
             self._work = LoopBuffers(self._device, self._stream, self._controlnet, self._unet, key)
         work, stream = self._work, self._stream
         stream.upload(work.x, inputs.noise(0) * np.float32(table.start_scale))
-        self._draws = {index: place for place, index in enumerate(draws)}
-        self._noise = inputs.noise
+        self._noise, self._tells_estimates = inputs.noise, inputs.estimates
         packed = np.zeros(work.table.shape, dtype=np.float32)
-        packed[: len(table.steps)] = pack_table(table)
+        packed[: len(table.steps)] = pack_table(table, keep_all=inputs.estimates)
         stream.upload(work.table, packed)
         stream.upload(work.step, np.zeros(1, dtype=np.uint32))
-        stream.upload(work.context, inputs.context)
-        stream.upload(work.vector, inputs.vector)
+        work.take_texts(inputs.context, inputs.vector)
         work.take_photos(inputs.z_lq)
         if inputs.center is not None:
             stream.copy(work.center, inputs.center)
@@ -183,36 +179,53 @@ class DeviceLoop:
             raise
 
 
-#: What buffers depend on: shapes of the latents and of the texts' context, how many noises steps use, tiles.
-LoopKey = tuple[tuple[int, ...], tuple[int, ...], int, Tiling | None]
+@dataclass(frozen=True)
+class _Enqueued:
+    """A step that lies on the stream, and the event behind it."""
+
+    step: Step
+    event: Event
+    estimate: Download | None
+
+    def output(self) -> StepOutput:
+        """Wait for the step, and return what is told of it."""
+        self.event.synchronize()
+        return StepOutput(self.step, None, None if self.estimate is None else self.estimate.result())
 
 
-def loop_arrays(unet: GraphSpec, key: LoopKey) -> tuple[Arrays, Arrays]:
-    """Return the shapes and dtypes of what the loop keeps on the device: its own, and the networks'.
+#: What buffers depend on: shapes of the latents and of the texts' context, and tiles.
+LoopKey = tuple[tuple[int, ...], tuple[int, ...], Tiling | None]
+
+
+def loop_arrays(unet: GraphSpec, key: LoopKey) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """Return the shapes and dtypes of what the loop keeps on the device: its own, and what the networks read and write.
 
     Args:
         unet: its spec; ControlNet's inputs and outputs are among the UNet's inputs, but for `lq`.
         key: of the size.
     """
-    latent, context, draws, tiles = key
+    latent, context, tiles = key
     part = latent[1:] if tiles is None else (latent[1], tiles.rows.size, tiles.columns.size)
-    rows = context[0]
-    symbols = unet.sizes_of({"x": (rows, *part), "context": context})
-    own: Arrays = {
+    rows = context[-3]
+    symbols = unet.sizes_of({"x": (rows, *part), "context": context[-3:]})
+    arrays: dict[str, tuple[tuple[int, ...], DType]] = {
         "latent": (latent, "float32"),
         "previous": (latent, "float32"),
         "center": (latent, "float32"),
-        "noise": ((max(draws, 1), *latent), "float32"),
+        "noise": (latent, "float32"),
         "table": ((_MAX_STEPS, len(COLUMNS)), "float32"),
         "step": ((1,), "uint32"),
     }
     if tiles is not None:
-        own |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
-        own |= {**TileTables.arrays(tiles), "latent_tile": ((1,), "uint32")}
-    tensors: Arrays = {
-        tensor.name: (resolve(tensor.shape, symbols), tensor.dtype) for tensor in (*unet.inputs, *unet.outputs)
-    }
-    return own, {**tensors, "lq": ((rows, *part), "float32")}
+        arrays |= dict.fromkeys(("input", "photos", "pos", "neg"), (latent, "float32"))
+        arrays |= {**TileTables.arrays(tiles), "latent_tile": ((1,), "uint32")}
+    for tensor in (*unet.inputs, *unet.outputs):
+        arrays[tensor.name] = (resolve(tensor.shape, symbols), tensor.dtype)
+    if len(context) > 3:  # each tile's own
+        for name in ("context", "vector"):
+            (_, *rest), dtype = arrays[name]
+            arrays[f"tiles' {name}"] = ((context[0] * rows, *rest), dtype)
+    return {**arrays, "lq": ((rows, *part), "float32")}
 
 
 class LoopBuffers:
@@ -227,33 +240,27 @@ class LoopBuffers:
         key: LoopKey,
     ) -> None:
         self.key = key
-        latent, context, _, tiles = key
+        latent, context, tiles = key
         self._stream, self._controlnet, self._unet = stream, controlnet, unet
-        self.photos, self.rows = latent[0], context[0]
+        self.photos, self.rows = latent[0], context[-3]
         #: Kinds that have run, so that libraries have allocated what they need.
         self._has_run: set[bool] = set()
         #: Why steps are not recorded, where a library refused although it had said that it would not.
         self.refusal: str | None = None
         self._recorded: dict[bool, Replay] = {}
         self._recorded_on = self._memory_version
-        self._made: dict[str, Buffer] = {}
-        own, tensors = loop_arrays(unet.spec, key)
-        try:
-            for name, (shape, dtype) in (*own.items(), *tensors.items()):
-                self._made[name] = device.buffer(shape, dtype)
-        except BaseException as error:
-            close_after(error, self.close)
-            raise
+        self._slab = Slab(device, loop_arrays(unet.spec, key))
+        self._made = self._slab.buffers
         named = ("latent", "previous", "center", "noise", "table", "step")
         self.x, self.previous, self.center, self.noise, self.table, self.step = (self._made[name] for name in named)
         self._tiles = None if tiles is None else TileTables(tiles, self._made)
         # ControlNet's outputs are the UNet's inputs by name, and most inputs are both networks'.
-        self._tensors = {name: self._made[name] for name in tensors}
+        names = [tensor.name for runner in (controlnet, unet) for tensor in (*runner.spec.inputs, *runner.spec.outputs)]
+        self._tensors = {name: self._made[name] for name in names}
         self.context, self.vector = (self._made[name] for name in ("context", "vector"))
 
     def close(self) -> None:
-        made, self._made = self._made, {}
-        close_all(self._forget_recordings, *(buffer.close for buffer in made.values()))
+        close_all(self._forget_recordings, self._slab.close)
 
     @property
     def _memory_version(self) -> tuple[int, int]:
@@ -280,6 +287,18 @@ class LoopBuffers:
             self._stream.upload(self._made["latent_tile"], np.zeros(1, dtype=np.uint32))
             self._stream.copy(self._made["photos"], z_lq)
 
+    def take_texts(self, context: Array, vector: Array) -> None:
+        """Upload the texts of all tiles, or of each."""
+        for name, values in (("context", context), ("vector", vector)):
+            target = self._made.get(f"tiles' {name}", self._made[name])
+            self._stream.upload(target, values.reshape(target.shape))
+
+    def _take_texts_of(self, tile: int) -> None:
+        """Copy a tile's texts, if it has its own, to where the networks read them."""
+        for name in ("context", "vector"):
+            if (texts := self._made.get(f"tiles' {name}")) is not None:
+                self._stream.copy(self._made[name], texts.rows(tile * self.rows, (tile + 1) * self.rows))
+
     def enqueue_step(self, step: Step) -> None:
         """Put the table's next row on the stream; `step` tells whether it is guided."""
         if self._recorded and self._recorded_on != self._memory_version:
@@ -292,7 +311,8 @@ class LoopBuffers:
         self._prepare(self._stream, tensors, self._made["input"], 1)
         for total in totals:
             self._stream.launch("clear", self._count, total)
-        for _ in range(self.tiles_per_step):
+        for tile in range(self.tiles_per_step):
+            self._take_texts_of(tile)
             self._start(step.guided, self._enqueue_tile)
         self._combine(self._stream, totals)
 
@@ -415,13 +435,3 @@ class LoopBuffers:
                 {tensor.name: tensors[tensor.name] for tensor in spec.inputs},
                 {tensor.name: tensors[tensor.name] for tensor in spec.outputs},
             )
-
-
-def stack_texts(parts: Sequence[NDArray[np.generic]], photos: int) -> NDArray[np.generic]:
-    """Return one row per photo and text: all photos with the first text, then all with the next.
-
-    Args:
-        parts: a text's context f[77k,C] or vector f[V] each.
-        photos: how many.
-    """
-    return np.concatenate([np.repeat(part[None], photos, axis=0) for part in parts])

@@ -12,7 +12,6 @@ from engine.backends.buffers import BufferRunner
 from engine.bundle.graphspec import DType, resolve
 from engine.bundle.manifest import Bundle
 from engine.device.interface import Array, Buffer, Stream
-from engine.memory.residency import Workload
 from engine.sampling.tiling import Tiling
 
 Arrays = dict[str, tuple[tuple[int, ...], DType]]
@@ -91,13 +90,18 @@ class TileTables:
         assert part.shape[2:] == (self.tiling.rows.size, self.tiling.columns.size), (part.shape, self.tiling)
 
 
-def tile_arrays(bundle: Bundle, work: Workload) -> Arrays:
-    """Return what a VAE that runs in tiles keeps on the device; {} if it sees the whole."""
-    tiles = work.vae_tiles
+def tile_arrays(bundle: Bundle, photos: int, tiles: Tiling | None) -> Arrays:
+    """Return what a VAE that runs in tiles keeps on the device; {} if it sees the whole.
+
+    Args:
+        bundle: whose VAE it is.
+        photos: that go through it together.
+        tiles: of the latent.
+    """
     if tiles is None:
         return {}
     decoder = bundle.spec("vae_decoder")
-    symbols = {"B": work.photos, "h": tiles.rows.size, "w": tiles.columns.size}
+    symbols = {"B": photos, "h": tiles.rows.size, "w": tiles.columns.size}
     parts: Arrays = {name: (resolve(decoder.tensor(name).shape, symbols), "float32") for name in ("z", "pixels")}
     tables = {
         f"{name} {table}": array

@@ -21,7 +21,7 @@ from engine.errors import UsageError, close_after, close_all
 from engine.image.faces import Box, Face, Paste, square_around
 from engine.image.photo import Photo, Pixels, Size, resize
 from engine.image.preprocess import PhotoLike, fix_colors, from_network, load_photo, to_network, working_size
-from engine.pipeline.host import OnNote, OnStage, OnTile, ignore
+from engine.pipeline.executor import OnNote, OnStage, OnTile, ignore
 from engine.pipeline.restorer import Restored, Restorer
 from engine.sampling.sampler import StepOutput
 from engine.settings import FaceSettings

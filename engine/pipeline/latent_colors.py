@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.image.photo import Pixels
-from engine.sampling.sampler import Latent
+from engine.pipeline.executor import Listener, OnStep
+from engine.sampling.sampler import Latent, StepOutput
 
 #: Cells a side at most, in the fit and in a picture: as many as a small picture shows.
 _MAX_SIDE = 192
@@ -38,7 +39,8 @@ class LatentColors:
         channels = _rows(_thinned(z))
         targets = _rows(_thinned(colors))
         known = np.concatenate([channels, np.ones((len(channels), 1))], axis=1)
-        return cls(np.linalg.lstsq(known, targets, rcond=None)[0])
+        # By the normal equations: of the tall matrix itself, OpenBLAS's threads would make work of a tenth of a second.
+        return cls(np.linalg.lstsq(known.T @ known, known.T @ targets, rcond=None)[0])
 
     def picture(self, z: Latent) -> Pixels:
         """Return a latent's colours, f32[B,h,w,3] in [0, 1]; large ones are thinned out."""
@@ -52,6 +54,24 @@ def cell_colors(pixels: Pixels, cell: int) -> Pixels:
     """Return the mean colour of each cell, f32[B,3,h,w], of pixels f32[B,3,h·cell,w·cell] in [-1, 1]."""
     batch, channels, height, width = pixels.shape
     return pixels.reshape(batch, channels, height // cell, cell, width // cell, cell).mean((3, 5))
+
+
+def showing(listener: Listener, z_lq: Latent, colors: Pixels) -> OnStep:
+    """Return what a step is told to where estimates are shown: the step's listener, and then the picture's.
+
+    Args:
+        listener: with an `on_estimate`.
+        z_lq, colors: as for `LatentColors.fit`.
+    """
+    fitted, show = LatentColors.fit(z_lq, colors), listener.on_estimate
+    assert show is not None
+
+    def on_step(progress: StepOutput) -> None:
+        listener.on_step(progress)
+        assert progress.denoised is not None
+        show(fitted.picture(progress.denoised))
+
+    return on_step
 
 
 def _thinned(values: NDArray[np.float32]) -> NDArray[np.float32]:

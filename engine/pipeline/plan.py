@@ -63,10 +63,17 @@ class RestorationPlan:
     def workload(self) -> Workload:
         """The sizes that graphs run at."""
         assert not isinstance(self.vae_mode, SlicedVae), "slices are for the host"
-        passes = tuple(sorted({2 if step.guided else 1 for step in self.table.steps}))
         latent_tiles, vae_tiles = (None if each.is_whole else each for each in (self.latent_tiles, self.vae_mode))
-        draws = len(self.table.noisy_steps)
-        return Workload(self.photos, *self.latent, len(self.texts), self.chunks, passes, draws, latent_tiles, vae_tiles)
+        table = self.table
+        return Workload(
+            self.photos,
+            *self.latent,
+            len(self.texts),
+            self.chunks,
+            table.passes,
+            latent_tiles,
+            vae_tiles,
+        )
 
     def with_size_plan(self, bundle: Bundle, size_plan: SizePlan) -> RestorationPlan:
         """Return the plan with other tiles; its memory is not known any more."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.backends import default_backend, make_backend
 from engine.backends.base import Backend, ComputingBackend
+from engine.backends.buffers import DeviceBackend
 from engine.backends.ov_library import Compute
 from engine.backends.runners import Runners
 from engine.bundle.manifest import Bundle, default_bundle_dir, open_bundle
@@ -35,10 +36,10 @@ from engine.image.preview import shrunk
 from engine.memory.budget import MemoryBudget
 from engine.memory.residency import choose_resident_graphs, resident_bytes
 from engine.memory.size_plan import choose_plan, device_plans, is_out_of_memory, restoration_bytes
-from engine.pipeline.device_session import DeviceBackend, DeviceSession
-from engine.pipeline.host import (
+from engine.pipeline.device_executor import DeviceExecutor
+from engine.pipeline.device_session import DeviceSession
+from engine.pipeline.executor import (
     Executor,
-    HostExecutor,
     Listener,
     NoiseInput,
     OnEstimate,
@@ -48,8 +49,10 @@ from engine.pipeline.host import (
     OnTile,
     ignore,
 )
+from engine.pipeline.host import HostExecutor
 from engine.pipeline.plan import RestorationPlan, make_plan, recorded_size_plan
 from engine.pipeline.provenance import backend_facts, provenance_of
+from engine.pipeline.stages import Stages
 from engine.recipe import Operation
 from engine.sampling.sampler import Latent
 from engine.settings import Settings
@@ -87,7 +90,7 @@ class Restorer:
 
     Attributes:
         bundle: as given.
-        stages: each stage on its own, on the host's arrays.
+        stages: each stage on its own, from the host's arrays to the host's arrays.
         backend_facts: the library that runs the bundle and, where it chooses, the type that it computes in.
     """
 
@@ -105,13 +108,16 @@ class Restorer:
             self.bundle = bundle
             self._runners = Runners(backend, bundle, kept)
             closes.append(self._runners.close)
-            self.stages = HostExecutor(bundle, self._runners)
             self._session: DeviceSession | None = None
+            executor: HostExecutor | DeviceExecutor
             if isinstance(backend, DeviceBackend):
-                encode_texts = self.stages.encode_texts
-                self._session = DeviceSession(backend, self._runners, bundle, encode_texts, vram_budget_bytes)
-                closes.append(self._session.close)
-            self._executor: Executor = self._session or self.stages
+                executor = DeviceExecutor(backend, self._runners, bundle, vram_budget_bytes)
+                self._session = executor.session
+                closes.append(executor.session.close)
+            else:
+                executor = HostExecutor(bundle, self._runners)
+            self._executor: Executor = executor
+            self.stages: Stages = executor
             self._backend = backend
             self.backend_facts = backend_facts(backend, bundle)
         except BaseException as error:
@@ -298,8 +304,7 @@ class Restorer:
             on_step: called after every sampling step; an exception from it ends the restoration.
             on_tile: called after every tile of a step or of the VAE; likewise.
             on_note: called with what did not go as planned, a sentence each.
-            on_estimate: called after every step with a small picture of what the result will be, f32[1,h,w,3] in
-                [0, 1]; not on a GPU, where latents stay.
+            on_estimate: called after every step with a small picture of what comes, f32[1,h,w,3] in [0, 1].
             on_stage: called when an operation of the recipe begins, with its name; an exception ends the restoration.
             **changes: settings (see `Settings`) that differ from the bundle's, or from the plan's.
         Raises:

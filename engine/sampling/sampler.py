@@ -100,9 +100,9 @@ class StepTable:
     steps: tuple[Step, ...]
 
     @property
-    def noisy_steps(self) -> tuple[int, ...]:
-        """The steps that use noise, in order."""
-        return tuple(step.index for step in self.steps if step.uses_noise)
+    def passes(self) -> tuple[int, ...]:
+        """How often steps see each photo: 1 where they are not guided, 2 where they are."""
+        return tuple(sorted({2 if step.guided else 1 for step in self.steps}))
 
     def keeps_denoised(self, index: int) -> bool:
         """Tell whether the estimate of step `index` is needed by the step after it."""

@@ -19,7 +19,7 @@ from engine.bundle.storage import APP_NAME, cache_dir, plain_name
 from engine.errors import BackendError, BuildError, RestoreError, UsageError
 from engine.settings import Settings, validated
 from export.build.int8 import has_int8_form
-from export.build.presets import PRESETS
+from export.build.presets import PRESETS, fitting
 from export.build.request import BuildRequest
 from export.build.trial import trial_symbols
 from export.build.weights import Weight, WeightsLayout, plan_layout
@@ -90,6 +90,8 @@ class BuildPlan:
         tensors: of the networks, by our names; complete and of the right shapes.
         layout: of the weights file.
         graphs: by name.
+        defaults: of a restoration.
+        presets: other settings that fit the bundle, by name.
         compiling: how they are compiled; None where the backend runs them as they are.
     """
 
@@ -101,6 +103,7 @@ class BuildPlan:
     graphs: dict[str, PlannedGraph]
     layout: WeightsLayout
     defaults: Settings
+    presets: dict[str, Settings]
     compiling: PlanOptions | None
 
     @property
@@ -155,6 +158,7 @@ class BuildPlan:
             "backend": self.request.backend,
             "notice": self.request.notice,
             "defaults": self.defaults.model_dump(mode="json"),
+            "presets": {name: settings.model_dump(mode="json") for name, settings in self.presets.items()},
             "sources": {
                 f"{checkpoint.role} {checkpoint.file_name(file)}": hashes[file]
                 for checkpoint in self.checkpoints
@@ -287,8 +291,19 @@ def make_plan(request: BuildRequest, say: Callable[[str], None] = lambda line: N
         graphs=graphs,
         layout=plan_layout(_wanted_weights(graphs, in_int8=request.weights == "int8")),
         defaults=defaults,
+        presets=_presets(request, defaults),
         compiling=_plan_options(request, definitions, defaults.min_size, arch.vae.pixels_per_cell),
     )
+
+
+def _presets(request: BuildRequest, defaults: Settings) -> dict[str, Settings]:
+    """Return the other presets that fit a bundle, each of which asks for something of its own."""
+    found: dict[str, Settings] = {}
+    for preset in fitting(request.preset, len(request.loras)):
+        settings = validated({**preset.settings, **request.settings})
+        if settings not in (defaults, *found.values()):
+            found[preset.name] = settings
+    return found
 
 
 def _planned(

@@ -1,7 +1,11 @@
-"""Named settings of the paper and its baselines (SPEC, "Presets")."""
+"""Named settings of the paper and its baselines (SPEC, "Presets"), and of SUPIR's own tests.
+
+A bundle is built with one of them; those that fit it too are kept in it, to be chosen for a restoration.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +29,11 @@ class Preset:
     base: str
     loras: LoraRule
     settings: dict[str, Any]
+
+    def fits(self, base: str, lora_count: int) -> bool:
+        """Tell whether it is meant for a base with so many LoRAs merged into it."""
+        is_base = base == self.base or {base, self.base} == {"SDXL-Lightning", "any Lightning"}
+        return is_base and (self.loras == "any" or (self.loras == "needed") == bool(lora_count))
 
     def check_loras(self, count: int) -> None:
         """Refuse LoRAs where the preset has none, and their lack where it is about them.
@@ -59,6 +68,10 @@ PRESETS = {
         Preset("hwxl", "HelloWorld-XL", "none", _edm(50, 1.0, 4.0)),
         Preset("hwxl-lora", "HelloWorld-XL", "needed", _edm(50, 1.0, 4.0)),
         Preset("supir", "SDXL base", "none", _edm(50, 1.0, 4.0)),
+        # As `supir`, held close to the photo by as much as costs no visual quality (SUPIR, Fig. 8 and 13).
+        Preset("supir-fidelity", "SDXL base", "none", {**_edm(50, 1.0, 4.0), "restore_pull": 4.0}),
+        # What SUPIR was tested with (section 4.1); its scale of guidance is one less than ours.
+        Preset("supir-paper", "SDXL base", "none", {**_edm(100, 8.5, 8.5), "restore_pull": 4.0}),
         Preset(
             "lightning-8",
             "any Lightning",
@@ -67,6 +80,18 @@ PRESETS = {
         ),
     )
 }
+
+
+def fitting(name: str, lora_count: int) -> Iterator[Preset]:
+    """Yield the other presets that fit a bundle.
+
+    Args:
+        name: of the preset that the bundle is built with.
+        lora_count: LoRAs that are merged into it.
+    """
+    for preset in PRESETS.values():
+        if preset.name != name and preset.fits(PRESETS[name].base, lora_count):
+            yield preset
 
 
 def _with_loras() -> list[str]:

@@ -319,6 +319,7 @@ def _finish(plan: BuildPlan, partial: Path, state: _State, hashes: Mapping[Path,
         key=state.key,
         notice=request.notice,
         defaults=plan.defaults,
+        presets=plan.presets,
         weights=state.weights,
         tokenizer=TokenizerFile(
             file=describe_file(partial / FILE),

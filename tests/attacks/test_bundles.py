@@ -311,7 +311,18 @@ def test_a_manifest_with_one_wrong_value_is_an_error_of_ours_or_harmless(mutated
         if isinstance(result, np.ndarray):
             assert result.shape == PHOTO.shape
             accepted.append(path)
-    described = {"name", "preset", "built", "notice", "backend", "defaults", "verification", "weights_bytes", "eps"}
+    described = {
+        "name",
+        "preset",
+        "built",
+        "notice",
+        "backend",
+        "defaults",
+        "presets",
+        "verification",
+        "weights_bytes",
+        "eps",
+    }
     harmless = {"tokenizer", "frequencies", "groups", "halo", "precision", "dtype", "multiples", "pieces", "segments"}
     assert all(described & set(path) or harmless & set(path) for path in accepted), accepted
 

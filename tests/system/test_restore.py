@@ -88,6 +88,28 @@ def test_like_says_when_the_bundle_is_another(restore, bundle_fp16, photo, tmp_p
     assert "a.png was made with another bundle" in err
 
 
+def test_a_preset_is_what_its_settings_are(restore, photo, tmp_path):
+    Image.open(photo).reduce(4).save(photo)
+    named, spelled, changed = (tmp_path / name for name in ("named.png", "spelled.png", "changed.png"))
+    assert restore(photo, "-o", named, "--preset", "lightning-8", "--seed", 3)[0] == 0
+    assert restore(photo, "-o", spelled, "--sampler", "dpmpp2m", "--cfg-scale", "2:1.5", "--seed", 3)[0] == 0
+    assert restore(photo, "-o", changed, "--preset", "lightning-8", "--steps", 2)[0] == 0  # which beats the preset's
+    assert np.array_equal(np.asarray(Image.open(named)), np.asarray(Image.open(spelled)))
+    made = {path.name: read_provenance(path) for path in (named, spelled, changed)}
+    assert made["named.png"]["settings"] == made["spelled.png"]["settings"]
+    assert made["changed.png"]["settings"]["steps"] == 2
+    assert made["changed.png"]["settings"]["sampler"] == "dpmpp2m"
+    assert [each.get("preset") for each in made.values()] == ["lightning-8", None, "lightning-8"]
+
+
+def test_a_preset_that_the_bundle_lacks_is_told_with_those_it_has(restore, photo, tmp_path):
+    status, _, err = restore(photo, "-o", tmp_path / "out.png", "--preset", "fast")
+    assert status == 2
+    assert "the bundle has no such preset" in err
+    assert "expected: lightning, lightning-8\n" in err
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_samples_have_successive_seeds(restore, photo, tmp_path):
     status, out, _ = restore(photo, "-o", tmp_path / "out.png", "--samples", 2, "--seed", 5, "--steps", 2)
     assert status == 0

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_server import Model, chat, serving
-from PIL import Image
+from odd_files import png
+from PIL import ExifTags, Image
 
-from engine.image.files import read_provenance
+from engine.image.files import read_photo, read_provenance
 
 pytest.importorskip("gradio", reason="needs the web extra: pip install '.[web]'")
 pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
@@ -148,6 +149,15 @@ class Page:
     def value(self, name):
         return self.find(f"#setting-{name} input, #setting-{name} textarea")[0].get_property("value")
 
+    def press_choice(self, name, value):
+        """Choose one of several by its name."""
+        if not self.find("#setting-steps input"):  # what it changes is to be seen
+            self.find("#more button")[0].click()
+        self.find(f"#{name} input[value='{value}']")[0].click()
+
+    def choice(self, name):
+        return self.find(f"#{name} input:checked")[0].get_property("value")
+
     def status(self, text):
         """Wait for a status."""
         self.until(lambda: text in self.text("#status"))
@@ -156,6 +166,28 @@ class Page:
         self.press("restore")
         self.until(lambda: not self.find("#restore")[0].is_enabled() or expected in self.text("#status"))
         self.status(expected)
+
+    def corners(self, image):
+        """Return `corners_of` of an image as the browser shows it; None while it has none."""
+        rgba = self.browser.execute_script(
+            """const image = arguments[0];
+            if (!image.complete || !image.naturalWidth) return null;
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            return [canvas.width, canvas.height, ...context.getImageData(0, 0, canvas.width, canvas.height).data];""",
+            image,
+        )
+        if rgba is None:
+            return None
+        width, height, *data = rgba
+        return corners_of(np.array(data).reshape(height, width, 4)[..., :3] / 255).tolist()
+
+    def compared(self):
+        """Return `corners` of the two pictures of the slider, the one before first; None while they load."""
+        found = [self.corners(image) for image in self.find("#compare img")]
+        return found if len(found) == 2 and all(each is not None for each in found) else None
 
     def download(self, button, name):
         """Press a button, and return the file that the browser gets."""
@@ -169,6 +201,17 @@ class Page:
     def fits(self):
         inner, scroll = self.browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         return scroll <= inner
+
+
+def corners_of(rgb):
+    """Return the mean colours of the middles of a picture's four quarters, 0 to 255."""
+    height, width = rgb.shape[:2]
+    places = [
+        (slice(y * height // 8, (y + 2) * height // 8), slice(x * width // 8, (x + 2) * width // 8))
+        for y in (1, 5)
+        for x in (1, 5)
+    ]
+    return np.array([rgb[place].mean((0, 1)) for place in places]) * 255
 
 
 def pixels_of(content):
@@ -255,6 +298,54 @@ def test_two_photos_a_failure_and_the_gallery(page, photos):
     page.until(lambda: page.value("seed") == "0")
 
 
+@pytest.fixture
+def odd_photos(tmp_path):
+    """One picture in files that browsers cannot show, or show otherwise: four colours, wider than high."""
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs the heic extra")
+    pytest.importorskip("pillow_jxl", reason="needs the jxl extra")
+    pillow_heif.register_heif_opener()
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    colours = np.array([[[200, 40, 40], [40, 160, 60]], [[50, 60, 190], [220, 200, 90]]], np.uint8)
+    picture = Image.fromarray(colours.repeat(36, 0).repeat(48, 1))
+    picture.save(folder / "avif.avif", quality=95)
+    picture.save(folder / "bits.tiff", compression="tiff_lzw")
+    picture.save(folder / "heic.heic", format="HEIF", quality=95)
+    picture.save(folder / "jxl.jxl")
+    picture.convert("CMYK").save(folder / "print.jpg", quality=95)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", quality=95, exif=exif.tobytes())
+    (folder / "deep.png").write_bytes(png(np.asarray(picture).astype(np.uint16) * 257, depth=16))
+    return folder
+
+
+def test_photos_that_browsers_cannot_show(page, odd_photos, bundle_fp32, run_restore, tmp_path):
+    """Both pictures are shown upright and in their colours, and the results are the command line's."""
+    names = sorted(path.name for path in odd_photos.iterdir())
+    assert ".nef" in page.find("#photos input[type=file]")[0].get_attribute("accept")  # camera raws can be chosen too
+    page.drop(*(odd_photos / name for name in names))
+    page.set("steps", 1)
+    page.restore(f"{len(names)} restored")
+    expected = tmp_path / "expected"
+    done = run_restore(odd_photos, "-o", expected, "--bundle", bundle_fp32, "--steps", 1, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(io.BytesIO(page.download("zip", "restored.zip"))) as archive:
+        made = {name: pixels_of(archive.read(name)) for name in archive.namelist()}
+    assert list(made) == [f"{Path(name).stem}.restored.png" for name in names]
+    for index, name in enumerate(names):
+        result = read_photo(expected / f"{Path(name).stem}.png")
+        kept = np.asarray(Image.open(expected / f"{Path(name).stem}.png"))
+        assert np.array_equal(made[f"{Path(name).stem}.restored.png"], kept)
+        page.find("#gallery button:has(img)")[index].click()
+        page.until(lambda name=name: f"{Path(name).stem}.restored.png" in page.text("#result"))
+        before, after = page.until(page.compared)
+        assert np.abs(before - corners_of(read_photo(odd_photos / name).rgb)).max() < 12, name
+        assert np.abs(after - corners_of(result.rgb)).max() < 12, name
+        thumbnail = page.until(lambda index=index: page.corners(page.find("#gallery button img")[index]))
+        assert np.abs(thumbnail - corners_of(result.rgb)).max() < 12, name
+
+
 def test_wrong_settings_are_told(page, photos):
     page.drop(photos / "boat.png")
     page.set("control_scale", "strong")
@@ -268,6 +359,27 @@ def test_wrong_settings_are_told(page, photos):
     page.restore()
     assert "96 × 72 to 192 × 144" in page.text("#result")
     assert "control scale 1:0.5" in page.text("#result")
+
+
+def test_a_preset_fills_the_fields(page, photos):
+    page.drop(photos / "boat.png")
+    page.set("prompt", "a boat")
+    page.press_choice("preset", "lightning-8")
+    page.until(lambda: page.value("cfg_scale") == "2:1.5")
+    assert page.value("prompt") == "a boat"  # what a person wrote stays
+    page.set("steps", 2)
+    page.restore()
+    assert "preset lightning-8, prompt “a boat”, steps 2, seed 0" in page.text("#result")
+    file = photos / "made.png"
+    file.write_bytes(page.download("download", "boat.restored.png"))
+    assert read_provenance(file)["preset"] == "lightning-8"
+    assert read_provenance(file)["settings"]["sampler"] == "dpmpp2m"
+    page.press("reset")
+    page.until(lambda: page.value("cfg_scale") == "2")
+    assert page.choice("preset") == "lightning"
+    page.press("again")
+    page.until(lambda: page.choice("preset") == "lightning-8")
+    assert page.value("steps") == "2"
 
 
 def test_a_model_describes_the_photo(page, photos, model):
@@ -286,7 +398,12 @@ def test_a_phone(page, photos, window, width):
     window(width, 700)
     assert page.fits()
     page.drop(photos / "boat.png")
-    page.restore()
+    page.until(lambda: page.find("#restore")[0].is_enabled())
+    button = page.find("#restore")[0]
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", button)
+    button.click()
+    page.status("1 restored")
+    assert page.browser.execute_script("return document.querySelector('#status').getBoundingClientRect().top") < 600
     assert page.fits()
     image = page.until(lambda: page.find("#compare img"))[0]
     assert 0.75 * width <= image.rect["width"] <= width
@@ -326,6 +443,15 @@ def test_programs_restore_through_the_api(served, photos, bundle_fp32, tmp_path)
         client.predict(handle_file(photos / "boat.png"), {"caption": "http://127.0.0.1"}, api_name="/restore")
     with pytest.raises(AppError, match="is not an image"):
         client.predict(handle_file(photos / "words.jpg"), {}, api_name="/restore")
+    named = {"preset": "lightning-8", "steps": 1}
+    _, report = client.predict(handle_file(photos / "boat.png"), named, api_name="/restore")
+    assert (report["preset"], report["settings"]["sampler"], report["settings"]["steps"]) == (
+        "lightning-8",
+        "dpmpp2m",
+        1,
+    )
+    with pytest.raises(AppError, match="no such preset.*lightning, lightning-8"):
+        client.predict(handle_file(photos / "boat.png"), {"preset": "fast"}, api_name="/restore")
     client.close()
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from engine.bundle.files import MANIFEST
 from engine.bundle.manifest import default_bundle_dir, open_bundle, read_manifest
-from engine.errors import BundleError
+from engine.errors import BundleError, UsageError
 from engine.recipe import GRAPHS
 
 
@@ -46,6 +46,27 @@ def test_graphs_point_into_one_weights_file(bundle_fp32):
     assert len(names) > 1400
     assert "vae.quant_conv.weight" in names
     assert sum(path.stat().st_size for path in bundle_fp32.glob("*.onnx")) < 2e6
+
+
+def test_settings_by_a_presets_name(bundle_fp32):
+    manifest = read_manifest(bundle_fp32).manifest
+    assert list(manifest.presets) == ["lightning-8"]
+    assert manifest.settings("lightning-8") == manifest.defaults.updated({"sampler": "dpmpp2m", "cfg_scale": (2, 1.5)})
+    assert manifest.settings() == manifest.settings("lightning") == manifest.defaults
+    with pytest.raises(UsageError, match=r"(?s)no such preset.*lightning, lightning-8.*'fast'"):
+        manifest.settings("fast")
+
+
+@pytest.mark.parametrize("presets", [{"two words": {}}, {"": {}}, {"fast": {"steps": 0}}, {"fast": {"tempo": 1}}, []])
+def test_presets_are_checked_with_the_manifest(copy, presets):
+    edit_manifest(copy, lambda manifest: manifest.update(presets=presets))
+    with pytest.raises(BundleError, match=r"(?s)the manifest is damaged.*presets"):
+        read_manifest(copy)
+
+
+def test_a_bundle_without_presets_opens(copy):
+    edit_manifest(copy, lambda manifest: manifest.pop("presets"))
+    assert read_manifest(copy).manifest.presets == {}
 
 
 def flip_a_byte(path):

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from engine.bundle.manifest import open_bundle
 from engine.bundle.verification import relative_l2
 from engine.errors import BuildError, CheckpointError, OutputError, UsageError
+from engine.settings import Settings
 from export.build import verify
 from export.build.build_plan import make_plan
-from export.build.presets import PRESETS
+from export.build.presets import PRESETS, fitting
 from export.build.request import BuildRequest, LoraRequest
 from export.build.trial import TRIAL_SYMBOLS, try_graph, widen
 from export.build.verify import compare_with_torch
@@ -327,8 +328,12 @@ def test_presets_are_specs_table():
         "hwxl": (50, "edm", (1, 4)),
         "hwxl-lora": (50, "edm", (1, 4)),
         "supir": (50, "edm", (1, 4)),
+        "supir-fidelity": (50, "edm", (1, 4)),
+        "supir-paper": (100, "edm", (8.5, 8.5)),
         "lightning-8": (8, "dpmpp2m", (2, 1.5)),
     }
+    pulled = {name: p.settings["restore_pull"] for name, p in PRESETS.items() if "restore_pull" in p.settings}
+    assert pulled == {"supir-fidelity": 4, "supir-paper": 4}
 
 
 @pytest.mark.parametrize(
@@ -341,6 +346,30 @@ def test_presets_check_their_loras(preset, count, right):
     else:
         with pytest.raises(UsageError, match=f"preset {preset}"):
             PRESETS[preset].check_loras(count)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "others"),
+    [
+        ("ours", 2, ["lightning-lora", "lightning-8"]),
+        ("lightning", 0, ["lightning-8"]),
+        ("lightning-8", 0, ["lightning"]),
+        ("lightning-8", 1, ["ours", "lightning-lora"]),
+        ("hwxl", 0, []),
+        ("supir", 0, ["supir-fidelity", "supir-paper"]),
+    ],
+)
+def test_presets_of_the_same_base_and_loras_fit(preset, count, others):
+    assert [each.name for each in fitting(preset, count)] == others
+
+
+def test_a_bundle_keeps_the_presets_that_ask_for_something_else(tiny, tmp_path):
+    """`ours` and `lightning-lora` are sampled alike; what the bundle has beside its preset holds for all."""
+    loras = (LoraRequest("face", tiny.loras["face"]),)
+    plan = make_plan(request(tiny, tmp_path, loras=loras, settings={"min_size": 64}))
+    assert list(plan.presets) == ["ours"]
+    assert plan.presets["ours"] == Settings(**PRESETS["ours"].settings, min_size=64)
+    assert make_plan(request(tiny, tmp_path, loras=loras, preset="ours")).presets.keys() == {"lightning-8"}
 
 
 def test_a_vocabulary_larger_than_the_towers_is_refused(tiny, tmp_path):

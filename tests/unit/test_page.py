@@ -15,7 +15,7 @@ pytest.importorskip("gradio", reason="needs the web extra: pip install '.[web]'"
 
 from engine import FaceRestorer
 from engine.errors import UsageError
-from engine.page import faces
+from engine.page import faces, presets
 from engine.page.command import listen, read_users
 from engine.page.controls import (
     FOLDED,
@@ -91,6 +91,29 @@ def test_a_value_that_cannot_be_is_refused_by_its_name(name, value, told):
 def test_what_differs_from_the_bundle_is_told():
     changed = DEFAULTS.updated({"steps": 8, "prompt": "x" * 200, "restore_pull": 2})
     assert differences(changed, DEFAULTS) == [f"prompt “{'x' * 57}…”", "steps 8", "restore pull 2", "seed 0"]
+
+
+# -- presets ------------------------------------------------------------------------------------------
+
+
+def test_a_preset_sets_what_presets_differ_in(restorer):
+    manifest = restorer.bundle.manifest
+    chooser = presets.lay_out(manifest)["preset"]
+    assert [name for name, _ in chooser.choices] == ["lightning", "lightning-8"]
+    assert chooser.value == "lightning"
+    assert chooser.info == "Sets sampler, CFG scale; each can be changed after"
+    assert presets.chosen(manifest, "lightning-8") == {"sampler": "dpmpp2m", "cfg_scale": "2:1.5"}
+    assert presets.chosen(manifest, "lightning") == {"sampler": "edm", "cfg_scale": "2"}
+    assert presets.asked(manifest, "lightning-8") == "lightning-8"
+    assert presets.asked(manifest, "lightning") is None
+    assert presets.asked(manifest, None) is None
+    for wrong in ("fast", 8, ["lightning-8"]):
+        with pytest.raises(UsageError, match="preset"):
+            presets.asked(manifest, wrong)
+
+
+def test_a_bundle_with_one_set_of_settings_has_no_chooser(restorer):
+    assert presets.lay_out(restorer.bundle.manifest.model_copy(update={"presets": {}})) == {}
 
 
 # -- the desk -----------------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ def test_a_ticket_with_faces_and_its_settings_again(face_restorer, restorer, per
     before = person.with_name("before.webp")
     before.write_bytes(ticket.outcome.before)
     made = Result(person, ticket.output, before, before, ticket.settings, report, (), ticket.faces)
-    assert "2 faces found: 1 restored; 2 left out." in result(made, restorer.defaults)
+    assert "2 faces found: 1 restored; 2 left out." in result(made, restorer.bundle.manifest)
     shown = faces.again(made)
     assert shown["face_choice"]["value"] == ["1"]
     assert 'class="face left"' in changed(shown["faces_found"])

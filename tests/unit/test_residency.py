@@ -209,7 +209,7 @@ def spec(name, *shape):
 
 
 def test_every_size_that_a_graph_is_run_at_is_counted():
-    work = Workload(photos=3, height=8, width=16, texts=2, chunks=4, passes=(1, 2), draws=5)
+    work = Workload(photos=3, height=8, width=16, texts=2, chunks=4, passes=(1, 2))
     assert work.rows == 6
     assert work.sizes(spec("text_encoder", "B", 77)) == ({"B": 8},)
     assert work.sizes(spec("vae_decoder", "B", 4, "h", "w")) == ({"B": 3, "h": 8, "w": 16},)

@@ -41,11 +41,10 @@ def test_a_row_says_what_its_step_says():
             assert np.array_equal(column(packed, f"{sums}_{term}"), expected)
 
 
-def test_only_steps_that_use_noise_have_a_field():
+def test_estimates_are_kept_where_the_next_step_or_somebody_wants_them():
     table = dpmpp2m_table(karras_sigmas(6), **COMMON)
-    assert table.noisy_steps == (1, 2, 3, 4)
-    assert list(column(pack_table(table), "draw")) == [0, 0, 1, 2, 3, 0]
     assert list(column(pack_table(table), "keep")) == [1, 1, 1, 1, 0, 0]
+    assert list(column(pack_table(table, keep_all=True), "keep")) == [1] * 6
 
 
 def test_the_source_knows_every_column_by_its_number():

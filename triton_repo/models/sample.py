@@ -1,4 +1,4 @@
-"""`sample`: the loop, which an ensemble cannot hold: `Restorer.sample`, as the command line runs it.
+"""`sample`: the loop, which an ensemble cannot hold: `Restorer.stages.sample`, which is the command line's loop.
 
 ControlNet and UNet are the engine's own runners in this process, not models: a step's control features are ten
 tensors, 54 MB in fp16 for each text of a photo at 1024², which would go from process to process at every step.
@@ -24,7 +24,7 @@ from engine.sampling.sampler import Latent, StepOutput, StepTable, table_for
 from engine.sampling.tiling import Tiling
 from engine.settings import Settings
 from engine.timings import Timings
-from triton_repo.models.common import Metrics, array, call, check_finite, failed, parsed, response
+from triton_repo.models.common import Metrics, array, call, check_finite, failed, log_note, parsed, response
 from triton_repo.models.device import cpu_lock_of, device_of
 from triton_repo.progress_channel import ProgressSender
 from triton_repo.protocol import Run, StoppedError
@@ -90,7 +90,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         serving = self._serving = ServingConfig.of(args)
         bundle = serving.open_bundle()
-        backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
+        device = device_of(args)
+        self._is_on_gpu = device != "cpu"
+        backend = make_backend(serving.backend, device=device, threads=serving.threads)
         self._restorer = Restorer(bundle, backend)
         self._lock = cpu_lock_of(args, serving)
         self._max_pixels = serving.pixels_allowed(bundle)
@@ -204,6 +206,7 @@ class TritonPythonModel:
                     center=center,
                     tiles=batch[0].tiles,
                     on_step=on_step,
+                    on_note=log_note,
                     estimates=any(job.run.preview_every for job in batch),
                     times=times,
                 )
@@ -222,7 +225,7 @@ class TritonPythonModel:
         return call("vae_encoder", {"pixels": stage1}, ["z"])["z"]
 
     def _warm_up(self) -> None:
-        """Open the networks and run a guided step at the default working size."""
+        """Open the networks and run guided steps at the default working size: a GPU records the second one."""
         bundle = self._restorer.bundle
         side = bundle.manifest.defaults.min_size
         cells = -(-side // bundle.size_multiple) * bundle.size_multiple
@@ -233,5 +236,6 @@ class TritonPythonModel:
             return np.zeros(resolve(spec.tensor(name).shape, {"B": 1, "k": 1, **sizes, **symbols}), np.float32)
 
         text = Conditioning(zeros("context")[:, :TOKENS], zeros("vector"))
-        settings = bundle.manifest.defaults.updated({"steps": 1, "cfg_scale": (2.0, 2.0), "restore_pull": None})
+        steps = 2 if self._is_on_gpu else 1
+        settings = bundle.manifest.defaults.updated({"steps": steps, "cfg_scale": (2.0, 2.0), "restore_pull": None})
         self._restorer.stages.sample(zeros("x"), [text, text], settings)
