@@ -15,7 +15,9 @@ import numpy as np
 from engine.backends import ov_cache
 from engine.backends.base import Runner
 from engine.backends.ov_library import OV_TYPES, Compute, OvLibrary, choose_compute, compute_of, cpu_flags, translated
+from engine.backends.ov_parts import Chain, Part, take_part
 from engine.bundle.graphspec import GraphSpec, Precision
+from engine.bundle.interface import interface_outputs
 from engine.bundle.manifest import Bundle, VaeSegment
 from engine.bundle.onnx_file import with_weights
 from engine.device.interface import Array
@@ -25,9 +27,8 @@ from engine.memory.residency import host_weights
 _SHAPES_KEPT = 4
 #: And of their weights, which each holds for itself, all together; one shape stays in any case.
 _WEIGHTS_KEPT_BYTES = 1 << 30
-#: Graphs that are computed in fp32 where others are in bf16. The denoise encoder runs once, and its latent guides all
-#: steps: with it in bf16 too, the demo's results are 44.1 to 46.6 dB from fp32's; this way, 48.5 to 53.9 dB.
-_IN_FP32 = frozenset({"denoise_encoder"})
+#: Graphs whose last norm, and what comes behind it, is computed in fp32 where the rest is in bf16.
+_LAST_LAYERS_IN_FP32 = frozenset({"denoise_encoder", "vae_encoder"})
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -56,9 +57,14 @@ class OpenVinoBackend:
     def open(self, bundle: Bundle, graph: str) -> Runner:
         """Return a runner for one of a bundle's graphs; it is compiled when it first sees a shape; see `Backend`."""
         entry = bundle.manifest.graphs[graph]
-        compute = self._graph_compute(entry.spec, bundle.manifest.precision)
+        compute = self.computes_in(bundle, graph)
         weights_bytes = host_weights(bundle, compute)[graph]
-        compiler = _GraphCompiler(self.library, self._properties(compute), bundle, graph)
+        parts: dict[Part, Precision] = {"whole": compute}
+        if compute == "bf16" and graph in _LAST_LAYERS_IN_FP32:
+            parts = {"before the last norm": "bf16", "from the last norm": "fp32"}
+        compiler = _GraphCompiler(
+            self.library, {part: self._properties(type_) for part, type_ in parts.items()}, bundle, graph
+        )
         kept = max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes))
         # The VAE's graphs have activations of hundreds of megabytes each, and run once or twice a photo, or a tile.
         releases = entry.spec.role == "vae" and self.library.device == "CPU"
@@ -68,8 +74,8 @@ class OpenVinoBackend:
         """Runners share nothing that has to be given back."""
 
     def computes_in(self, bundle: Bundle, graph: str = "unet") -> Precision:
-        """Return the type that a graph is computed in; see `ComputingBackend`."""
-        return self._graph_compute(bundle.spec(graph), bundle.manifest.precision)
+        """Return the type that a graph is computed in, but for an encoder's last layers; see `ComputingBackend`."""
+        return compute_of(self.library, self._compute, bundle.manifest.precision, bundle.spec(graph).precision)
 
     @contextmanager
     def open_segment(
@@ -82,12 +88,12 @@ class OpenVinoBackend:
         """
         # OpenVINO finds weights beside a graph's file only, and segments lie in a zip file; they are small.
         graph = with_weights(content, folder, segment.spec.name)
-        compute = self._graph_compute(segment.spec, precision)
+        compute = self._segment_compute(segment, precision)
 
-        def compile_segment(_: _Shapes) -> Any:
+        def compile_segment(_: _Shapes) -> Chain:
             core = self.library.core
-            model = _with_host_arrays(self.library, core.read_model(graph), segment.spec)
-            return core.compile_model(model, self.library.device, self._properties(compute))
+            model = _with_host_arrays(self.library, core.read_model(graph))
+            return Chain([core.compile_model(model, self.library.device, self._properties(compute))])
 
         runner = OpenVinoRunner(segment.spec, compile_segment, 1, any_shape=True)
         try:
@@ -95,11 +101,12 @@ class OpenVinoBackend:
         finally:
             runner.close()
 
-    def _graph_compute(self, spec: GraphSpec, bundle_precision: Precision) -> Precision:
-        """Return the type that a graph, or a segment of one, is computed in."""
-        compute = compute_of(self.library, self._compute, bundle_precision, spec.precision)
-        graph = spec.name.split(".")[0]  # a segment is named behind its graph
-        return "fp32" if compute == "bf16" and graph in _IN_FP32 else compute
+    def _segment_compute(self, segment: VaeSegment, bundle_precision: Precision) -> Precision:
+        """Return the type that a segment is computed in: as the part of the whole graph that it is of."""
+        compute = compute_of(self.library, self._compute, bundle_precision, segment.spec.precision)
+        graph, given = segment.spec.name.split(".", 1)  # a segment is named after its graph and what it gives
+        is_last = given in interface_outputs(graph)
+        return "fp32" if compute == "bf16" and graph in _LAST_LAYERS_IN_FP32 and is_last else compute
 
     def _properties(self, compute: Precision) -> dict[str, Any]:
         """Return what models are compiled with; the type is always said, so that no release chooses another."""
@@ -131,7 +138,7 @@ class OpenVinoRunner(Runner):
     def __init__(
         self,
         spec: GraphSpec,
-        compiled: Callable[[_Shapes], Any],
+        compiled: Callable[[_Shapes], Chain],
         kept: int,
         *,
         any_shape: bool = False,
@@ -140,65 +147,69 @@ class OpenVinoRunner(Runner):
         super().__init__(spec)
         self._releases = releases
         self._compiled, self._kept, self._any_shape = compiled, kept, any_shape
-        self._requests: OrderedDict[_Shapes, Any] = OrderedDict()
+        self._chains: OrderedDict[_Shapes, Chain] = OrderedDict()
         self._closed = False
 
     def infer_impl(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         assert not self._closed, f"{self.spec.name} was closed"
         shapes = () if self._any_shape else tuple((name, inputs[name].shape) for name in sorted(inputs))
-        request = self._request(shapes)
+        chain = self._chain(shapes)
         try:
-            # Inputs are read where they are, outputs are copied: the next call would write over them.
-            results = request.infer(
-                {name: np.ascontiguousarray(array) for name, array in inputs.items()},
-                share_inputs=True,
-                share_outputs=False,
-            )
+            results = chain.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
             if self._releases:
-                request.get_compiled_model().release_memory()
+                chain.release_memory()
             return {tensor.name: results[tensor.name] for tensor in self.spec.outputs}
         except Exception as error:
             raise translated(error, self.spec.name, "run") from error
 
-    def _request(self, shapes: _Shapes) -> Any:
-        request = self._requests.pop(shapes, None)
-        if request is None:
-            while len(self._requests) >= self._kept:  # before the next one takes its memory
-                self._requests.popitem(last=False)
+    def _chain(self, shapes: _Shapes) -> Chain:
+        chain = self._chains.pop(shapes, None)
+        if chain is None:
+            while len(self._chains) >= self._kept:  # before the next one takes its memory
+                self._chains.popitem(last=False)
             try:
-                request = self._compiled(shapes).create_infer_request()
+                chain = self._compiled(shapes)
             except Exception as error:
                 raise translated(error, self.spec.name, "compile") from error
-        self._requests[shapes] = request
-        return request
+        self._chains[shapes] = chain
+        return chain
 
     def close(self) -> None:
         self._closed = True
-        self._requests.clear()
+        self._chains.clear()
 
 
 class _GraphCompiler:
-    """Compiles one of a bundle's graphs, or takes it compiled from the cache."""
+    """Compiles one of a bundle's graphs, or takes it compiled from the cache.
 
-    def __init__(self, library: OvLibrary, properties: Mapping[str, Any], bundle: Bundle, graph: str) -> None:
+    Args:
+        library: that compiles.
+        parts: of the graph, in the order in which they run, and the properties that each is compiled with.
+        bundle, graph: whose it is, and its name.
+    """
+
+    def __init__(self, library: OvLibrary, parts: Mapping[Part, Mapping[str, Any]], bundle: Bundle, graph: str) -> None:
         self._library = library
-        self._properties = properties
+        self._parts = parts
         self._bundle, self._graph = bundle, graph
         self._weights = bundle.file(bundle.manifest.weights)
-        entry = bundle.manifest.graphs[graph]
-        self._spec, self._entry = entry.spec, entry.file
-        self._hashes = {"graph": entry.file.sha256, "weights": bundle.manifest.weights.sha256}
+        self._entry = bundle.manifest.graphs[graph].file
+        self._hashes = {"graph": self._entry.sha256, "weights": bundle.manifest.weights.sha256}
 
-    def __call__(self, shapes: _Shapes) -> Any:
+    def __call__(self, shapes: _Shapes) -> Chain:
+        return Chain([self._compiled(shapes, part, properties) for part, properties in self._parts.items()])
+
+    def _compiled(self, shapes: _Shapes, part: Part, properties: Mapping[str, Any]) -> Any:
         core, device = self._library.core, self._library.device
         if device != "CPU":
-            return core.compile_model(self._model(shapes), device, self._properties)
+            return core.compile_model(self._model(shapes, part), device, dict(properties))
         # Models without weights, which are found by the place of their file.
-        properties = {**self._properties, "CACHE_MODE": "OPTIMIZE_SIZE"}
+        properties = {**properties, "CACHE_MODE": "OPTIMIZE_SIZE"}
         key = ov_cache.cache_key(
             version=self._library.version,
             processor=f"{self._library.device_name} {' '.join(sorted(cpu_flags()))}",
             properties=properties,
+            part=part,
             shapes=dict(shapes),
             **self._hashes,
         )
@@ -208,30 +219,30 @@ class _GraphCompiler:
                 return core.import_model(found, device, {**properties, "WEIGHTS_PATH": str(self._weights)})
             except RuntimeError:  # whole, and still not what this library reads
                 ov_cache.drop(key)
-        compiled = core.compile_model(self._model(shapes), device, properties)
+        compiled = core.compile_model(self._model(shapes, part), device, properties)
         blob = io.BytesIO()
         compiled.export_model(blob)
         ov_cache.store(key, blob.getvalue())
         return compiled
 
-    def _model(self, shapes: _Shapes) -> Any:
-        """Read the graph for some shapes."""
+    def _model(self, shapes: _Shapes, part: Part) -> Any:
+        """Read a part of the graph for some shapes."""
         api = self._library.api
         self._bundle.read_graph(self._graph)  # checked, before the library reads it
         model = self._library.core.read_model(self._bundle.file(self._entry))
         self._bundle.file(self._entry)  # and still the same
         model.reshape({name: api.PartialShape(list(shape)) for name, shape in shapes})
-        return _with_host_arrays(self._library, model, self._spec)
+        return _with_host_arrays(self._library, take_part(api, model, part))
 
 
-def _with_host_arrays(library: OvLibrary, model: Any, spec: GraphSpec) -> Any:
+def _with_host_arrays(library: OvLibrary, model: Any) -> Any:
     """Return a model whose inputs and outputs of bfloat16 are float32, as the host has them; see `host_dtype`."""
     api = library.api
     steps = api.preprocess.PrePostProcessor(model)
-    for tensors, part in ((spec.inputs, steps.input), (spec.outputs, steps.output)):
-        for tensor in tensors:
-            if tensor.dtype == "bfloat16":
-                part(tensor.name).tensor().set_element_type(api.Type.f32)
+    for ports, part in ((model.inputs, steps.input), (model.outputs, steps.output)):
+        for index, port in enumerate(ports):
+            if port.get_element_type() == api.Type.bf16:
+                part(index).tensor().set_element_type(api.Type.f32)
     return steps.build()
 
 

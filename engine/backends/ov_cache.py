@@ -18,7 +18,7 @@ from typing import Any
 from engine.bundle.storage import cache_dir, write_cache
 
 #: Part of every key: another way to make files, or to read them, is another number.
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIX = ".blob"
 _HASH_BYTES = hashlib.sha256().digest_size
 #: Of all files together; those that were used least lately go. A model is 1 MB for the demo's UNet.
@@ -32,6 +32,7 @@ def cache_key(
     properties: Mapping[str, Any],
     graph: str,
     weights: str,
+    part: str,
     shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """Return the name of a compiled model, a hash of all that it depends on.
@@ -41,18 +42,20 @@ def cache_key(
         processor: its name, with its instruction sets.
         properties: that it is compiled with.
         graph, weights: SHA-256 of the ONNX file and of the weights' file.
+        part: of the graph.
         shapes: of its inputs.
     """
-    parts = {
+    depends_on = {
         "format": _FORMAT,
         "version": version,
         "processor": processor,
         "properties": {name: str(value) for name, value in properties.items()},
         "graph": graph,
         "weights": weights,
+        "part": part,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
 def load(key: str) -> bytes | None:

@@ -49,6 +49,11 @@ _INTERFACES: dict[str, tuple[Role, dict[str, tuple[Axis, ...]], dict[str, tuple[
 }
 
 
+def interface_outputs(graph: str) -> frozenset[str]:
+    """Return the names of a graph's outputs that are the same in every bundle."""
+    return frozenset(_INTERFACES[graph][2])
+
+
 def problems(manifest: Manifest) -> Iterator[str]:
     """Yield what is wrong with a manifest whose types are right; nothing if a restoration can rely on it."""
     names = [file.name for graph in manifest.graphs.values() for file in graph.files]

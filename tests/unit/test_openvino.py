@@ -251,6 +251,7 @@ def test_every_part_of_a_key_matters():
         "properties": {"INFERENCE_PRECISION_HINT": "f32"},
         "graph": "g",
         "weights": "w",
+        "part": "whole",
         "shapes": {"x": (1, 2)},
     }
     others = [
@@ -259,6 +260,7 @@ def test_every_part_of_a_key_matters():
         {"properties": {"INFERENCE_PRECISION_HINT": "bf16"}},
         {"graph": "h"},
         {"weights": "v"},
+        {"part": "from the last norm"},
         {"shapes": {"x": (2, 2)}},
     ]
     keys = {cache_key(**parts), *(cache_key(**{**parts, **change}) for change in others)}
@@ -284,7 +286,7 @@ def test_a_graph_stays_compiled_for_the_shapes_seen_last(bundle, cache):
     runner = make_backend("openvino", threads=1).open(bundle, "text_encoder")
     for rows in (1, 2, 3, 4, 5, 1):
         runner.infer({"input_ids": np.zeros((rows, 77), np.int64)})
-    assert len(runner._requests) == 4
+    assert len(runner._chains) == 4
     assert len(blobs(cache)) == 5
 
 
@@ -310,8 +312,8 @@ def test_the_vae_gives_its_activations_back(bundle, cache):
     first = runner.infer({"z": large})["pixels"]
     runner.infer({"z": small})
     released = held()
-    request = next(iter(runner._requests.values()))
-    request.infer({"z": large})  # without the runner, which would release
+    chain = next(iter(runner._chains.values()))
+    chain.infer({"z": large})  # without the runner, which would release
     assert held() - released > 2 * first.nbytes
     assert np.array_equal(runner.infer({"z": large})["pixels"], first)
     assert held() - released < first.nbytes + (8 << 20)
