@@ -183,7 +183,14 @@ def test_a_runtime_on_a_device_is_measured_to_the_last_table(bundle_fp32, tmp_pa
     assert summary["stages"]["steps"]["times"] == 3
     assert summary["stages"]["steps"]["flops"] == works["controlnet"].total_flops + works["unet"].total_flops
     assert "noise and texts" in summary["stages"]
-    result = {"configuration": "x", "guided_steps": 3, "steps": 3, "text_chunks": 1, "runtimes": {"engine": summary}}
+    result = {
+        "configuration": "x",
+        "guided_steps": 3,
+        "steps": 3,
+        "tiles": 1,
+        "text_chunks": 1,
+        "runtimes": {"engine": summary},
+    }
     report = {
         "machine": machine.describe_machine(),
         "gpu": runtime.gpu,

@@ -66,7 +66,7 @@ def summary(runs, gpu=None, rate=0.1, batch=1):
 
 
 def report(runtimes, gpu=None, configurations=("64 × 64 px, batch 1, 3 steps, cfg on",)):
-    result = {"steps": 3, "guided_steps": 2, "text_chunks": 1, "runtimes": runtimes}
+    result = {"steps": 3, "guided_steps": 2, "tiles": 1, "text_chunks": 1, "runtimes": runtimes}
     return {
         "machine": {
             "date": "2026-11-24",
