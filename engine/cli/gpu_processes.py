@@ -191,12 +191,30 @@ class _Handed:
         return job
 
 
+class _Stoppable(Notes):
+    """Notes of a process that may be told to end: at once, or at the next step where a library loses the exception."""
+
+    is_over = False
+
+    def stop(self) -> None:
+        """End the process."""
+        self.is_over = True
+        sys.exit(1)
+
+    def step(self) -> None:
+        if self.is_over:
+            sys.exit(1)
+
+
 def _work(line: Connection, config: WorkerConfig) -> None:
     """Be a GPU's process, until there is no photo left or the one that started it is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is open is closed on the way out
-    notes = Notes()
+    notes = _Stoppable()
+    signal.signal(signal.SIGTERM, lambda *_: notes.stop())  # what is open is closed on the way out
     try:
         with config.open() as work:
+            # A GPU that the bundle is not for, or that is too small, fails at any photo: it is to take none.
+            side = config.settings.min_size
+            work.restorer.plan((side, side), config.settings)
             for outcome in restore_all(_Handed(line), work, notes):
                 line.send(("outcome", notes.take(), outcome))
     except RestoreError as error:
