@@ -4,7 +4,8 @@
     python benchmarks/gpu_session.py --tests -k parity    with options for pytest
 
 It writes the GPU, the driver, the libraries, the date, and of each test the outcome, the reason of a skip
-or failure, its seconds and the numbers that it recorded, into benchmarks/results/.
+or failure, its seconds and the numbers that it recorded, into benchmarks/results/, and ends with all of that as
+a page in Markdown, to be pasted into an issue.
 """
 
 from __future__ import annotations
@@ -44,9 +45,51 @@ def main(arguments: Sequence[str]) -> int:
     file = options.json or _ROOT / "benchmarks" / "results" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{gpu['name']}: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}")
-    print(f"written: {file}")
+    text = page(report)
+    file.with_suffix(".md").write_text(text)
+    print(text)
+    print(f"written: {file} and, to be pasted into an issue, {file.with_suffix('.md')}: the text above")
     return status
+
+
+def page(report: dict[str, Any]) -> str:
+    """Return a report as Markdown, to be pasted into an issue: what ran, what failed, figures, versions."""
+    machine, gpu, tests = report["machine"], report["gpu"], report["tests"]
+    lines = [
+        f"# GPU session: {gpu['name']}, {machine['date']}",
+        "",
+        ", ".join(f"{count} {outcome}" for outcome, count in report["summary"].items()),
+        "",
+        "| what | is |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in gpu.items() if key != "versions"),
+        *(f"| {key} | {machine[key]} |" for key in ("processor", "memory_gib", "system", "python", "command")),
+    ]
+    versions = {**machine["versions"], **gpu["versions"]}
+    installed = [f"{package} {version}" for package, version in versions.items() if version != "not installed"]
+    lines += [f"| versions | {', '.join(sorted(installed))} |", ""]
+    for outcome in sorted({test["outcome"] for test in tests} - {"passed"}):
+        lines += [f"## {outcome.capitalize()}", ""]
+        lines += [
+            f"- `{_name(test)}`: {' '.join(test['reason'].split())[:300]}"
+            for test in tests
+            if test["outcome"] == outcome
+        ]
+        lines.append("")
+    lines += ["## All tests", "", "| test | outcome | s | figures |", "|---|---|---|---|"]
+    for test in tests:
+        figures = ", ".join(f"{name} {_told(value)}" for name, value in test["numbers"].items())
+        lines.append(f"| `{_name(test)}` | {test['outcome']} | {test['seconds']:.1f} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
+def _name(test: dict[str, Any]) -> str:
+    return str(test["test"]).rpartition("::")[2].replace("|", "/")
+
+
+def _told(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "/").replace("\n", " ")
 
 
 def describe_gpu() -> dict[str, Any]:

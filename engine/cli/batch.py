@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from engine.cli.captions import Caption, Captioner, ask_ahead, asked_of, caption_picture
 from engine.cli.claims import Claim, claim_photo, wait_for_photo
@@ -29,6 +29,32 @@ from engine.pipeline.plan import RestorationPlan
 from engine.pipeline.provenance import provenance_of
 from engine.pipeline.restorer import Restored, Restorer
 from engine.settings import Settings
+
+#: A photo, and what ends the wait for another run that has it; None does not wait.
+_Turn = tuple[PhotoJob, threading.Event | None]
+
+
+@runtime_checkable
+class JobSource(Protocol):
+    """Who has jobs, as they are asked for."""
+
+    def next(self, *, wait: bool) -> PhotoJob | None:
+        """Return the next job.
+
+        Args:
+            wait: for one that may be given back; else None may only mean that there is none now.
+        """
+        ...
+
+
+@dataclass
+class _Listed:
+    """The jobs of a list."""
+
+    jobs: deque[PhotoJob]
+
+    def next(self, *, wait: bool) -> PhotoJob | None:
+        return self.jobs.popleft() if self.jobs else None
 
 
 class ProgressListener(Protocol):
@@ -203,7 +229,7 @@ class BatchRunner:
         return is_made(output, job.photo, provenance)
 
 
-def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
+def restore_all(jobs: Sequence[PhotoJob] | JobSource, work: BatchRunner, watch: ProgressListener) -> Iterator[Outcome]:
     """Restore photos one after the other, and yield what became of each.
 
     One photo is decoded ahead and one result encoded behind, in threads of their own, so memory holds three
@@ -217,26 +243,43 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
         watch: is told how it goes.
     """
     stop = threading.Event()
-    queue: deque[tuple[PhotoJob, threading.Event | None]] = deque((job, None) for job in jobs)
+    given = jobs if isinstance(jobs, JobSource) else _Listed(deque(jobs))
+    of_others: deque[PhotoJob] = deque()
+
+    def following(*, wait: bool) -> _Turn | None:
+        """Return the next photo: one of another run, which is waited for, where there is no other."""
+        if (job := given.next(wait=wait and not of_others)) is not None:
+            return job, None
+        return (of_others.popleft(), stop) if of_others else None
+
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(2, "writer") as writer:
         source: Future[Source | None] | None = None
         ahead: Future[Source | None] | None = None
         caption_ahead: Future[Caption] | None = None
         current: _Open | None = None
         behind: _Open | None = None
+        turn: _Turn | None = None
         try:
-            while queue:
-                job, waited = queue.popleft()
+            while True:
+                turn = turn or following(wait=False)
+                if turn is None:
+                    if behind is not None:
+                        yield behind.outcome(watch)
+                        behind = None
+                    if (turn := following(wait=True)) is None:
+                        break
+                job, waited = turn
                 source = ahead or reader.submit(work.take, job, waited)
                 caption, caption_ahead = caption_ahead, None
-                ahead = reader.submit(work.take, *queue[0]) if queue else None
+                turn = following(wait=False)
+                ahead = None if turn is None else reader.submit(work.take, *turn)
                 if source.exception() is None and source.result() is None:
-                    queue.append((job, stop))
+                    of_others.append(job)
                     continue
                 caption = caption or work.ask(job, source)
                 # Not of a photo that another run has: to look at it is to wait for that run.
-                if ahead is not None and queue[0][1] is None:
-                    caption_ahead = work.ask(queue[0][0], ahead)
+                if ahead is not None and turn is not None and turn[1] is None:
+                    caption_ahead = work.ask(turn[0], ahead)
                 current = _Open(job, caption)
                 try:
                     _restore_one(current, source, work, watch, writer, behind)
@@ -247,8 +290,6 @@ def restore_all(jobs: Sequence[PhotoJob], work: BatchRunner, watch: ProgressList
                 if behind is not None:
                     yield behind.outcome(watch)
                 behind = current
-            if behind is not None:
-                yield behind.outcome(watch)
         finally:
             stop.set()
             for taken in (source, ahead):

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from engine import Restorer
-from engine.backends import default_backend
+from engine.backends import default_backend, gpu_index
 from engine.bundle.manifest import Bundle, read_manifest
 from engine.bundle.storage import clean_stale_temp_files
 from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
@@ -25,6 +25,7 @@ from engine.cli.captions import Captioner, add_captions, as_asked, asked_of, mak
 from engine.cli.claims import clean_stale_claims
 from engine.cli.engine_options import add_engine, engine_arguments
 from engine.cli.faces import FacePass, FaceRequest, add_faces, face_request
+from engine.cli.gpu_processes import ALL_GPUS, restore_on_gpus
 from engine.cli.jobs import (
     PhotoJob,
     Placement,
@@ -36,10 +37,11 @@ from engine.cli.jobs import (
 )
 from engine.cli.options import add_settings, command_parser, given_settings, path_option, whole_number
 from engine.cli.progress import StepBar
-from engine.cli.ray_cluster import WorkerConfig, gpu_is_used, restore_on_cluster
+from engine.cli.ray_cluster import gpu_is_used, restore_on_cluster
 from engine.cli.report_page import ReportPage, check_page
 from engine.cli.summary import RunSummary
-from engine.errors import ImageError, RestoreError, printable
+from engine.cli.workers import WorkerConfig
+from engine.errors import BackendError, ImageError, RestoreError, printable
 from engine.image.files import read_provenance
 from engine.image.formats import WRITTEN
 from engine.image.preview import REPORT_PX
@@ -62,8 +64,10 @@ def restore(arguments: Sequence[str]) -> int:
         read_manifest(options.bundle).manifest.settings(options.preset)
     if options.report is not None:
         check_page(options.report, overwrite=options.overwrite)
+    gpus = _gpus_beside_each_other(options, len(found))
     with ExitStack() as opened:
-        restorer = opened.enter_context(Restorer.open(**engine_arguments(options))) if options.ray is None else None
+        here = options.ray is None and gpus == 1
+        restorer = opened.enter_context(Restorer.open(**engine_arguments(options))) if here else None
         bundle = read_manifest(options.bundle) if restorer is None else restorer.bundle
         face_pass = None
         if faces is not None and restorer is not None:
@@ -98,7 +102,8 @@ def restore(arguments: Sequence[str]) -> int:
         page = opened.enter_context(ReportPage(options.report)) if options.report is not None else None
         tally = RunSummary()
         reports: list[dict[str, Any]] = []
-        for outcome in _outcomes(jobs, restorer, bundle, settings, like, options, captioner, face_pass or faces, bar):
+        given = (settings, like, options, captioner, face_pass or faces)
+        for outcome in _outcomes(jobs, restorer, gpus, bundle, *given, bar):
             if outcome.error is not None:
                 if len(jobs) == 1:
                     bar.drop()
@@ -117,6 +122,7 @@ def restore(arguments: Sequence[str]) -> int:
 def _outcomes(
     jobs: Sequence[PhotoJob],
     restorer: Restorer | None,
+    gpus: int,
     bundle: Bundle,
     settings: Settings,
     like: dict[str, Any] | None,
@@ -133,12 +139,33 @@ def _outcomes(
     if restorer is not None:
         assert not isinstance(faces, FaceRequest), "it was opened with the restorer"
         return restore_all(jobs, BatchRunner(restorer, settings, *given, **named, faces=faces), watch)
-    assert not isinstance(faces, FacePass), "the cluster's actors open their own"
+    assert not isinstance(faces, FacePass), "workers open their own"
     engine = {**engine_arguments(options), "bundle": bundle.path.absolute()}
-    uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     absolute = None if faces is None else faces.absolute()
     config = WorkerConfig(engine, settings, *given, **named, faces=absolute)
+    if options.ray is None:
+        return restore_on_gpus(jobs, config, gpus, watch)
+    uses_gpu = gpu_is_used(options.device, options.backend or bundle.manifest.backend)
     return restore_on_cluster(jobs, config, uses_gpu, options.ray, watch)
+
+
+def _gpus_beside_each_other(options: argparse.Namespace, photos: int) -> int:
+    """Return how many GPUs restore photos, each by a process of its own; with one, it is named as the device.
+
+    Raises:
+        UsageError: the backend runs on none. BackendError: there is none, or no driver.
+    """
+    if options.device != ALL_GPUS or options.ray is not None:
+        return 1
+    gpu_index(options.backend or "onnxruntime", "cuda")
+    from engine.device.cuda import gpu_count
+
+    count = gpu_count()
+    if count == 0:
+        raise BackendError("there is no GPU", where=f"--device {ALL_GPUS}", fix="restore on --device cpu")
+    if min(count, photos) == 1:
+        options.device = "cuda:0"
+    return min(count, photos)
 
 
 def _backend_was_chosen(options: argparse.Namespace, bundle: Bundle) -> bool:

@@ -30,7 +30,8 @@ def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="cpu; cuda or cuda:N, an NVIDIA GPU; gpu or npu, Intel's, with openvino; "
+        help="cpu; cuda or cuda:N, an NVIDIA GPU; cuda:all, each of them with photos of its own (restore only); "
+        "gpu or npu, Intel's, with openvino; "
         "default: the CPU for onnxruntime and openvino, else the first NVIDIA GPU",
     )
     engine.add_argument(

@@ -14,43 +14,18 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from engine.backends.trt_library import PLAN_BACKENDS
-from engine.cli.batch import BatchRunner, Outcome, ProgressListener, restore_all
-from engine.cli.captions import Captioner
-from engine.cli.faces import FacePass, FaceRequest
+from engine.cli.batch import Outcome, ProgressListener, restore_all
 from engine.cli.jobs import PhotoJob
+from engine.cli.workers import Notes, WorkerConfig, replay
 from engine.errors import BackendError, UsageError
-from engine.pipeline.restorer import Restorer
-from engine.settings import Settings
 
 #: Long enough for a slow network, short enough for a person.
 _KNOCK_S = 10.0
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What an actor is made from.
-
-    Attributes:
-        engine: what `Restorer.open` is called with.
-        settings, overwrite, previews, like, quality, any_size, captioner, preset: as `engine.cli.batch.BatchRunner` has
-            them.
-        faces: how faces are restored, which the actor makes its pass from; None leaves them.
-    """
-
-    engine: dict[str, Any]
-    settings: Settings
-    overwrite: bool = False
-    previews: int = 0
-    like: dict[str, Any] | None = None
-    quality: int | None = None
-    any_size: bool = False
-    captioner: Captioner | None = None
-    faces: FaceRequest | None = None
-    preset: str | None = None
 
 
 def restore_on_cluster(
@@ -113,9 +88,9 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
     cpus, actors = _share(ray.nodes(), uses_gpu, plan.engine["threads"])
     ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield from (Outcome(job, error=job.error) for job in jobs if not _is_work(job, plan))
+    yield from (Outcome(job, error=job.error) for job in jobs if not plan.is_work(job))
     rows = [
-        {"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs) if _is_work(job, plan)
+        {"index": index, "job": pickle.dumps(_absolute(job))} for index, job in enumerate(jobs) if plan.is_work(job)
     ]
     if not rows:
         return
@@ -134,58 +109,19 @@ def _stream(jobs: Sequence[PhotoJob], plan: WorkerConfig, uses_gpu: bool, watch:
             {**report, "input": str(job.photo), "output": names[report["output"]]} for report in outcome.reports
         )
         outcome = replace(outcome, job=_named(outcome.job, job), reports=reports)
-        yield _replay(notes, outcome, job, plan.settings.steps, watch)
-
-
-def _is_work(job: PhotoJob, plan: WorkerConfig) -> bool:
-    return job.error is None and (bool(job.outputs) or plan.previews > 0)
+        yield replay(notes, outcome, job, plan.settings.steps, watch)
 
 
 class _Actor:
     """Restores photos on one machine of the cluster."""
 
     def __init__(self, plan: WorkerConfig) -> None:
-        restorer = Restorer.open(**plan.engine)
-        options = (plan.overwrite, plan.previews, plan.like, plan.quality, plan.any_size)
-        faces = None if plan.faces is None else FacePass.open(restorer, plan.faces, plan.engine)
-        named: dict[str, Any] = {"captioner": plan.captioner, "preset": plan.preset}
-        self._work = BatchRunner(restorer, plan.settings, *options, **named, faces=faces)
+        self._work = ExitStack().enter_context(plan.open())  # until the actor's process ends
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        notes = _Notes()
+        notes = Notes()
         (outcome,) = restore_all([pickle.loads(row["job"])], self._work, notes)
         return {"index": row["index"], "outcome": pickle.dumps((notes.texts, outcome))}
-
-
-@dataclass
-class _Notes:
-    """Keeps what is said about a photo until it is back."""
-
-    texts: list[tuple[str, bool]] = field(default_factory=list)
-
-    def begin(self, job: PhotoJob) -> None:
-        pass
-
-    def step(self) -> None:
-        pass
-
-    def part(self, stage: str, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str, *, detail: bool = False) -> None:
-        self.texts.append((text, detail))
-
-
-def _replay(
-    notes: list[tuple[str, bool]], outcome: Outcome, job: PhotoJob, steps: int, watch: ProgressListener
-) -> Outcome:
-    if job.outputs:
-        watch.begin(job)
-        for _ in range(steps * len(outcome.reports)):
-            watch.step()
-    for text, detail in notes:
-        watch.note(text, detail=detail)
-    return outcome
 
 
 def _check_reachable(address: str) -> None:

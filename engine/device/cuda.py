@@ -38,6 +38,18 @@ class DeviceInfo:
     memory_bytes: int
 
 
+def gpu_count() -> int:
+    """Return how many GPUs there are.
+
+    Raises:
+        BackendError: there is no driver, or cuda-python is not installed.
+    """
+    core = cuda_core()
+    check_driver()
+    with translated("count the GPUs"):
+        return len(core.Device.get_all_devices())
+
+
 def device_info(index: int) -> DeviceInfo:
     """Return what GPU number `index` is.
 
@@ -76,6 +88,8 @@ class CudaDevice:
             self.compute_capability = f"{major}.{minor}"
         self.pinned = PinnedPool(self._allocate_pinned)
         self._kernels: dict[str, Any] = {}
+        #: Of all events: their times are read, and who waits for one sleeps.
+        self.event_options = self._core.EventOptions(timing_enabled=True, blocking_sync=True)
         self._allocations = self.stream()
         with translated("set up its memory"):
             self._memory = self._core.DeviceMemoryResource(self._device.device_id)
@@ -300,7 +314,7 @@ class CudaStream:
 
     def record(self) -> CudaEvent:
         with translated("record an event"):
-            return CudaEvent(self.raw.record(options=self._device.core.EventOptions(timing_enabled=True)))
+            return CudaEvent(self.raw.record(options=self._device.event_options))
 
     def wait(self, event: promises.Event) -> None:
         assert isinstance(event, CudaEvent)

@@ -39,7 +39,7 @@ class Binding:
         self._bind("bind_output", name, kind, index, dtype, shape, address)
 
     def _bind(self, how: str, name: str, kind: str, index: int, dtype: Any, shape: Any, address: int) -> None:
-        assert (kind, index, type(address)) == ("cuda", 0, int), (kind, index, address)
+        assert (kind, type(index), type(address)) == ("cuda", int, int), (kind, index, address)
         if not is_inside(address, int(np.prod(shape)) * np.dtype(dtype).itemsize):
             broken(f"{name} runs over its memory")
         self.bound.append((how, (name, "cpu", 0, dtype, tuple(shape), address)))

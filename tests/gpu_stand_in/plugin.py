@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 
 import pytest
 
@@ -12,12 +11,11 @@ from gpu_stand_in import build
 if reason := build.missing():
     pytest.exit(f"the stand-in for NVIDIA's driver {reason}", returncode=pytest.ExitCode.USAGE_ERROR)
 
-from gpu_stand_in import driver, played_onnxruntime, played_tensorrt, work
+from gpu_stand_in.install import install
 
-driver.library()  # before anything asks for libcuda.so.1
-driver.device()
-sys.modules.update(played_tensorrt.make_modules())
-played_onnxruntime.install()
+install()
+
+from gpu_stand_in import driver, played_tensorrt, work
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -64,7 +64,7 @@ sys.exit(gpu_session.main(["--tests", "-q", "-p", "no:cacheprovider"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stderr
-    (file,) = (tmp_path / "benchmarks" / "results").iterdir()
+    page, file = sorted((tmp_path / "benchmarks" / "results").iterdir(), key=lambda each: each.suffix, reverse=True)
     assert file.name.startswith("gpu-nvidia-h100-80gb-hbm3-20")
     report = json.loads(file.read_text())
     assert report["summary"] == {"expected failure": 1, "failed": 1, "passed": 1, "skipped": 1}
@@ -76,7 +76,14 @@ sys.exit(gpu_session.main(["--tests", "-q", "-p", "no:cacheprovider"]))
     assert "needs another GPU" in tests["test_is_skipped"]["reason"]
     assert tests["test_was_to_be_seen"]["reason"] == "nobody said that it would"
     assert report["machine"]["versions"]["numpy"]
-    assert "1 passed" in done.stdout
+    text = page.read_text()
+    assert text in done.stdout  # it ends with the page
+    assert "# GPU session: NVIDIA H100 80GB HBM3, 20" in text
+    assert "1 expected failure, 1 failed, 1 passed, 1 skipped" in text
+    assert "## Failed\n\n- `test_fails`: AssertionError: a number" in text
+    assert "| `test_passes` | passed |" in text
+    assert "psnr_db 51.5" in text
+    assert "numpy " in text
 
 
 def test_no_tests_is_an_error(tmp_path):

@@ -11,16 +11,27 @@ API cuDriverGetVersion(int* version) {
     return CUDA_SUCCESS;
 }
 
+// How many devices a process finds; the compute capability of all but the first, such as "75", where it is another.
+static int devices() {
+    const char* count = getenv("CUDA_STANDIN_DEVICES");
+    return count ? atoi(count) : 1;
+}
+
+static int other_capability() {
+    const char* capability = getenv("CUDA_STANDIN_OTHERS");
+    return capability ? atoi(capability) : MAJOR * 10 + MINOR;
+}
+
 API cuDeviceGet(CUdevice* device, int index) {
     ENTER();
-    if (index) return CUDA_ERROR_INVALID_DEVICE;
-    *device = 0;
+    if (index >= devices()) return CUDA_ERROR_INVALID_DEVICE;
+    *device = index;
     return CUDA_SUCCESS;
 }
 
 API cuDeviceGetCount(int* count) {
     ENTER();
-    *count = 1;
+    *count = devices();
     return CUDA_SUCCESS;
 }
 
@@ -56,13 +67,13 @@ API cuDeviceCanAccessPeer(int* can, CUdevice, CUdevice) {
 
 API cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
     ENTER("%d", attribute);
-    if (device) return CUDA_ERROR_INVALID_DEVICE;
+    if (device >= devices()) return CUDA_ERROR_INVALID_DEVICE;
     switch (attribute) {
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
-            *value = MAJOR;
+            *value = device ? other_capability() / 10 : MAJOR;
             break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
-            *value = MINOR;
+            *value = device ? other_capability() % 10 : MINOR;
             break;
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
             *value = 1024;
@@ -111,10 +122,10 @@ API cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice devi
     return CUDA_SUCCESS;
 }
 
-API cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+API cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
     ENTER();
     ++RETAINED;
-    *context = (CUcontext)CONTEXT;
+    *context = (CUcontext)(CONTEXT + device);  // a process works on one of them
     return CUDA_SUCCESS;
 }
 
@@ -163,7 +174,7 @@ API cuCtxPopCurrent(CUcontext* context) {
 API cuCtxGetDevice(CUdevice* device) {
     ENTER();
     NEEDS_CONTEXT;
-    *device = 0;
+    *device = (CUdevice)((char*)STACK.back() - CONTEXT);
     return CUDA_SUCCESS;
 }
 
