@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from engine.cli.captions import Caption, Captioner, ask_ahead, asked_of, caption_picture
 from engine.cli.claims import Claim, claim_photo, wait_for_photo
 from engine.cli.faces import FacePass
-from engine.cli.jobs import PhotoJob, file_stamp, is_made
+from engine.cli.jobs import JobSource, ListedJobs, PhotoJob, file_stamp, is_made
 from engine.errors import OutOfMemoryError, RestoreError, UnexpectedError, from_os_error
 from engine.image.files import check_output, read_photo, write_photo
 from engine.image.photo import Photo
@@ -32,29 +32,6 @@ from engine.settings import Settings
 
 #: A photo, and what ends the wait for another run that has it; None does not wait.
 _Turn = tuple[PhotoJob, threading.Event | None]
-
-
-@runtime_checkable
-class JobSource(Protocol):
-    """Who has jobs, as they are asked for."""
-
-    def next(self, *, wait: bool) -> PhotoJob | None:
-        """Return the next job.
-
-        Args:
-            wait: for one that may be given back; else None may only mean that there is none now.
-        """
-        ...
-
-
-@dataclass
-class _Listed:
-    """The jobs of a list."""
-
-    jobs: deque[PhotoJob]
-
-    def next(self, *, wait: bool) -> PhotoJob | None:
-        return self.jobs.popleft() if self.jobs else None
 
 
 class ProgressListener(Protocol):
@@ -243,7 +220,7 @@ def restore_all(jobs: Sequence[PhotoJob] | JobSource, work: BatchRunner, watch: 
         watch: is told how it goes.
     """
     stop = threading.Event()
-    given = jobs if isinstance(jobs, JobSource) else _Listed(deque(jobs))
+    given = jobs if isinstance(jobs, JobSource) else ListedJobs(deque(jobs))
     of_others: deque[PhotoJob] = deque()
 
     def following(*, wait: bool) -> _Turn | None:

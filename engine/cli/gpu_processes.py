@@ -185,7 +185,7 @@ class _Handed:
         self._line = line
 
     def next(self, *, wait: bool) -> PhotoJob | None:
-        """Return the next photo; see `engine.cli.batch.JobSource`."""
+        """Return the next photo; see `engine.cli.jobs.JobSource`."""
         self._line.send(("wants", wait))
         job: PhotoJob | None = self._line.recv()
         return job

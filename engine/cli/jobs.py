@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from engine.cli.captions import SIDECAR, as_asked, sidecar_of
 from engine.cli.faces import faces_as_asked
@@ -43,6 +43,29 @@ class PhotoJob:
     outputs: tuple[tuple[int, Path], ...]
     done: tuple[Path, ...] = ()
     error: RestoreError | None = None
+
+
+@runtime_checkable
+class JobSource(Protocol):
+    """Who has jobs, as they are asked for."""
+
+    def next(self, *, wait: bool) -> PhotoJob | None:
+        """Return the next job.
+
+        Args:
+            wait: for one that may be given back; else None may only mean that there is none now.
+        """
+        ...
+
+
+@dataclass
+class ListedJobs:
+    """The jobs of a list."""
+
+    jobs: deque[PhotoJob]
+
+    def next(self, *, wait: bool) -> PhotoJob | None:
+        return self.jobs.popleft() if self.jobs else None
 
 
 @dataclass(frozen=True)
