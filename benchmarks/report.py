@@ -36,7 +36,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += [
             f"{result['guided_steps']} of {result['steps']} steps are guided; "
             f"texts fill {_count(result['text_chunks'], 'chunk')} of 77 tokens"
-            + (f"; each step samples {result['tiles']} tiles." if result["tiles"] > 1 else "."),
+            + (f"; each step samples {result['tiles']} tiles." if result.get("tiles", 1) > 1 else "."),
             "",
         ]
         for name, runtime in result["runtimes"].items():

@@ -14,7 +14,13 @@ FORBIDDEN = (*OF_TRACING, "onnx", "safetensors", "ml_dtypes", "export", "benchma
 
 #: What the extras `web` and `captions` bring, and the modules that are made of it.
 OF_PAGE = ("gradio", "gradio_client", "fastapi", "starlette", "uvicorn", "jinja2", "httpx", "tenacity")
-PAGE = ("engine.page.controls", "engine.page.faces", "engine.page.fragments", "engine.page.layout")
+PAGE = (
+    "engine.page.controls",
+    "engine.page.faces",
+    "engine.page.fragments",
+    "engine.page.layout",
+    "engine.page.presets",
+)
 
 MODULES = sorted(
     {
