@@ -139,6 +139,8 @@ class Stream:
     def _follow(self, receiver: ProgressReceiver, sampling: Future[Arrays], shape: tuple[int, ...]) -> None:
         while not receiver.connect(_LOOK_EVERY_S):
             if sampling.done():
+                if receiver.connect(0):
+                    break  # it began and ended since the look before: its reports are there to be read
                 return  # with an error, before its first step
         started = time.monotonic()
         waiting: list[Future[None]] = []

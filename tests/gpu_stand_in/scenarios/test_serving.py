@@ -129,7 +129,27 @@ def test_a_request_that_is_cancelled_ends_amid_its_steps_and_the_next_is_right(s
     assert np.array_equal(server.ask("sample", inputs)["z"], wanted)
 
 
-def test_a_stream_tells_every_step_and_shows_what_comes(server, photo):
+def look_when_sampling_has_ended(monkeypatch):
+    """Have a stream's first look for its sampling find nobody, and its second one come too late for the steps."""
+    from triton_repo.progress_channel import ProgressReceiver
+
+    connect = ProgressReceiver.connect
+    looks = []
+
+    def late(receiver, patience_s):
+        looks.append(patience_s)
+        if len(looks) > 1:
+            return connect(receiver, patience_s)
+        time.sleep(3)
+        return False
+
+    monkeypatch.setattr(ProgressReceiver, "connect", late)
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["", "also if it looks when sampling has ended"])
+def test_a_stream_tells_every_step_and_shows_what_comes(server, photo, monkeypatch, is_late):
+    if is_late:
+        look_when_sampling_has_ended(monkeypatch)
     inputs = {"image": sent(photo), "options": text({**ASKED, "steps": 5, "preview_every": 2})}
     request = server.request("restore_stream", inputs)
     server.models["restore_stream"].execute([request])
