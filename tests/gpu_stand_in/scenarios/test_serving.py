@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -19,14 +20,13 @@ ASKED = {"steps": 3, "seed": 5, "restore_pull": 2.0}
 
 
 @pytest.fixture(scope="module")
-def server(bundle_for, tmp_path_factory):
+def server(bundle_for):
     pytest.importorskip("tritonclient.grpc", reason="needs the triton extra")
     from triton_repo.repository import MEMBERS, PYTHON_MEMBERS
-    from triton_repo.runtime_dir import VARIABLE
+    from triton_repo.runtime_dir import VARIABLE, make_runtime_dir
     from triton_repo.serving import ServingConfig
 
-    folder = tmp_path_factory.mktemp("run", numbered=True)
-    folder.chmod(0o700)
+    folder = make_runtime_dir()  # whose path is short enough for sockets; pytest's may not be
     os.environ[VARIABLE] = str(folder)
     bundle = open_bundle(bundle_for("rtx"))
     serving = ServingConfig(bundle=bundle.path, digest=bundle.digest, backend="tensorrt-rtx")
@@ -34,6 +34,7 @@ def server(bundle_for, tmp_path_factory):
     yield started
     started.close()
     del os.environ[VARIABLE]
+    shutil.rmtree(folder)
 
 
 def sent(photo):
