@@ -15,44 +15,47 @@ WAVELET_LEVELS = 5
 #: How far a level's low band sees, all levels together.
 _REACH = 2**WAVELET_LEVELS - 1
 #: Rows that are worked on at a time: a large photo's low bands would be three more of it.
-_ROWS = 512
+_ROWS = 256
 ADAIN_EPS = 1e-5
 
 
-def wavelet(content: Image, reference: Image) -> Image:
+def wavelet(content: Image, reference: Image, *, out: Image | None = None) -> Image:
     """Join the detail of `content` with the low frequencies of `reference`.
 
     Args:
         content: f32[B,3,H,W] in [-1, 1], the restored image.
         reference: f32[B,3,H,W] in [-1, 1], the stage-1 image.
+        out: where the result goes, as in NumPy; it may be `content`.
     Returns:
         f32[B,3,H,W]; may leave [-1, 1] slightly.
     Source: StableSR (arXiv 2305.07015), wavelet colour correction: a trous, five levels.
     """
-    fixed, height = np.empty_like(content), content.shape[2]
+    fixed, height = np.empty_like(content) if out is None else out, content.shape[2]
+    above = content[:, :, :0]  # what the rows above were, as far as the next ones see them
     for top in range(0, height, _ROWS):
         bottom = min(top + _ROWS, height)
-        first = max(0, top - _REACH)
-        seen = slice(first, min(height, bottom + _REACH))
-        part = content[:, :, seen]
+        first, last = top - above.shape[2], min(height, bottom + _REACH)
+        part = np.concatenate([above, content[:, :, top:last]], axis=2)
+        above = content[:, :, max(first, bottom - _REACH) : bottom].copy()
         # The high band is what the low band leaves, so one subtraction replaces a sum over levels.
-        rows = part - _low_band(part) + _low_band(reference[:, :, seen])
+        rows = part - _low_band(part) + _low_band(reference[:, :, first:last])
         fixed[:, :, top:bottom] = rows[:, :, top - first : bottom - first]
     return fixed
 
 
-def adain(content: Image, reference: Image) -> Image:
+def adain(content: Image, reference: Image, *, out: Image | None = None) -> Image:
     """Give each channel of `content` the mean and deviation of that channel in `reference`.
 
     Args:
         content, reference: f32[B,3,H,W] in [-1, 1].
+        out: where the result goes, as in NumPy; it may be `content`.
     Returns:
         f32[B,3,H,W].
     Source: AdaIN (arXiv 1703.06868), Eq. 8; variances unbiased, plus 1e-5.
     """
     content_mean, content_std = _statistics(content)
     reference_mean, reference_std = _statistics(reference)
-    fixed = content - content_mean
+    fixed = np.subtract(content, content_mean, out=out)
     fixed *= reference_std / content_std
     fixed += reference_mean
     return fixed

@@ -73,9 +73,12 @@ def preprocess(photo: Photo, size: Size) -> Pixels:
     return to_network(resize(photo.rgb, size))
 
 
-def fix_colors(restored: Pixels, stage1: Pixels | None, kind: ColorFix) -> Pixels:
-    """Return restored pixels with the colours of stage 1, both f32[B, 3, H, W] in about [-1, 1]."""
-    return restored if kind == "none" or stage1 is None else _COLOR_FIXES[kind](restored, stage1)
+def fix_colors(restored: Pixels, stage1: Pixels | None, kind: ColorFix, *, out: Pixels | None = None) -> Pixels:
+    """Return restored pixels with the colours of stage 1, both f32[B, 3, H, W] in about [-1, 1].
+
+    `out` is where they go, as in NumPy; it may be `restored`.
+    """
+    return restored if kind == "none" or stage1 is None else _COLOR_FIXES[kind](restored, stage1, out=out)
 
 
 def to_network(rgb: Pixels) -> Pixels:

@@ -436,7 +436,8 @@ class Restorer:
         settings = plan.settings
         functions: dict[str, Callable[..., Any]] = {
             "resize in": lambda photos: _stacked([preprocess(photo, plan.size) for photo in photos]),
-            "color fix": lambda pixels, stage1: fix_colors(pixels, stage1, settings.color_fix),
+            # Over the pixels, which nothing else reads: one array less beside a large photo.
+            "color fix": lambda pixels, stage1: fix_colors(pixels, stage1, settings.color_fix, out=pixels),
             "resize out": lambda pixels, photos: [
                 postprocess(each, photo, result_size(photo.size, settings.upscale))
                 for each, photo in zip(pixels, photos, strict=True)

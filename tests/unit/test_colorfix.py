@@ -52,6 +52,15 @@ def test_wavelet_of_flat_images_is_the_reference(height, width):
     assert np.allclose(wavelet(flat, -flat), -flat, atol=1e-6)
 
 
+@pytest.mark.parametrize("fix", [wavelet, adain])
+@pytest.mark.parametrize("height", [1, 40, 255, 256, 257, 300, 600])
+def test_the_result_may_go_over_the_content(fix, height):
+    content, reference = (np.random.default_rng(seed).random((2, 3, height, 9), np.float32) for seed in (0, 1))
+    expected = fix(content, reference)
+    assert fix(content, reference, out=content) is content
+    assert np.array_equal(content, expected)
+
+
 def test_arguments_are_not_changed():
     content, reference = image(0), image(1)
     wavelet(content, reference)
