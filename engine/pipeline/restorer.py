@@ -400,8 +400,7 @@ class Restorer:
 
     def _smaller(self, plan: RestorationPlan) -> RestorationPlan | None:
         """Return the plan to try where memory has run out, None if there is none."""
-        size_plan = plan.size_plan.smaller(self.bundle, plan.size, in_slices=self._session is None)
-        if size_plan is None:
+        if (size_plan := plan.size_plan.smaller(self.bundle, plan.size, in_slices=self._session is None)) is None:
             return None
         smaller = plan.with_size_plan(self.bundle, size_plan)
         return smaller if self._session is None else smaller.with_memory(self._session.plan(smaller.workload))
