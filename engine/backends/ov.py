@@ -59,12 +59,8 @@ class OpenVinoBackend:
         entry = bundle.manifest.graphs[graph]
         compute = self.computes_in(bundle, graph)
         weights_bytes = host_weights(bundle, compute)[graph]
-        parts: dict[Part, Precision] = {"whole": compute}
-        if compute == "bf16" and graph in _LAST_LAYERS_IN_FP32:
-            parts = {"before the last norm": "bf16", "from the last norm": "fp32"}
-        compiler = _GraphCompiler(
-            self.library, {part: self._properties(type_) for part, type_ in parts.items()}, bundle, graph
-        )
+        parts = {part: self._properties(type_) for part, type_ in _part_types(graph, compute).items()}
+        compiler = _GraphCompiler(self.library, parts, bundle, graph)
         kept = max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes))
         # The VAE's graphs have activations of hundreds of megabytes each, and run once or twice a photo, or a tile.
         releases = entry.spec.role == "vae" and self.library.device == "CPU"
@@ -105,8 +101,8 @@ class OpenVinoBackend:
         """Return the type that a segment is computed in: as the part of the whole graph that it is of."""
         compute = compute_of(self.library, self._compute, bundle_precision, segment.spec.precision)
         graph, given = segment.spec.name.split(".", 1)  # a segment is named after its graph and what it gives
-        is_last = given in interface_outputs(graph)
-        return "fp32" if compute == "bf16" and graph in _LAST_LAYERS_IN_FP32 and is_last else compute
+        types = tuple(_part_types(graph, compute).values())
+        return types[-1 if given in interface_outputs(graph) else 0]
 
     def _properties(self, compute: Precision) -> dict[str, Any]:
         """Return what models are compiled with; the type is always said, so that no release chooses another."""
@@ -233,6 +229,13 @@ class _GraphCompiler:
         self._bundle.file(self._entry)  # and still the same
         model.reshape({name: api.PartialShape(list(shape)) for name, shape in shapes})
         return _with_host_arrays(self._library, take_part(api, model, part))
+
+
+def _part_types(graph: str, compute: Precision) -> dict[Part, Precision]:
+    """Return the parts that a graph runs in, in order, and the type that each is computed in."""
+    if compute == "bf16" and graph in _LAST_LAYERS_IN_FP32:
+        return {"before the last norm": "bf16", "from the last norm": "fp32"}
+    return {"whole": compute}
 
 
 def _with_host_arrays(library: OvLibrary, model: Any) -> Any:
