@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from engine.backends.base import Runner
+from engine.backends.base import Runner, keeps_activations
 from engine.bundle.graphspec import GraphSpec, Precision
 from engine.bundle.manifest import Bundle, VaeSegment
 from engine.device.interface import Array
@@ -79,9 +79,9 @@ class OrtBackend:
             runner.close()
 
     def _open(self, graph: Path | bytes, folder: Path, spec: GraphSpec) -> OrtRunner:
-        return OrtRunner(
-            open_session(graph, ["CPUExecutionProvider"], spec, folder, self._options(spec), without=_WITHOUT), spec
-        )
+        options = self._options(spec)
+        session = open_session(graph, ["CPUExecutionProvider"], spec, folder, options, without=_WITHOUT)
+        return OrtRunner(session, spec, keeps_memory=keeps_activations(spec))
 
     def _options(self, spec: GraphSpec) -> ort.SessionOptions:
         if spec.precision == "bf16":
@@ -116,8 +116,9 @@ class OrtBackend:
 class OrtRunner(Runner):
     """A session of ONNX Runtime."""
 
-    def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
+    def __init__(self, session: ort.InferenceSession, spec: GraphSpec, *, keeps_memory: bool = True) -> None:
         super().__init__(spec)
+        self.keeps_memory = keeps_memory
         self._session: ort.InferenceSession | None = session
         self._outputs = [tensor.name for tensor in spec.outputs]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.backends import ov_cache
-from engine.backends.base import Runner
+from engine.backends.base import Runner, keeps_activations
 from engine.backends.ov_library import OV_TYPES, Compute, OvLibrary, choose_compute, compute_of, cpu_flags, translated
 from engine.backends.ov_parts import Chain, Part, take_part
 from engine.bundle.graphspec import GraphSpec, Precision
@@ -62,9 +62,8 @@ class OpenVinoBackend:
         parts = {part: self._properties(type_) for part, type_ in _part_types(graph, compute).items()}
         compiler = _GraphCompiler(self.library, parts, bundle, graph)
         kept = max(1, min(_SHAPES_KEPT, _WEIGHTS_KEPT_BYTES // weights_bytes))
-        # The VAE's graphs have activations of hundreds of megabytes each, and run once or twice a photo, or a tile.
-        releases = entry.spec.role == "vae" and self.library.device == "CPU"
-        return OpenVinoRunner(entry.spec, compiler, kept, releases=releases)
+        keeps_memory = keeps_activations(entry.spec) or self.library.device != "CPU"
+        return OpenVinoRunner(entry.spec, compiler, kept, keeps_memory=keeps_memory)
 
     def close(self) -> None:
         """Runners share nothing that has to be given back."""
@@ -128,7 +127,7 @@ class OpenVinoRunner(Runner):
         compiled: returns it compiled for the shapes of its inputs.
         kept: shapes that it stays compiled for, at most.
         any_shape: whether one compiled model takes all shapes.
-        releases: whether memory for activations is given back after each run.
+        keeps_memory: see `Runner`.
     """
 
     def __init__(
@@ -138,10 +137,10 @@ class OpenVinoRunner(Runner):
         kept: int,
         *,
         any_shape: bool = False,
-        releases: bool = False,
+        keeps_memory: bool = True,
     ) -> None:
         super().__init__(spec)
-        self._releases = releases
+        self.keeps_memory = keeps_memory
         self._compiled, self._kept, self._any_shape = compiled, kept, any_shape
         self._chains: OrderedDict[_Shapes, Chain] = OrderedDict()
         self._closed = False
@@ -152,7 +151,7 @@ class OpenVinoRunner(Runner):
         chain = self._chain(shapes)
         try:
             results = chain.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
-            if self._releases:
+            if not self.keeps_memory:
                 chain.release_memory()
             return {tensor.name: results[tensor.name] for tensor in self.spec.outputs}
         except Exception as error:

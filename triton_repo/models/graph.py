@@ -24,6 +24,7 @@ class TritonPythonModel:
         bundle = serving.open_bundle()
         self._backend = make_backend(serving.backend, device=device_of(args), threads=serving.threads)
         self._runner = self._backend.open(bundle, args["model_name"])
+        self._keeps_memory = self._runner.keeps_memory
         self._spec = self._runner.spec
         side = -(-bundle.manifest.defaults.min_size // bundle.size_multiple) * bundle.size_multiple
         self._usual_pixels = side * side
@@ -50,7 +51,7 @@ class TritonPythonModel:
         inputs = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         self._check(inputs)
         # Attention grows with the square of the pixels: after one large photo, a model would hold gigabytes.
-        self._runner.keeps_memory = self._pixels_of_row(inputs) <= self._usual_pixels
+        self._runner.keeps_memory = self._keeps_memory and self._pixels_of_row(inputs) <= self._usual_pixels
         rows = [len(part) for part in next(iter(parts.values()))]
         at_once = self._rows_at_once(inputs)
         found = [
