@@ -18,11 +18,11 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import paper
 from benchmarks.machine import describe_machine
@@ -40,6 +40,9 @@ from engine.cli.console import run_command
 from engine.cli.options import command_parser
 from engine.errors import BackendError, UsageError
 from engine.sampling.guidance import is_unguided
+
+if TYPE_CHECKING:
+    from benchmarks.flops import WorkCounter
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     _check(grid, bundle)
     runtimes = [ENGINE, *dict.fromkeys(options.baseline)]
     counts = RepeatCounts(options.warmup, options.repeats)
+    counters = _counters(bundle, gpu)  # before a long run, which a mistake in it would lose
     rate: MatrixRate | None = None
     measured: list[tuple[Configuration, dict[str, dict[str, Any]]]] = []
     try:
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
             rate = again if rate is None else rate.or_faster(again)
     finally:  # an error at one size is no reason to lose the others
         if rate is not None:
-            _write(_report(bundle, setup, counts, rate, measured), options)
+            _write(_report(bundle, setup, counts, rate, counters, measured), options)
     return 0
 
 
@@ -114,26 +118,31 @@ def _matrix_rate(
         return pool.submit(measure_rate, precisions, setup.gpu, setup.threads).result()
 
 
-def _report(
-    bundle: Bundle,
-    setup: RunSetup,
-    counts: RepeatCounts,
-    rate: MatrixRate,
-    measured: Sequence[tuple[Configuration, dict[str, dict[str, Any]]]],
-) -> dict[str, Any]:
+def _counters(bundle: Bundle, gpu: int | None) -> Callable[[str], WorkCounter]:
+    """Return what gives a runtime's counter of FLOPs, by the runtime's name."""
     from benchmarks.flops import WorkCounter
     from benchmarks.networks import bundle_builders
     from benchmarks.torch_backend import baseline_vae_precision
 
     engine = WorkCounter(bundle_builders(bundle))
-    baseline = WorkCounter(bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, setup.gpu)))
+    baseline = WorkCounter(bundle_builders(bundle, vae_precision=baseline_vae_precision(bundle, gpu)))
+    return lambda runtime: baseline if runtime.startswith("torch") else engine
+
+
+def _report(
+    bundle: Bundle,
+    setup: RunSetup,
+    counts: RepeatCounts,
+    rate: MatrixRate,
+    counters: Callable[[str], WorkCounter],
+    measured: Sequence[tuple[Configuration, dict[str, dict[str, Any]]]],
+) -> dict[str, Any]:
     results = []
     for configuration, runtimes in measured:
         figures = {}
         for name, runtime in runtimes.items():
             launches = [Launch(**launch) for launch in runtime["launches"]]
-            counter = baseline if name.startswith("torch") else engine
-            works = works_of(launches, counter, runtime["computed_in"])
+            works = works_of(launches, counters(name), runtime["computed_in"])
             figures[name] = summarize(runtime, works, rate.tflops, configuration.batch)
         steps = [launch for launch in launches if launch.graph == UNET]
         tiles = sum(launch.count for launch in steps) // configuration.steps
