@@ -11,6 +11,17 @@ from safetensors.numpy import save_file
 from export.checkpoint.checkpoint import _SDXL_PREFIXES, _SUPIR_PREFIXES, Checkpoint, LazyTensor, _sort_ldm, open_sdxl
 from export.checkpoint.safetensors_file import read_safetensors
 
+#: Bytes of SDXL's and SUPIR's graphs: in fp16, the VAE's in fp32.
+SDXL_WEIGHTS = {
+    "text_encoder": 246 * 10**6,
+    "text_encoder_2": 1390 * 10**6,
+    "denoise_encoder": 137 * 10**6,
+    "vae_encoder": 137 * 10**6,
+    "vae_decoder": 198 * 10**6,
+    "controlnet": 2480 * 10**6,
+    "unet": 5244 * 10**6,
+}
+
 
 def our_shapes(manifest: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by our names, as `checkpoint` sorts the files of a manifest."""

@@ -11,7 +11,6 @@ from given_faces import GivenFaces
 from stand_in import HostBackend, HostDevice, needs_compiler
 
 from engine import FaceRestorer, Restorer
-from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import open_bundle
 from engine.cli.command import restore
 from engine.errors import BackendError, DoesNotFitError, OutOfMemoryError, UsageError
@@ -38,28 +37,6 @@ SETTINGS = {
     "one step": {"steps": 1},
     "no colour fix": {"steps": 3, "color_fix": "none"},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture
-def device(folder):
-    return HostDevice(folder)
-
-
-@pytest.fixture
-def on_device(bundle_fp32, device):
-    with Restorer(open_bundle(bundle_fp32), HostBackend(device)) as restorer:
-        yield restorer
-
-
-@pytest.fixture(scope="module")
-def on_host(bundle_fp32):
-    with Restorer(open_bundle(bundle_fp32), OrtBackend(1)) as restorer:
-        yield restorer
 
 
 @pytest.fixture(scope="module")

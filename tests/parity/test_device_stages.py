@@ -8,7 +8,6 @@ pytest.importorskip("onnxruntime")
 from stand_in import HostBackend, HostDevice, needs_compiler
 
 from engine import Restorer
-from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import open_bundle
 from engine.errors import BackendError, ScheduleError, UsageError
 from engine.memory.vae_slices import SlicedVae
@@ -22,28 +21,6 @@ KINDS = {
     "dpmpp2m": {"steps": 4, "sampler": "dpmpp2m", "restore_pull": 3.0},
     "unguided": {"steps": 3, "cfg_scale": (1.0, 1.0)},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture
-def device(folder):
-    return HostDevice(folder)
-
-
-@pytest.fixture
-def on_device(bundle_fp32, device):
-    with Restorer(open_bundle(bundle_fp32), HostBackend(device)) as restorer:
-        yield restorer
-
-
-@pytest.fixture(scope="module")
-def on_host(bundle_fp32):
-    with Restorer(open_bundle(bundle_fp32), OrtBackend(1)) as restorer:
-        yield restorer
 
 
 def latents(count=1, height=8, width=16, seed=0):

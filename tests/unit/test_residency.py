@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import SDXL_WEIGHTS
 
 from engine.bundle.graphspec import GraphSpec, TensorSpec
 from engine.errors import BackendError
@@ -220,16 +221,6 @@ def test_every_size_that_a_graph_is_run_at_is_counted():
 
 
 GB = 10**9
-#: SDXL's, in bytes of fp16 and of the VAE's fp32.
-SDXL = {
-    "text_encoder": 246 * 10**6,
-    "text_encoder_2": 1390 * 10**6,
-    "denoise_encoder": 137 * 10**6,
-    "vae_encoder": 137 * 10**6,
-    "vae_decoder": 198 * 10**6,
-    "controlnet": 2480 * 10**6,
-    "unet": 5244 * 10**6,
-}
 
 
 def bundle_of(weights):
@@ -245,15 +236,15 @@ def bundle_of(weights):
 
 
 def test_a_computer_keeps_what_leaves_room_for_every_stage_in_float32():
-    assert choose_resident_graphs(bundle_of(SDXL), MemoryBudget(64 * GB)) == set(GRAPHS)
-    kept = choose_resident_graphs(bundle_of(SDXL), MemoryBudget(25 * GB))
+    assert choose_resident_graphs(bundle_of(SDXL_WEIGHTS), MemoryBudget(64 * GB)) == set(GRAPHS)
+    kept = choose_resident_graphs(bundle_of(SDXL_WEIGHTS), MemoryBudget(25 * GB))
     assert "unet" in kept
     assert not {"controlnet", "text_encoder_2"} <= kept  # all three would be 18.7 GB
 
 
 def test_a_computer_that_cannot_hold_one_stage_is_told_so():
     with pytest.raises(BackendError, match="out of memory") as caught:
-        choose_resident_graphs(bundle_of(SDXL), MemoryBudget(16 * GB))
+        choose_resident_graphs(bundle_of(SDXL_WEIGHTS), MemoryBudget(16 * GB))
     assert caught.value.found == "14.9 GiB available"
     assert caught.value.expected.startswith("20.6 GiB for weights")
 

@@ -8,6 +8,7 @@ import pytest
 from gpu_stand_in import driver
 from gpu_stand_in.build import ROOT
 from gpu_stand_in.work import DeviceMemory
+from layouts import SDXL_WEIGHTS
 
 from engine.backends.buffers import BufferRunner, SelfAllocatingBackend
 from engine.backends.runners import Runners
@@ -24,16 +25,6 @@ from engine.recipe import PHASES, STEP_GRAPHS, stream_of
 from engine.settings import Settings
 
 GB, MIB = 10**9, 1 << 20
-#: Bytes in fp16, and of the VAE's in fp32.
-WEIGHTS = {
-    "text_encoder": 246 * 10**6,
-    "text_encoder_2": 1390 * 10**6,
-    "denoise_encoder": 137 * 10**6,
-    "vae_encoder": 137 * 10**6,
-    "vae_decoder": 198 * 10**6,
-    "controlnet": 2480 * 10**6,
-    "unet": 5244 * 10**6,
-}
 BUDGETS_GB = (4, 6, 8, 12, 24)
 SIZES = ((1024, 1024), (1536, 1024), (2048, 2048))
 
@@ -48,7 +39,7 @@ def sdxl():
 
     shapes = our_shapes(Path(ROOT) / "tests" / "data" / "full_manifest.json")
     graphs = {
-        name: SimpleNamespace(spec=definition.spec, segments=(), weights_bytes=WEIGHTS[name])
+        name: SimpleNamespace(spec=definition.spec, segments=(), weights_bytes=SDXL_WEIGHTS[name])
         for name, definition in graph_definitions(infer_architecture(shapes), "fp16", 49407).items()
     }
     return Bundle(Path("sdxl"), SimpleNamespace(graphs=graphs, defaults=Settings()), "0")
@@ -82,7 +73,7 @@ class Shapes(SelfAllocatingBackend):
         self._limits = {}
 
     def open(self, bundle, graph):
-        nbytes = self._limits.get(graph, WEIGHTS[graph])
+        nbytes = self._limits.get(graph, SDXL_WEIGHTS[graph])
         return Weights(bundle.spec(graph), self.device, self.streams[stream_of(graph)], nbytes)
 
     def known_activations(self, bundle, graph, sizes):
