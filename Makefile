@@ -22,8 +22,10 @@ gpu: ## Run what only a GPU can show, and keep the numbers in benchmarks/results
 	python benchmarks/gpu_session.py
 
 # A worker for each core, but few, as each takes 1 GB; one file's tests share what is made for them.
+# pytest-timeout cannot end a test that waits in native code: faulthandler prints its stacks and ends its worker.
 test: ## Run the tests (about 9 minutes on 2 cores)
-	python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true
 
 slow: ## Run all tests, those that take minutes included
 	python -m pytest --slow
